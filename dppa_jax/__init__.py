@@ -1,0 +1,1 @@
+"""Merge fine-tuned LLaMA models by pruning and amplifying their delta parameters."""
