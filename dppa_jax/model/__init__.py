@@ -1,1 +1,6 @@
+"""The LLaMA model in Flax, and greedy generation with it."""
 
+from dppa_jax.model.generate import generate
+from dppa_jax.model.llama import Llama, LlamaConfig, decoder_layer, forward, init_tree
+
+__all__ = ["Llama", "LlamaConfig", "decoder_layer", "forward", "generate", "init_tree"]

@@ -1,0 +1,200 @@
+"""Streaming: which rows go to the devices together, read ahead of the work.
+
+A block is a few consecutive decoder layers, or a chunk of rows of the embeddings. Its parts are matrices: one linear of
+all the block's layers, their norms, a chunk. One thread reads the next block while this one is worked on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dppa_jax.checkpoint.names import TensorSpec
+from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT
+from dppa_jax.sharding import padded_rows, put_rows
+
+
+class Source(Protocol):
+    """What a checkpoint must offer to be merged."""
+
+    config: dict
+    specs: Mapping[str, TensorSpec]
+    tensors: Mapping  # of name to an object with .dtype and .shape
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows of one tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of the same width that are on the devices as one matrix. The pieces of a linear are whole tensors."""
+
+    pieces: tuple[Piece, ...]
+    columns: int
+    linear: int | None = None
+    layers: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    @property
+    def piece_rows(self) -> int:
+        """Of a linear: rows of one layer."""
+        return self.pieces[0].stop - self.pieces[0].start
+
+    def per_row(self, per_piece: np.ndarray) -> np.ndarray:
+        """One value (or row of values) per piece, repeated for each of its rows."""
+        return np.repeat(per_piece, [piece.stop - piece.start for piece in self.pieces], axis=0)
+
+
+@dataclass(frozen=True)
+class Block:
+    parts: tuple[Part, ...]
+    layers: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        return sum(part.rows * part.columns for part in self.parts)
+
+
+def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Block]:
+    """Layers in blocks of `block_layers`, then embeddings and head in chunks that are no larger, then the norm."""
+    layers = 1 + max(spec.layer for spec in specs.values() if spec.layer is not None)
+    blocks = []
+    for first in range(0, layers, block_layers):
+        chosen = tuple(range(first, min(first + block_layers, layers)))
+        groups: dict[tuple, list[TensorSpec]] = {}
+        for spec in specs.values():
+            if spec.layer in chosen:
+                groups.setdefault(spec.path, []).append(spec)
+        parts = [
+            Part(tuple(Piece(s.name, 0, s.rows) for s in group), group[0].columns, group[0].linear, chosen)
+            for group in groups.values()
+        ]
+        blocks.append(Block(tuple(parts), chosen))
+    largest = max(block.elements for block in blocks)
+    for spec in specs.values():
+        if spec.layer is None:
+            step = max(1, largest // spec.columns)
+            for start in range(0, spec.rows, step):
+                piece = Piece(spec.name, start, min(start + step, spec.rows))
+                blocks.append(Block((Part((piece,), spec.columns),)))
+    return blocks
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A part on the devices: base and experts, (padded rows, columns) each."""
+
+    part: Part
+    base: jax.Array
+    experts: tuple[jax.Array, ...]
+
+
+class Stream:
+    """Iterates over blocks as lists of `Loaded`, any number of times.
+
+    Each iteration reads the files again, into two sets of buffers that take turns, unless `resident`: then the first
+    iteration keeps what it reads on the devices. A CPU device works in the buffers themselves, so a consumer must have
+    fetched a block's results before it asks for the next block.
+    """
+
+    def __init__(self, base: Source, experts: Sequence[Source], blocks: Sequence[Block], mesh: Mesh, resident: bool):
+        self.sources = (base, *experts)
+        self.blocks, self.mesh, self.resident = blocks, mesh, resident
+        self.bytes_read = 0
+        self._kept: dict[Block, list[Loaded]] = {}
+        self._buffers: list[np.ndarray] = []
+
+    def __call__(self, blocks: Sequence[Block] | None = None) -> Iterator[tuple[Block, list[Loaded]]]:
+        blocks = self.blocks if blocks is None else blocks
+        with ThreadPoolExecutor(1, "read") as reader:
+            pending = [reader.submit(self._read, b, i) for i, b in enumerate(blocks[:1])]
+            for i, block in enumerate(blocks):
+                if i + 1 < len(blocks):
+                    pending.append(reader.submit(self._read, blocks[i + 1], i + 1))
+                yield block, self._put(block, pending.pop(0).result())
+
+    def _put(self, block: Block, arrays: list[list[np.ndarray]] | None) -> list[Loaded]:
+        if arrays is None:
+            return self._kept[block]
+        loaded = []
+        for part, models in zip(block.parts, arrays, strict=True):
+            base, *experts = (put_rows(self.mesh, array) for array in models)
+            loaded.append(Loaded(part, base, tuple(experts)))
+        jax.block_until_ready([(x.base, x.experts) for x in loaded])  # the copy to an accelerator has left the buffer
+        if self.resident:
+            self._kept[block] = loaded
+        return loaded
+
+    def _read(self, block: Block, turn: int) -> list[list[np.ndarray]] | None:
+        """Every part's matrices, base first, as views of one buffer; None when the block is kept on the devices."""
+        if block in self._kept:
+            return None
+        layout, size = [], 0
+        for part in block.parts:
+            places = []
+            for source in self.sources:
+                dtype = _dtype(source, part)
+                places.append((size, dtype))
+                size += -(-padded_rows(self.mesh, part.rows) * part.columns * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+            layout.append(places)
+        buffer = aligned(size) if self.resident else self._buffer(size, turn % 2)
+        arrays = []
+        for part, places in zip(block.parts, layout, strict=True):
+            models = []
+            for source, (offset, dtype) in zip(self.sources, places, strict=True):
+                models.append(self._read_part(source, part, dtype, buffer, offset))
+            arrays.append(models)
+        return arrays
+
+    def _read_part(self, source: Source, part: Part, dtype: np.dtype, buffer: np.ndarray, offset: int) -> np.ndarray:
+        padded = padded_rows(self.mesh, part.rows)
+        matrix = buffer[offset : offset + padded * part.columns * dtype.itemsize].view(dtype)
+        matrix = matrix.reshape(padded, part.columns)
+        row = 0
+        for piece in part.pieces:
+            stop = row + piece.stop - piece.start
+            if source.tensors[piece.name].dtype == dtype:
+                source.read_rows(piece.name, piece.start, piece.stop, matrix[row:stop])
+            else:
+                other = np.empty((stop - row, part.columns), source.tensors[piece.name].dtype)
+                source.read_rows(piece.name, piece.start, piece.stop, other)
+                matrix[row:stop] = other
+            row = stop
+        matrix[row:] = 0
+        self.bytes_read += part.rows * part.columns * dtype.itemsize
+        return matrix
+
+    def _buffer(self, size: int, turn: int) -> np.ndarray:
+        while len(self._buffers) <= turn:
+            self._buffers.append(aligned(0))
+        if self._buffers[turn].nbytes < size:
+            self._buffers[turn] = aligned(size)
+        return self._buffers[turn]
+
+
+def _dtype(source: Source, part: Part) -> np.dtype:
+    """Of a part in a checkpoint; float32 holds the exact values of one that mixes dtypes over layers."""
+    dtypes = {source.tensors[piece.name].dtype for piece in part.pieces}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def aligned(size: int) -> np.ndarray:
+    """Bytes that start at a multiple of ALIGNMENT."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]

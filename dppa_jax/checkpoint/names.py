@@ -1,0 +1,110 @@
+"""Tensor names and shapes of a LLaMA checkpoint, from its config.json alone."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)  # the order of the authors' tables
+
+ARCHITECTURES = ("LlamaForCausalLM",)
+IGNORED = re.compile(r".*rotary_emb\.inv_freq$")  # a buffer that older exports carry
+
+
+class CheckpointError(ValueError):
+    """A checkpoint, or a set of them, that cannot be merged: names the file, the tensor and the fix."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None = None
+    linear: int | None = None  # index into LINEARS; None: not pruned
+
+    @property
+    def rows(self) -> int:
+        """Rows and columns of the tensor as a matrix; vectors are one row."""
+        return self.shape[0] if len(self.shape) == 2 else 1
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """Where the tensor is in the tree: ('layers', 'self_attn', 'q_proj'), ('embed_tokens',)."""
+        parts = self.name.removeprefix("model.").split(".")
+        parts = [p for p in parts if not p.isdigit()]
+        return tuple(parts[:-1] if parts[-1] == "weight" else [*parts[:-2], f"{parts[-2]}_{parts[-1]}"])
+
+
+def linear_name(layer: int, linear: int) -> str:
+    return f"model.layers.{layer}.{LINEARS[linear]}.weight"
+
+
+def check_architecture(config: Mapping, where: Path | str) -> None:
+    found = config.get("architectures") or [config.get("model_type", "unknown")]
+    if found[0] not in ARCHITECTURES and config.get("model_type") != "llama":
+        raise CheckpointError(
+            f"{where}/config.json: architecture {found[0]!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
+        )
+
+
+def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
+    """Every tensor of the model, in the order of the file: embeddings, layers, norm, head."""
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
+    inner = config["intermediate_size"]
+    shapes = ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries))
+    shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
+
+    specs = [TensorSpec("model.embed_tokens.weight", (vocabulary, hidden))]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}."
+        for j, (linear, shape) in enumerate(zip(LINEARS, shapes, strict=True)):
+            specs.append(TensorSpec(f"{prefix}{linear}.weight", shape, layer, j))
+            biased = config.get("attention_bias") if linear.startswith("self_attn") else config.get("mlp_bias")
+            if biased:
+                specs.append(TensorSpec(f"{prefix}{linear}.bias", shape[:1], layer))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            specs.append(TensorSpec(f"{prefix}{norm}.weight", (hidden,), layer))
+    specs.append(TensorSpec("model.norm.weight", (hidden,)))
+    if not config.get("tie_word_embeddings", False):
+        specs.append(TensorSpec("lm_head.weight", (vocabulary, hidden)))
+    return {spec.name: spec for spec in specs}
+
+
+def first_match(rules: Iterable[tuple[str, float]], name: str) -> float | None:
+    """The value of the first rule whose regular expression is found in the tensor's name."""
+    return next((value for pattern, value in rules if re.search(pattern, name)), None)
+
+
+def check_patterns(rules: Iterable[tuple[str, float]], names: Iterable[str], flag: str) -> None:
+    """Every pattern must match some tensor; the error shows the nearest spelling."""
+    names = list(names)
+    for pattern, _ in rules:
+        try:
+            matched = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise ValueError(f"{flag}: {pattern!r} is not a regular expression: {error}.") from None
+        if not matched:
+            words = {part for name in names for part in name.split(".") if not part.isdigit()} | set(LINEARS)
+            raise ValueError(f"{flag}: no tensor matches {pattern!r}.{nearest(pattern, words | set(names))}")
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """' Did you mean …?', or the empty string when nothing is near."""
+    close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,162 @@
+"""The frozen dataclasses that the rest of the code takes. Flags are parsed into them once, in launch.py."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from dppa_jax.checkpoint.names import nearest
+from dppa_jax.delta.allocate import ALLOCATIONS
+from dppa_jax.delta.combine import COMBINATIONS
+from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.scale import SCALES
+from dppa_jax.delta.score import SCORES
+
+RATE = 0.9
+DELTA_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def choose(flag: str, given: str, allowed: Iterable[str]) -> str:
+    """`given` when it is allowed, else an error with the nearest spelling."""
+    allowed = list(allowed)
+    if given not in allowed:
+        raise ValueError(f"{flag}={given}: not one of {', '.join(allowed)}.{nearest(given, allowed)}")
+    return given
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """What is computed, apart from where the models are and on which devices.
+
+    Attributes:
+      method: a preset of delta/methods.py; score, allocate, scale and combine override one axis of it.
+      rate: the share of the delta that is removed, in [0, 1]; with scale "partition" the target.
+      partitions: rates of DPA's partitions, highest first, the last one the target; every 0.1 from 0.9 by default.
+      factors: per expert, one factor per partition, highest rate first; by default what leaves the method without
+        amplification: 1, and 1/(1−rate) for random scores.
+      coefficients: per expert, 1 by default.
+      q: the divisor of scale "q", global or per expert; in (0, 1].
+      tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
+    """
+
+    experts: tuple[str, ...]
+    method: str = "dppa"
+    score: str | None = None
+    allocate: str | None = None
+    scale: str | None = None
+    combine: str | None = None
+    rate: float = RATE
+    partitions: tuple[float, ...] = ()
+    factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    q: Mapping[str, float] = field(default_factory=dict)
+    max_fluctuation: float = 0.08
+    significance_multiple: float = 5.0
+    dpa_combine: str = "highest"
+    seed: int = 0
+    delta_dtype: str = "float32"
+    output_dtype: str | None = None
+    tensor_rates: tuple[tuple[str, float], ...] = ()
+    tensor_coefficients: tuple[tuple[str, float], ...] = ()
+    allow_nonfinite: bool = False
+
+    def __post_init__(self):
+        preset = METHODS[choose("--method", self.method, METHODS)]
+        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        for axis, table in (("score", SCORES), ("allocate", ALLOCATIONS), ("scale", SCALES), ("combine", COMBINATIONS)):
+            given = getattr(self, axis)
+            set_(axis, choose(f"--{axis}", given, table) if given else getattr(preset, axis))
+        if self.score is None and (self.allocate or self.scale != "none"):
+            raise ValueError(f"--method={self.method} prunes nothing: give --score as well as --allocate or --scale.")
+        if self.score and not self.allocate:
+            set_("allocate", "uniform")
+        self._check_experts()
+        self._check_numbers()
+        if self.scale == "partition":
+            set_("partitions", self.partitions or default_partitions(self.rate))
+        elif self.partitions:
+            raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, this is {self.scale!r}.")
+        set_("factors", self._resolve_factors())
+        set_("coefficients", {name: float(self.coefficients.get(name, 1.0)) for name in self.experts})
+        if self.scale == "q" and set(self.q) != set(self.experts):
+            raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
+        choose("--dpa_combine", self.dpa_combine, ("highest", "max"))
+        choose("--delta_dtype", self.delta_dtype, DELTA_DTYPES)
+        if self.output_dtype:
+            choose("--output_dtype", self.output_dtype, DELTA_DTYPES)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """Nominal rates, highest first: of the partitions, or the one rate; empty when nothing is pruned."""
+        if self.score is None:
+            return ()
+        return self.partitions or (self.rate,)
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+    def _check_experts(self) -> None:
+        if not self.experts:
+            raise ValueError("no expert: give --expert=NAME=WHERE at least once.")
+        repeated = [name for name in self.experts if self.experts.count(name) > 1]
+        if repeated:
+            raise ValueError(f"--expert: the name {repeated[0]!r} is given twice; names must differ.")
+        for flag in ("factors", "coefficients", "q"):
+            for name in getattr(self, flag):
+                choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
+
+    def _check_numbers(self) -> None:
+        named = [("--rate", self.rate), *(("--partitions", p) for p in self.partitions)]
+        named += [(f"--tensor_rate {pattern}", value) for pattern, value in self.tensor_rates]
+        for flag, value in named:
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{flag}: rate {value} is outside [0, 1]; it is the share that is removed.")
+        for name, value in self.q.items():
+            if not 0.0 < value <= 1.0:
+                raise ValueError(f"--q {name}={value}: outside (0, 1]; kept parameters are divided by it.")
+        if list(self.partitions) != sorted(self.partitions, reverse=True) or len(set(self.partitions)) != len(self.partitions):
+            raise ValueError(f"--partitions={_join(self.partitions)}: rates must fall, highest first: 0.9,0.8.")
+        if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
+            raise ValueError(f"--partitions={_join(self.partitions)}: the last one must be --rate={self.rate:g}.")
+
+    def _resolve_factors(self) -> dict[str, tuple[float, ...]]:
+        if self.scale != "partition":
+            if self.factors:
+                raise ValueError(f"--factors: only --scale=partition (dppa, dare_dpa) has them, this is {self.scale!r}.")
+            return {}
+        plain = 1.0 / (1.0 - self.rate) if self.score == "random" and self.rate < 1 else 1.0
+        resolved = {}
+        for name in self.experts:
+            factors = tuple(map(float, self.factors.get(name) or [plain] * len(self.partitions)))
+            if len(factors) != len(self.partitions):
+                raise ValueError(
+                    f"--factors of {name!r}: {len(factors)} factors for the {len(self.partitions)} partitions "
+                    f"{_join(self.partitions)}; give one each, highest rate first."
+                )
+            resolved[name] = factors
+        return resolved
+
+
+def default_partitions(rate: float) -> tuple[float, ...]:
+    """Every 0.1 from 0.9 down to the target; the target alone when it is higher.
+
+    >>> default_partitions(0.75)
+    (0.9, 0.8, 0.75)
+    """
+    tenths = [p / 10 for p in range(9, 0, -1) if p / 10 > rate + 1e-12]
+    return (*tenths, rate)
+
+
+def per_expert(flag: str, given: Sequence[str], experts: Sequence[str], parse) -> dict:
+    """`VALUE` for all experts or `NAME=VALUE` for one, repeated: a dict by expert name."""
+    values = {}
+    for text in given:
+        name, equals, value = text.rpartition("=")
+        for expert in [choose(f"{flag} expert", name, experts)] if equals else experts:
+            try:
+                values[expert] = parse(value)
+            except ValueError:
+                raise ValueError(f"{flag}={text}: {value!r} is not a number.") from None
+    return values
+
+
+def _join(numbers: Iterable[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)

@@ -1,0 +1,26 @@
+"""The table of presets: each is a choice on the axes score, allocate, scale and combine, and nothing else."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    score: str | None  # None: nothing is pruned
+    allocate: str | None
+    scale: str
+    combine: str
+    source: str
+
+
+METHODS = {
+    "task_arithmetic": Method(None, None, "none", "sum", "Ilharco et al. 2023"),
+    "magnitude": Method("magnitude", "uniform", "none", "sum", "Han et al. 2015"),
+    "owl": Method("magnitude", "owl", "none", "sum", "Yin et al. 2023"),
+    "dp": Method("magnitude", "dp", "none", "sum", "Zhu et al. 2024, section 3.3.1"),
+    "dppa": Method("magnitude", "dp", "partition", "sum", "Zhu et al. 2024"),
+    "dare": Method("random", "uniform", "dare", "sum", "Yu et al. 2023"),
+    "dare_dpa": Method("random", "uniform", "partition", "sum", "Zhu et al. 2024, section 4.6"),
+    "darex_q": Method("random", "uniform", "q", "sum", "Deng et al. 2024"),
+    "ties": Method("magnitude", "uniform", "none", "ties", "Yadav et al. 2023"),
+    "dare_ties": Method("random", "uniform", "dare", "ties", "Yu et al. 2023 with Yadav et al. 2023"),
+}

@@ -1,0 +1,118 @@
+"""Greedy generation: batched, with a key/value cache, compiled once per shape bucket."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Int
+
+from dppa_jax.model.llama import Cache, Llama, LlamaConfig, Tree, hidden_states, unembed
+
+SMALLEST_BUCKET = 16  # shorter prompts and answers share one compilation; a smaller cache would save nothing
+
+
+def generate(
+    model: Llama | tuple[LlamaConfig, Tree],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_token_id: int | Sequence[int] | None = None,
+    *,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """The most likely continuation of each prompt, token by token.
+
+    An answer does not depend on which other prompts are asked, on their order, or on `batch_size` (up to two tokens
+    whose logits agree to rounding).
+
+    Args:
+      model: a `Llama`, or its config and stacked tree; new weights of the same shapes need no new compilation.
+      prompts: token ids, at least one per prompt.
+      max_new_tokens: where an answer is cut off.
+      eos_token_id: one or several ids that end an answer; None takes the config's, () never ends one early.
+      batch_size: prompts decoded together, which bounds the memory of the cache.
+
+    Returns:
+      The new tokens of each prompt, in the order of the prompts, without the prompt and with the token that ended
+      the answer, when one did.
+    """
+    config, tree = (model.config, model.tree) if isinstance(model, Llama) else model
+    if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
+        raise ValueError(f"prompt {empty[0]} is empty; start it with the beginning-of-sequence token")
+    if not prompts or max_new_tokens <= 0:
+        return [[] for _ in prompts]
+    needed = max(map(len, prompts)) + max_new_tokens
+    if needed > config.max_position_embeddings:
+        logging.warning("generating up to position %d, the model knows %d", needed, config.max_position_embeddings)
+    eos = config.eos_token_id if eos_token_id is None else eos_token_id
+    eos = np.atleast_1d(np.asarray(eos, np.int32))
+    answers: list[list[int]] = [[] for _ in prompts]
+    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # equal lengths pad least
+    for start in range(0, len(prompts), batch_size):
+        indices = by_length[start : start + batch_size]
+        tokens, lengths = pad([prompts[index] for index in indices], batch_size)
+        new = decode(config, tree, tokens, lengths, max_new_tokens, eos, answer_slots=bucket(max_new_tokens))
+        for index, row in zip(indices, np.asarray(new)[:, :max_new_tokens], strict=False):
+            ends = np.flatnonzero(np.isin(row, eos))
+            answers[index] = row[: ends[0] + 1 if len(ends) else None].tolist()
+    return answers
+
+
+def pad(prompts: Sequence[Sequence[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens padded on the left, and the prompts' lengths, in a shape that few batches do not share.
+
+    Left, so that all rows write the same cache slot. Rows that fill up the batch have length 0.
+    """
+    rows = min(bucket(len(prompts), smallest=1), batch_size)
+    tokens = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
+    lengths = np.zeros(rows, np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, -len(prompt) :] = prompt
+        lengths[row] = len(prompt)
+    return tokens, lengths
+
+
+def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
+    """The next power of two."""
+    return max(smallest, 1 << (size - 1).bit_length())
+
+
+@partial(jax.jit, static_argnames=("config", "answer_slots"))
+def decode(
+    config: LlamaConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    limit: Int[Array, ""] | int,
+    eos: Int[Array, "E"],
+    *,
+    answer_slots: int,
+) -> Int[Array, "B answer_slots"]:
+    """The first `limit` new tokens of each row; what follows a row's end-of-sequence token is meaningless.
+
+    The weights are an argument, not a constant of the compiled program, so that a changed model reuses it.
+    """
+    batch, time = tokens.shape
+
+    def predict(tokens, positions, cache):
+        hidden, cache = hidden_states(config, tree, tokens, positions, cache)
+        return jnp.argmax(unembed(tree, hidden[:, -1]), axis=-1).astype(jnp.int32), cache
+
+    def unfinished(state):
+        step, _, done, *_ = state
+        return (step < limit) & ~jnp.all(done)
+
+    def advance(state):
+        step, token, done, new, cache = state
+        new = new.at[:, step].set(token)
+        done |= jnp.isin(token, eos)
+        token, cache = predict(token[:, None], (lengths + step)[:, None], cache)
+        return step + 1, token, done, new, cache
+
+    positions = jnp.arange(time) - (time - lengths)[:, None]
+    cache = Cache.empty(config, batch, time + answer_slots, tree["embed_tokens"].dtype)
+    token, cache = predict(tokens, positions, cache)
+    state = (0, token, lengths == 0, jnp.zeros((batch, answer_slots), jnp.int32), cache)
+    return jax.lax.while_loop(unfinished, advance, state)[3]

@@ -1,0 +1,390 @@
+"""The LLaMA decoder on the stacked tree: a pure forward pass, and a Flax module that holds the tree as parameters.
+
+Every linear stays in Hugging Face's (out, in) layout and every layer array carries all layers on its first axis, so a
+checkpoint is read without a transpose and one `lax.scan` runs the layers.
+
+Axis names: B batch, T time (tokens of this call), S key slots, D hidden, F intermediate, V vocabulary, L layers,
+K key/value heads, G query heads per key/value head, H head dimension.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+Tree = dict[str, Any]  # the stacked tree of the module docstring of `dppa_jax.checkpoint`
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than those of pre-training.
+
+    `linear` divides every frequency by `factor`; `llama3` divides the low ones by `factor`, keeps the high ones and
+    interpolates between. Only `llama3` reads the last three fields.
+    """
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, given: Mapping[str, Any] | None) -> "RopeScaling | None":
+        """Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5); None when nothing is scaled."""
+        given = given or {}
+        rope_type = given.get("rope_type", given.get("type", "default"))
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+        if rope_type == "default":
+            return None
+        wanted = ["factor"]
+        if rope_type == "llama3":
+            wanted += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        if missing := [name for name in wanted if given.get(name) is None]:
+            raise ValueError(f"rope type {rope_type!r} needs {', '.join(missing)}, config.json gives {dict(given)}")
+        return cls(rope_type, **{name: given[name] for name in wanted})
+
+    def to_hf(self) -> dict[str, Any]:
+        if self.rope_type == "linear":
+            return {"rope_type": "linear", "factor": self.factor}
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of a config.json that the forward pass depends on. Hashable, so that jit can take it as static."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: tuple[int, ...] = (2,)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
+        """Reads a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+
+        Absent keys take the defaults of transformers' LlamaConfig.
+
+        Raises:
+          ValueError: for what this model does not compute: another architecture, biases, another activation, an
+            unknown rope type.
+        """
+        computed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        for name, supported in computed.items():
+            if config.get(name, supported) != supported:
+                raise ValueError(f"config.json has {name}={config[name]!r}; supported is {supported!r}")
+        heads = config["num_attention_heads"]
+        kv_heads = config.get("num_key_value_heads") or heads
+        if heads % kv_heads:
+            raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+        rope = config.get("rope_parameters") or {}
+        eos = config.get("eos_token_id", 2)
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            rope_scaling=RopeScaling.from_hf(rope or config.get("rope_scaling")),
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            bos_token_id=config.get("bos_token_id", 1),
+            eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """A config.json in the style of transformers 4, which transformers 4 and 5 and vLLM all read."""
+        eos = self.eos_token_id
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **vars(self),
+            "rope_scaling": self.rope_scaling and self.rope_scaling.to_hf(),
+            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+        }
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for all layers; `length` slots are filled."""
+
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, config: LlamaConfig, batch: int, slots: int, dtype: Any) -> "Cache":
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
+
+
+class Llama(nnx.Module):
+    """The parameters as a Flax module; `nnx.state(model)` has exactly the structure of the stacked tree.
+
+    Args:
+      config: sizes and constants.
+      tree: the stacked tree, of numpy or jax arrays.
+      dtype: cast the weights to this; None keeps them as they are. Activations follow the embedding's dtype.
+
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
+    ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    >>> model = Llama(config, init_tree(config, jax.random.key(0)))
+    >>> model(jnp.array([[1, 5, 7]])).shape
+    (1, 3, 32)
+    """
+
+    def __init__(self, config: LlamaConfig, tree: Tree, *, dtype: Any = None):
+        check_shapes(config, tree)
+        self.config = config
+        for name, part in tree.items():
+            parameters = jax.tree.map(lambda array: nnx.Param(jnp.asarray(array, dtype)), part)
+            setattr(self, name, nnx.data(parameters))
+
+    @property
+    def tree(self) -> Tree:
+        """The stacked tree of plain arrays."""
+        return nnx.to_pure_dict(nnx.state(self, nnx.Param))
+
+    def __call__(self, tokens, positions=None, cache=None, *, remat: bool = False):
+        """See `forward`."""
+        return forward(self.config, self.tree, tokens, positions, cache, remat=remat)
+
+
+def forward(
+    config: LlamaConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "#B T"] | None = None,
+    cache: Cache | None = None,
+    *,
+    remat: bool = False,
+):
+    """Logits (B, T, V) in float32; with a cache, the pair (logits, cache with these tokens added).
+
+    A token sees the tokens of its own sequence: those from position 0 up to itself. Positions default to 0, 1, 2, …
+    and say all there is to say about padding: to the right of a text padding needs no care at all, to the left it
+    takes negative positions, and sequences packed into one row restart at 0.
+
+    `remat` recomputes each layer in the backward pass, which saves memory and costs one more forward pass.
+    """
+    hidden, updated = hidden_states(config, tree, tokens, positions, cache, remat=remat)
+    logits = unembed(tree, hidden)
+    return logits if cache is None else (logits, updated)
+
+
+def hidden_states(
+    config: LlamaConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "#B T"] | None = None,
+    cache: Cache | None = None,
+    *,
+    remat: bool = False,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """The final normed hidden states, before `unembed`, and the cache. Arguments as for `forward`."""
+    start = 0 if cache is None else cache.length
+    slots = start + jnp.arange(tokens.shape[1])[None]
+    positions = slots if positions is None else positions
+    rope = rotary(config, positions)
+    visible = visibility(slots, positions, tokens.shape[1] if cache is None else cache.keys.shape[3])
+
+    def step(carry, indexed_layer):
+        index, layer = indexed_layer
+        return decoder_layer(config, layer, *carry, rope, visible, index), None
+
+    step = jax.checkpoint(step) if remat else step
+    carry = (jnp.asarray(tree["embed_tokens"])[tokens], cache)
+    (hidden, cache), _ = jax.lax.scan(step, carry, (jnp.arange(config.num_hidden_layers), tree["layers"]))
+    if cache is not None:
+        cache = cache._replace(length=start + tokens.shape[1])
+    return rms_norm(hidden, tree["norm"], config.rms_norm_eps), cache
+
+
+def unembed(tree: Tree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Logits in float32, by `lm_head` or, when the tree has none, by the tied embedding."""
+    weight = tree["lm_head"] if "lm_head" in tree else tree["embed_tokens"]
+    return project(hidden, weight, jnp.float32)
+
+
+def decoder_layer(
+    config: LlamaConfig,
+    layer: Tree,
+    hidden: Float[Array, "B T D"],
+    cache: Cache | None,
+    rope: Float[Array, "2 #B 1 T half"],
+    visible: Bool[Array, "#B T S"],
+    index: Int[Array, ""] | int = 0,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
+    """One decoder layer, `layer` being `tree["layers"]` without its layer axis.
+
+    Args:
+      cache: the cache of all layers, updated at layer `index`; None to attend to these tokens only.
+      rope: see `rotary`.
+      visible: see `visibility`.
+    """
+    normed = rms_norm(hidden, layer["input_layernorm"], config.rms_norm_eps)
+    attended, cache = attention(config, layer["self_attn"], normed, cache, rope, visible, index)
+    hidden = hidden + attended
+    normed = rms_norm(hidden, layer["post_attention_layernorm"], config.rms_norm_eps)
+    return hidden + mlp(layer["mlp"], normed), cache
+
+
+def attention(config, weights, hidden, cache, rope, visible, index):
+    """Grouped-query attention: the G query heads of a group share one key/value head, which is never repeated."""
+    batch, time, _ = hidden.shape
+
+    def heads(name):  # heads before time, so that the products below transpose nothing, forward or backward
+        split = project(hidden, weights[name]).reshape(batch, time, -1, config.head_dim)
+        return split.swapaxes(1, 2)
+
+    query, keys, values = rotate(heads("q_proj"), rope), rotate(heads("k_proj"), rope), heads("v_proj")
+    if cache is not None:
+        at = (index, 0, 0, cache.length, 0)
+        cache = cache._replace(
+            keys=jax.lax.dynamic_update_slice(cache.keys, keys[None], at),
+            values=jax.lax.dynamic_update_slice(cache.values, values[None], at),
+        )
+        keys, values = cache.keys[index], cache.values[index]
+    query = query.reshape(batch, config.num_key_value_heads, -1, time, config.head_dim)
+    scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * config.head_dim**-0.5, jnp.finfo(jnp.float32).min)
+    shares = jax.nn.softmax(scores, axis=-1).astype(hidden.dtype)
+    mixed = jnp.einsum("bkgts,bksh->bkgth", shares, values).reshape(query.shape[0], -1, time, config.head_dim)
+    return project(mixed.swapaxes(1, 2).reshape(batch, time, -1), weights["o_proj"]), cache
+
+
+def mlp(weights: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """SwiGLU."""
+    gate = jax.nn.silu(project(hidden, weights["gate_proj"]))
+    return project(gate * project(hidden, weights["up_proj"]), weights["down_proj"])
+
+
+def project(hidden: Float[Array, "*B in"], weight: Float[Array, "out in"], dtype: Any = None) -> Float[Array, "*B out"]:
+    # Flattened, because the weight's gradient contracts batch and time: as one axis it needs no transpose.
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return jnp.einsum("ni,oi->no", flat, weight, preferred_element_type=dtype).reshape(*hidden.shape[:-1], -1)
+
+
+def rms_norm(hidden: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+    """hidden / sqrt(mean(hidden²) + eps) · weight, in float32 whatever the dtype of the activations."""
+    wide = hidden.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (normed * weight).astype(hidden.dtype)
+
+
+def visibility(slots: Int[Array, "1 T"], positions: Int[Array, "#B T"], keys: int) -> Bool[Array, "#B T keys"]:
+    """Which key slots each token sees: from the slot of position 0 of its sequence to its own."""
+    slot = jnp.arange(keys)
+    return ((slots - positions)[..., None] <= slot) & (slot <= slots[..., None])
+
+
+def rotary(config: LlamaConfig, positions: Int[Array, "#B T"]) -> Float[Array, "2 #B 1 T half"]:
+    """Cosines and sines of the rotary angles, in float32."""
+    angles = positions[:, None, :, None].astype(jnp.float32) * rope_frequencies(config)
+    return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
+
+
+def rotate(heads: Float[Array, "B N T H"], rope: Float[Array, "2 #B 1 T half"]) -> Float[Array, "B N T H"]:
+    """Rotates element i of the first half of each head together with element i of the second half."""
+    cos, sin = rope
+    first, second = jnp.split(heads, 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(heads.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Radians per position of each pair of elements, (head_dim / 2,) float32, stretched as `rope_scaling` says.
+
+    Source of `llama3`: the reference implementation of Llama 3.1, as in transformers' `modeling_rope_utils`.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    frequencies = (1.0 / np.float32(config.rope_theta) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / np.float32(scaling.factor)
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)  # within the original context
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # 1: as it was, 0: divided by the factor
+    return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
+
+
+def tree_shapes(config: LlamaConfig) -> dict[str, Any]:
+    """The shape of every array of the stacked tree, as a tree of tuples."""
+    layers, hidden, intermediate = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    shapes = {
+        "embed_tokens": (config.vocab_size, hidden),
+        "layers": {
+            "self_attn": {
+                "q_proj": (layers, queries, hidden),
+                "k_proj": (layers, keys, hidden),
+                "v_proj": (layers, keys, hidden),
+                "o_proj": (layers, hidden, queries),
+            },
+            "mlp": {
+                "gate_proj": (layers, intermediate, hidden),
+                "up_proj": (layers, intermediate, hidden),
+                "down_proj": (layers, hidden, intermediate),
+            },
+            "input_layernorm": (layers, hidden),
+            "post_attention_layernorm": (layers, hidden),
+        },
+        "norm": (hidden,),
+    }
+    return shapes if config.tie_word_embeddings else {**shapes, "lm_head": (config.vocab_size, hidden)}
+
+
+def init_tree(config: LlamaConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
+    """Random weights for pre-training: norms 1, all else normal with `stddev`, as transformers initialises LLaMA."""
+    leaves, structure = jax.tree.flatten_with_path(tree_shapes(config), is_leaf=lambda node: isinstance(node, tuple))
+    arrays = [
+        jnp.ones(shape, dtype) if "norm" in path[-1].key else stddev * jax.random.normal(leaf_key, shape, dtype)
+        for (path, shape), leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
+    ]
+    return jax.tree.unflatten(structure, arrays)
+
+
+def check_shapes(config: LlamaConfig, tree: Tree) -> None:
+    """Raises ValueError naming the first array of the tree that does not fit the config."""
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    expected = {
+        jax.tree_util.keystr(path, simple=True, separator="."): shape
+        for path, shape in jax.tree.leaves_with_path(tree_shapes(config), is_leaf=is_shape)
+    }
+    given = {
+        jax.tree_util.keystr(path, simple=True, separator="."): array.shape
+        for path, array in jax.tree.leaves_with_path(tree)
+    }
+    for name in sorted(expected | given):
+        if expected.get(name) != given.get(name):
+            raise ValueError(
+                f"{name} has shape {given.get(name, 'none (absent)')}, config.json calls for {expected.get(name, 'none')}"
+            )

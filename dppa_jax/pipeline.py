@@ -1,0 +1,209 @@
+"""The merge, top to bottom: survey, allocate, apply, write."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from dppa_jax.blocks import Loaded, Source, Stream, make_blocks
+from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
+from dppa_jax.config import MergeConfig
+from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
+from dppa_jax.delta.score import SCORES
+from dppa_jax.kernels import Kernels
+from dppa_jax.progress import stage
+from dppa_jax.prune import Pruner
+from dppa_jax.survey import NonfiniteError, survey
+
+WRITES_BEHIND = 4  # finished matrices that may wait for the disk
+
+
+class Sink(Protocol):
+    """Where rows of finished tensors go, in any order."""
+
+    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is cut and placed."""
+
+    block_layers: int = 1
+    resident: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a merge decided: arrays (experts, partitions, layers, linears)."""
+
+    rates: np.ndarray
+    thresholds: np.ndarray
+    densities: np.ndarray
+    weights: np.ndarray
+    statistics: list[Statistics] | None
+    bytes_read: int
+
+
+def merge_checkpoints(
+    base: Source,
+    experts: Mapping[str, Source],
+    config: MergeConfig,
+    sink: Sink,
+    mesh: Mesh,
+    layout: Layout,
+    delta_sinks: Mapping[str, Sink] | None = None,
+    norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    quiet: bool = False,
+) -> Outcome:
+    """merged = base + combine(λₖ · scaleₖ(keepₖ(expertₖ − base))), block by block, into `sink`.
+
+    Args:
+      base, experts: open checkpoints; experts in the order in which their deltas are added.
+      sink: receives the merged rows in the output dtype (`config.output_dtype`, or each base tensor's own).
+      delta_sinks: per expert, receives its pruned and scaled delta in `config.delta_dtype`.
+      norms: per expert and linear, activation norms (layers, columns) for the score "wanda".
+
+    Raises CheckpointError for experts that do not fit the base, and for NaN or Inf unless `config.allow_nonfinite`.
+    """
+    specs = check_compatible(base, experts)
+    for rules, flag in ((config.tensor_rates, "--tensor_rate"), (config.tensor_coefficients, "--tensor_coefficient")):
+        check_patterns(rules, specs, flag)
+    stream = Stream(base, list(experts.values()), make_blocks(specs, layout.block_layers), mesh, layout.resident)
+    kernels, dense = (
+        Kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
+        for score in (config.score or "magnitude", "magnitude")
+    )
+    pruner = Pruner(kernels, config, base.config["num_hidden_layers"], norms)
+    one_pass = _pass_bytes(stream)
+
+    statistics = None
+    if config.score and ALLOCATIONS[config.allocate].outliers:
+        with stage("survey", one_pass, quiet=quiet) as progress:
+            statistics = survey(stream, dense, config, progress)
+    if config.score:
+        pruner.allocate(statistics or [_numel_only(specs, base)] * len(experts))
+
+    with stage("merge", one_pass, stream.bytes_read, quiet) as progress, ThreadPoolExecutor(1, "write") as writer:
+        pending = []
+        for _, loaded in stream():
+            for x in loaded:
+                chosen = kernels if x.part.linear is not None else dense
+                rows = _merge_part(x, chosen, pruner, base, config, delta_sinks)
+                pending.append(writer.submit(_write, sink, x, rows, base, config))
+                while len(pending) > WRITES_BEHIND:
+                    pending.pop(0).result()
+            progress.advance(stream.bytes_read)
+        for future in pending:
+            future.result()
+    return Outcome(pruner.rates, pruner.thresholds, pruner.densities, pruner.weights, statistics, stream.bytes_read)
+
+
+def _merge_part(x: Loaded, kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks) -> np.ndarray:
+    sides, bounds, weights = [], [], []
+    for e, name in enumerate(config.experts):
+        side, bound, weight = pruner.tables(x, e)
+        sides.append(side)
+        bounds.append(pruner.on_rows(x, bound))
+        if delta_sinks:
+            plain = pruner.on_rows(x, weight.astype(np.float32))
+            rows = np.asarray(kernels.prune(x.base, x.experts[e], side, bounds[-1], plain))
+            _write_pieces(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
+        coefficients = np.array([[pruner.coefficient(name, piece.name)] for piece in x.part.pieces])
+        weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
+    dtype = _output_dtype(x.part.pieces[0].name, base, config)
+    merged = kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
+    if not config.allow_nonfinite and kernels.nonfinite(merged):
+        raise _locate_nonfinite(x, config)
+    return np.asarray(jax.block_until_ready(merged))
+
+
+def _write(sink: Sink, x: Loaded, rows: np.ndarray, base: Source, config: MergeConfig) -> None:
+    _write_pieces(sink, x, rows, lambda name: _output_dtype(name, base, config))
+
+
+def _write_pieces(sink: Sink, x: Loaded, rows: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:
+    row = 0
+    for piece in x.part.pieces:
+        stop = row + piece.stop - piece.start
+        sink.write_rows(piece.name, piece.start, rows[row:stop].astype(dtype(piece.name), copy=False))
+        row = stop
+
+
+def output_tensors(base: Source, config: MergeConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of every tensor of the merged checkpoint."""
+    return {name: (spec.shape, _output_dtype(name, base, config)) for name, spec in base.specs.items()}
+
+
+def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
+    from dppa_jax.checkpoint import DTYPES
+
+    return DTYPES[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
+
+
+def check_compatible(base: Source, experts: Mapping[str, Source]) -> Mapping[str, TensorSpec]:
+    """The tensors to merge: the base's. Experts must have them all, in the base's shapes but for added vocabulary."""
+    for name, expert in experts.items():
+        layers, wanted = expert.config["num_hidden_layers"], base.config["num_hidden_layers"]
+        if layers != wanted:
+            raise CheckpointError(f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?")
+        for tensor, spec in base.specs.items():
+            found = expert.specs.get(tensor)
+            if found is None:
+                raise CheckpointError(
+                    f"expert {name!r} has no {tensor}, the base has; tie_word_embeddings is "
+                    f"{expert.config.get('tie_word_embeddings', False)} there and "
+                    f"{base.config.get('tie_word_embeddings', False)} in the base. Export it like the base."
+                )
+            if found.shape == spec.shape:
+                continue
+            vocabulary = tensor in ("model.embed_tokens.weight", "lm_head.weight")
+            if vocabulary and found.shape[1:] == spec.shape[1:] and found.shape[0] > spec.shape[0]:
+                extra = found.shape[0] - spec.shape[0]
+                logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
+                continue
+            raise CheckpointError(
+                f"expert {name!r}: {tensor} has shape {found.shape}, base has {spec.shape}: different base model? "
+                f"Experts must be fine-tuned from --base."
+            )
+        extra = [tensor for tensor in expert.specs if tensor not in base.specs]
+        if extra:
+            raise CheckpointError(f"expert {name!r} has {extra[0]}, which the base has not; a different base model?")
+    return base.specs
+
+
+def _locate_nonfinite(x: Loaded, config: MergeConfig) -> CheckpointError:
+    row = 0
+    for piece in x.part.pieces:
+        stop = row + piece.stop - piece.start
+        for name, array in (("base", x.base), *zip(config.experts, x.experts, strict=True)):
+            if not np.isfinite(np.asarray(array[row:stop]).astype(np.float32)).all():
+                return NonfiniteError(piece.name, name)
+        row = stop
+    return CheckpointError(
+        f"{x.part.pieces[0].name}: the merged values overflow {config.output_dtype or 'the output dtype'}; "
+        f"lower --coefficient or --factors, or give --output_dtype=bfloat16."
+    )
+
+
+def _numel_only(specs: Mapping[str, TensorSpec], base: Source) -> Statistics:
+    sizes = [spec.rows * spec.columns for spec in specs.values() if spec.linear is not None]
+    numel = np.array(sizes, np.float64).reshape(base.config["num_hidden_layers"], -1)
+    return Statistics(numel, np.zeros_like(numel), np.zeros(len(numel)))
+
+
+def _pass_bytes(stream: Stream) -> int:
+    return sum(
+        (piece.stop - piece.start) * part.columns * source.tensors[piece.name].dtype.itemsize
+        for block in stream.blocks
+        for part in block.parts
+        for piece in part.pieces
+        for source in stream.sources
+    )
+
+
+__all__ = ["SCORES", "Layout", "Outcome", "check_compatible", "merge_checkpoints", "output_tensors"]

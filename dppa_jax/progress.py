@@ -1,0 +1,42 @@
+"""Progress of long work: a bar in a terminal, one line per stage in a log."""
+
+import sys
+import time
+from contextlib import contextmanager
+
+from absl import logging
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+class Stage:
+    """One stage of a job, measured in bytes read."""
+
+    def __init__(self, name: str, total: int, bar: Progress | None):
+        self.name, self.total, self._bar = name, total, bar
+        self._offset = None
+        self._task = bar.add_task(name, total=total) if bar else None
+
+    def start_at(self, done: int) -> "Stage":
+        """Bytes the stream had read before this stage."""
+        self._offset = done
+        return self
+
+    def advance(self, done: int) -> None:
+        """Report the bytes that the stream has read so far."""
+        if self._bar:
+            self._bar.update(self._task, completed=min(done - (self._offset or 0), self.total))
+
+
+@contextmanager
+def stage(name: str, total: int, already: int = 0, quiet: bool = False):
+    """Progress of a stage that will read `total` bytes; its time and rate go to the log when it ends."""
+    started = time.perf_counter()
+    if sys.stderr.isatty() and not quiet:
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+        with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+            yield Stage(name, total, bar).start_at(already)
+    else:
+        yield Stage(name, total, None).start_at(already)
+    seconds = time.perf_counter() - started
+    if not quiet:
+        logging.info("%s: %.1f s, %.2f GB, %.2f GB/s", name, seconds, total / 1e9, total / 1e9 / max(seconds, 1e-9))

@@ -1,0 +1,124 @@
+"""Pass 2, before the arithmetic: which bounds and weights every row of every expert gets."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+
+from dppa_jax.blocks import Loaded
+from dppa_jax.checkpoint.names import LINEARS, first_match, linear_name
+from dppa_jax.config import MergeConfig
+from dppa_jax.delta import scale
+from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
+from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
+from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics
+from dppa_jax.kernels import Kernels, host_sums
+from dppa_jax.sharding import PerLayer, put_rows
+
+COLUMN_STEP = 7919  # a prime: consecutive rows are sampled at different columns
+
+
+class Pruner:
+    """Turns rates into bounds and weights, a part at a time, and remembers them for the recipe."""
+
+    def __init__(self, kernels: Kernels, config: MergeConfig, layers: int, norms: Mapping[str, Mapping] | None = None):
+        self.kernels, self.config, self.norms = kernels, config, norms or {}
+        shape = (len(config.experts), max(len(config.rates), 1), layers, len(LINEARS))
+        self.rates = np.zeros(shape)
+        self.weights = np.ones(shape)
+        self.thresholds = np.zeros(shape)
+        self.densities = np.ones(shape)
+        self._columns: dict[tuple[int, int], jax.Array] = {}
+
+    def allocate(self, statistics: Sequence[Statistics]) -> None:
+        """Rates and weights of every linear from the survey's statistics, `--tensor_rate` rules last."""
+        allocation, config = ALLOCATIONS[self.config.allocate], self.config
+        for e, of_expert in enumerate(statistics):
+            for p, rate in enumerate(config.rates):
+                self.rates[e, p] = allocation.rates(rate, of_expert, config.max_fluctuation)
+        for layer, j in np.ndindex(self.rates.shape[2:]):
+            rate = first_match(config.tensor_rates, linear_name(layer, j))
+            if rate is not None:
+                self.rates[:, :, layer, j] = rate
+        for e, name in enumerate(config.experts):
+            self.weights[e] = self._scale(name, self.rates[e])
+
+    def _scale(self, expert: str, rates: np.ndarray) -> np.ndarray:
+        match self.config.scale:
+            case "partition":
+                return scale.partition(rates, self.config.factors[expert], self.config.dpa_combine)
+            case "q":
+                return scale.q(rates, self.config.q[expert])
+            case other:
+                return scale.SCALES[other](rates)
+
+    def coefficient(self, expert: str, tensor: str) -> float:
+        rule = first_match(self.config.tensor_coefficients, tensor)
+        return self.config.coefficients[expert] if rule is None else rule
+
+    def tables(self, x: Loaded, e: int) -> tuple:
+        """(side, bounds, weights) of expert e for a part, on the devices; weights without the coefficient."""
+        part, name = x.part, self.config.experts[e]
+        if part.linear is None or self.config.score is None:
+            # Kept at every rate, so it takes the factor that the combination rule gives such an element.
+            dense = 1.0
+            if self.config.scale == "partition":
+                rates = np.array(self.config.rates)
+                dense = scale.partition(rates, self.config.factors[name], self.config.dpa_combine)[0]
+            pieces = len(part.pieces)
+            return None, np.full((pieces, 1), FIRST_BOUND, np.uint32), np.full((pieces, 1), dense)
+        at = (e, slice(None), list(part.layers), part.linear)
+        side = self._side(x, e)
+        return side, self._bounds(x, e, side, self.rates[at].T, at), self.weights[at].T
+
+    def on_rows(self, x: Loaded, per_piece: np.ndarray) -> jax.Array:
+        return put_rows(self.kernels.mesh, x.part.per_row(per_piece))
+
+    def _bounds(self, x: Loaded, e: int, side, rates: np.ndarray, at) -> np.ndarray:
+        """(layers, rates) uint32 bounds of a linear; what is below is dropped."""
+        if self.config.score == "random":
+            self.thresholds[at], self.densities[at] = rates.T, 1.0 - rates.T
+            return random_bound(rates)
+        numel = x.part.piece_rows * x.part.columns
+
+        def count(bounds):
+            rows = np.asarray(self.kernels.counts(x.base, x.experts[e], side, self.on_rows(x, bounds)))
+            return rows[: x.part.rows].reshape(len(bounds), -1, BOUNDS).sum(axis=1, dtype=np.int64)
+
+        keys, dropped = order_statistics(count, numel, index(numel, rates), self._sample(x, e, side))
+        everything = rates == 0
+        self.thresholds[at] = np.where(everything, -1.0, keys.view(np.float32)).T
+        self.densities[at] = np.where(everything, 1.0, 1.0 - dropped / numel).T
+        return np.where(everything, FIRST_BOUND, keys + np.uint32(1)).astype(np.uint32)
+
+    def _sample(self, x: Loaded, e: int, side) -> np.ndarray:
+        """Keys at a few columns of every row, (layers, samples)."""
+        shape = (x.part.rows, x.part.piece_rows, x.part.columns)
+        if shape not in self._columns:
+            many = max(1, min(x.part.columns, -(-SAMPLE // x.part.piece_rows)))
+            spread = np.arange(many, dtype=np.int64) * x.part.columns // many
+            rows = np.arange(x.part.rows, dtype=np.int64)[:, None] * COLUMN_STEP
+            self._columns[shape] = put_rows(self.kernels.mesh, ((rows + spread) % x.part.columns).astype(np.int32))
+        keys = np.asarray(self.kernels.sample(x.base, x.experts[e], side, self._columns[shape]))
+        return keys[: x.part.rows].reshape(len(x.part.pieces), -1)
+
+    def _side(self, x: Loaded, e: int):
+        """What the score needs beside the delta."""
+        part, mesh, name = x.part, self.kernels.mesh, self.config.experts[e]
+        match SCORES[self.config.score].side:
+            case None:
+                return None
+            case "row_keys":
+                keys = [row_keys(self.config.seed, name, p.name, p.start, p.stop) for p in part.pieces]
+                return put_rows(mesh, np.concatenate(keys))
+            case "row_sums":
+                sums = host_sums(self.kernels.row_sums("absolute", x.base, x.experts[e]), part.rows)
+                return put_rows(mesh, sums.astype(np.float32)[:, None])
+            case "column_sums":
+                shape = (len(part.pieces), part.piece_rows, part.columns)
+                base, expert = (np.asarray(a)[: part.rows].astype(np.float32) for a in (x.base, x.experts[e]))
+                values = np.abs(expert - base).reshape(shape).sum(axis=1, dtype=np.float64)
+            case "activation_norms":
+                values = self.norms[name][LINEARS[part.linear]][list(part.layers)]
+        layer = part.per_row(np.arange(len(part.pieces), dtype=np.int32))
+        return PerLayer(jax.numpy.asarray(values, np.float32), put_rows(mesh, layer))

@@ -1,0 +1,83 @@
+"""Mesh and sharding. Rows of weight matrices are the unit: they are spread over all devices and never split.
+
+A block of B layers of one linear is a matrix of B·out rows. Both mesh axes shard its rows, `layer` the outer one, so
+that with B a multiple of the layer axis each device holds rows of its own layers. Every kernel works row by row, so its
+bits do not depend on the mesh.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("layer", "row")
+ROWS = PartitionSpec(AXES)
+REPLICATED = PartitionSpec()
+
+
+class PerLayer(NamedTuple):
+    """Values that the rows of a layer share, (layers, columns) on every device, and the layer of each row."""
+
+    values: jax.Array
+    layer: jax.Array
+
+
+def mesh_shape(text: str, devices: int | None = None) -> tuple[int, int]:
+    """(layer, row) of a --mesh flag; empty means all `devices` on the row axis.
+
+    >>> mesh_shape("layer=2,row=4")
+    (2, 4)
+    >>> mesh_shape("", 8)
+    (1, 8)
+    """
+    if not text:
+        return 1, devices or 1
+    axes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
+        if not match or match[1] not in AXES or int(match[2]) < 1:
+            raise ValueError(f"--mesh={text}: {part!r} is not layer=N or row=N; for example --mesh=layer=2,row=4.")
+        axes[match[1]] = int(match[2])
+    return axes["layer"], axes["row"]
+
+
+def make_mesh(text: str = "") -> Mesh:
+    """The mesh of a --mesh flag over this process's devices."""
+    devices = jax.local_devices()
+    shape = mesh_shape(text, len(devices))
+    if np.prod(shape) > len(devices):
+        raise ValueError(f"--mesh={text} asks for {np.prod(shape)} devices, {len(devices)} are here.")
+    return Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), AXES)
+
+
+def padded_rows(mesh: Mesh, rows: int) -> int:
+    """Rows to allocate so that every device gets the same number; the added ones are zero and ignored."""
+    return -(-rows // mesh.size) * mesh.size
+
+
+def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
+    """A host array whose first axis is rows, padded, onto the mesh. An aligned buffer is not copied on a CPU."""
+    padding = padded_rows(mesh, array.shape[0]) - array.shape[0]
+    if padding:
+        array = np.concatenate([array, np.zeros((padding, *array.shape[1:]), array.dtype)])
+    return jax.device_put(array, NamedSharding(mesh, ROWS))
+
+
+def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
+    """jit of a function of row-major arrays, run by each device on its own rows; `replicated` are argument positions."""
+
+    def lifted(*arguments):
+        specs = tuple(REPLICATED if i in replicated else _row_specs(x) for i, x in enumerate(arguments))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS)(*arguments)
+
+    return jax.jit(lifted)
+
+
+def _row_specs(tree):
+    def spec(x):
+        return PerLayer(REPLICATED, ROWS) if isinstance(x, PerLayer) else ROWS
+
+    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, PerLayer))
