@@ -67,17 +67,18 @@ class Pruner:
                 dense = scale.partition(rates, self.config.factors[name], self.config.dpa_combine)[0]
             pieces = len(part.pieces)
             return None, np.full((pieces, 1), FIRST_BOUND, np.uint32), np.full((pieces, 1), dense)
-        at = (e, slice(None), list(part.layers), part.linear)
+        at = (slice(None), list(part.layers), part.linear)
         side = self._side(x, e)
-        return side, self._bounds(x, e, side, self.rates[at].T, at), self.weights[at].T
+        return side, self._bounds(x, e, side, at), self.weights[e][at].T
 
     def on_rows(self, x: Loaded, per_piece: np.ndarray) -> jax.Array:
         return put_rows(self.kernels.mesh, x.part.per_row(per_piece))
 
-    def _bounds(self, x: Loaded, e: int, side, rates: np.ndarray, at) -> np.ndarray:
-        """(layers, rates) uint32 bounds of a linear; what is below is dropped."""
+    def _bounds(self, x: Loaded, e: int, side, at) -> np.ndarray:
+        """(layers, partitions) uint32 bounds of a linear; what is below is dropped."""
+        rates = self.rates[e][at].T
         if self.config.score == "random":
-            self.thresholds[at], self.densities[at] = rates.T, 1.0 - rates.T
+            self.thresholds[e][at], self.densities[e][at] = rates.T, 1.0 - rates.T
             return random_bound(rates)
         numel = x.part.piece_rows * x.part.columns
 
@@ -87,8 +88,8 @@ class Pruner:
 
         keys, dropped = order_statistics(count, numel, index(numel, rates), self._sample(x, e, side))
         everything = rates == 0
-        self.thresholds[at] = np.where(everything, -1.0, keys.view(np.float32)).T
-        self.densities[at] = np.where(everything, 1.0, 1.0 - dropped / numel).T
+        self.thresholds[e][at] = np.where(everything, -1.0, keys.view(np.float32)).T
+        self.densities[e][at] = np.where(everything, 1.0, 1.0 - dropped / numel).T
         return np.where(everything, FIRST_BOUND, keys + np.uint32(1)).astype(np.uint32)
 
     def _sample(self, x: Loaded, e: int, side) -> np.ndarray:

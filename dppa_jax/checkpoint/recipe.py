@@ -1,0 +1,117 @@
+"""What a merged checkpoint says of itself: recipe.json and the model card."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+
+from dppa_jax.checkpoint.names import LINEARS
+
+LIBRARIES = ("dppa_jax", "jax", "jaxlib", "numpy", "flax", "transformers", "safetensors")
+
+
+def recipe(
+    flags: Mapping,
+    config: Mapping,
+    inputs: Mapping[str, Mapping],
+    tables: Mapping[str, np.ndarray],
+    cost: Mapping,
+) -> str:
+    """recipe.json: everything a merge was made from and everything it decided.
+
+    Args:
+      flags: every flag as resolved.
+      config: the MergeConfig as a dict.
+      inputs: per model ("base" and the experts' names), where it was and its fingerprint.
+      tables: "rates", "thresholds", "densities", "weights": arrays (experts, partitions, layers, linears).
+      cost: wall time, bytes read and written, peak memory.
+    """
+    names = [name for name in inputs if name != "base"]
+    per_expert = {
+        name: {
+            what: [
+                {"rate": rate, "by_layer": [dict(zip(LINEARS, row, strict=True)) for row in table[e, p].tolist()]}
+                for p, rate in enumerate(_rates(config))
+            ]
+            for what, table in tables.items()
+        }
+        for e, name in enumerate(names)
+    }
+    content = {
+        "flags": dict(flags),
+        "config": dict(config),
+        "inputs": dict(inputs),
+        "factors": config["factors"],
+        "coefficients": config["coefficients"],
+        "experts": per_expert,
+        "cost": dict(cost),
+        "versions": library_versions(),
+    }
+    return json.dumps(content, indent=1, default=str) + "\n"
+
+
+def model_card(name: str, base: str, experts: Mapping[str, str], config: Mapping, licences: Sequence[str], command: str) -> str:
+    """README.md of a merged model, with the metadata block that the hub reads."""
+    licence = licences[0] if len(set(licences)) == 1 else "other"
+    metadata = ["---", f"base_model: {base}", "base_model_relation: merge", "library_name: transformers"]
+    metadata += [f"license: {licence}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
+    metadata += [f"- {config['method']}", "merged_models:", *(f"- {where}" for where in experts.values()), "---"]
+    rows = "\n".join(
+        f"| {expert} | `{where}` | {config['coefficients'][expert]:g} | {_factors(config, expert)} |"
+        for expert, where in experts.items()
+    )
+    pruned = f" {100 * config['rate']:g} % of each expert's delta is removed." if config["score"] else ""
+    licence_note = (
+        f"The inputs' licences: {', '.join(dict.fromkeys(licences))}. Check that they allow what you do with the merge."
+    )
+    return "\n".join(metadata) + f"""
+
+# {name}
+
+A merge of {len(experts)} fine-tuned models on `{base}`, made by [dppa_jax](https://pypi.org/project/dppa_jax)
+with the method `{config["method"]}` (score {config["score"]}, allocate {config["allocate"]}, scale {config["scale"]},
+combine {config["combine"]}).{pruned}
+
+| expert | model | coefficient | factors |
+|---|---|---|---|
+{rows}
+
+`recipe.json` holds every flag, the rates and thresholds of every linear, and fingerprints of the inputs. To repeat it:
+
+```
+{command}
+```
+
+{licence_note}
+"""
+
+
+def library_versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def licence(card: str) -> str:
+    """The licence field of a model card's metadata, or 'unknown'."""
+    if card.startswith("---"):
+        for line in card.split("\n---", 1)[0].splitlines():
+            if line.startswith("license:"):
+                return line.removeprefix("license:").strip()
+    return "unknown"
+
+
+def _rates(config: Mapping) -> list[float]:
+    if not config["score"]:
+        return []
+    return list(config["partitions"]) or [config["rate"]]
+
+
+def _factors(config: Mapping, expert: str) -> str:
+    factors = config["factors"].get(expert, ())
+    return ", ".join(f"{f:g}" for f in factors) or "none"
