@@ -95,6 +95,7 @@ def main(argv: list[str]) -> None:
 
 
 def _run(job: str) -> None:
+    _keep_compilations()
     if job == "benchmark":
         from dppa_jax.benchmark import run_benchmark
 
@@ -200,6 +201,16 @@ def _numbers(flag: str, given: list[str]) -> tuple[float, ...]:
         return tuple(float(text) for text in given)
     except ValueError as error:
         raise ValueError(f"{flag}: {str(error).rsplit(':', 1)[-1].strip()} is not a number.") from None
+
+
+def _keep_compilations() -> None:
+    """A merge compiles some forty small functions, 3 s of a run that may take 10: keep them between runs."""
+    import jax
+
+    from dppa_jax.cache import cache_directory
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def usage() -> str:
