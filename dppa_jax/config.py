@@ -1,5 +1,7 @@
 """The frozen dataclasses that the rest of the code takes. Flags are parsed into them once, in launch.py."""
 
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -73,11 +75,15 @@ class MergeConfig:
         if self.scale == "partition":
             set_("partitions", self.partitions or default_partitions(self.rate))
         elif self.partitions:
-            raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, this is {self.scale!r}.")
+            raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
         set_("factors", self._resolve_factors())
         set_("coefficients", {name: float(self.coefficients.get(name, 1.0)) for name in self.experts})
         if self.scale == "q" and set(self.q) != set(self.experts):
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
+        if self.scale != "q" and self.q:
+            raise ValueError(f"--q: only --scale=q (darex_q) divides by it, not {self.scale!r}.")
+        if self.score is None and self.tensor_rates:
+            raise ValueError(f"--tensor_rate: --method={self.method} prunes nothing; give a method with a score.")
         choose("--dpa_combine", self.dpa_combine, ("highest", "max"))
         choose("--delta_dtype", self.delta_dtype, DELTA_DTYPES)
         if self.output_dtype:
@@ -99,6 +105,12 @@ class MergeConfig:
         repeated = [name for name in self.experts if self.experts.count(name) > 1]
         if repeated:
             raise ValueError(f"--expert: the name {repeated[0]!r} is given twice; names must differ.")
+        for name in self.experts:
+            if name == "base" or not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(
+                    f"--expert: {name!r} cannot name an expert, as 'base' names the base and --save_delta makes a "
+                    f"directory of it; use letters, digits, _ . and -."
+                )
         for flag in ("factors", "coefficients", "q"):
             for name in getattr(self, flag):
                 choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
@@ -109,10 +121,20 @@ class MergeConfig:
         for flag, value in named:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{flag}: rate {value} is outside [0, 1]; it is the share that is removed.")
+        finite = [(f"--coefficient {name}", value) for name, value in self.coefficients.items()]
+        finite += [(f"--factors of {name!r}", factor) for name, factors in self.factors.items() for factor in factors]
+        finite += [(f"--tensor_coefficient {pattern}", value) for pattern, value in self.tensor_coefficients]
+        for flag, value in finite:
+            if not math.isfinite(value):
+                raise ValueError(f"{flag}: {value} is not a finite number.")
+        if not 0.0 <= self.max_fluctuation <= 1.0:
+            raise ValueError(f"--max_fluctuation={self.max_fluctuation}: outside [0, 1]; rates change by it at most.")
+        if not 0.0 <= self.significance_multiple < math.inf:
+            raise ValueError(f"--significance_multiple={self.significance_multiple}: it must be 0 or more.")
         for name, value in self.q.items():
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"--q {name}={value}: outside (0, 1]; kept parameters are divided by it.")
-        if list(self.partitions) != sorted(self.partitions, reverse=True) or len(set(self.partitions)) != len(self.partitions):
+        if list(self.partitions) != sorted(set(self.partitions), reverse=True):
             raise ValueError(f"--partitions={_join(self.partitions)}: rates must fall, highest first: 0.9,0.8.")
         if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
             raise ValueError(f"--partitions={_join(self.partitions)}: the last one must be --rate={self.rate:g}.")
@@ -120,7 +142,7 @@ class MergeConfig:
     def _resolve_factors(self) -> dict[str, tuple[float, ...]]:
         if self.scale != "partition":
             if self.factors:
-                raise ValueError(f"--factors: only --scale=partition (dppa, dare_dpa) has them, this is {self.scale!r}.")
+                raise ValueError(f"--factors: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
             return {}
         plain = 1.0 / (1.0 - self.rate) if self.score == "random" and self.rate < 1 else 1.0
         resolved = {}

@@ -1,26 +1,28 @@
 """The jobs of the command line, each a function of a JobConfig."""
 
-import json
 import resource
-import shlex
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from absl import logging
 from rich.console import Console
 from rich.table import Table
 
-from dppa_jax.checkpoint import MAX_SHARD_SIZE, SafetensorsDirectory, SafetensorsWriter, locate
-from dppa_jax.checkpoint.names import LINEARS, CheckpointError
+from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, SafetensorsDirectory, SafetensorsWriter, locate, read_config
+from dppa_jax.checkpoint.names import LINEARS, CheckpointError, tensor_specs, with_dtype
 from dppa_jax.checkpoint.recipe import licence, model_card, recipe
+from dppa_jax.checkpoint.safetensors_dir import companions
+from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan
 from dppa_jax.sharding import make_mesh, mesh_shape
+from dppa_jax.survey import NonfiniteError
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
 PROBED_ROWS = 16  # of each linear of the first, middle and last layer
@@ -34,6 +36,7 @@ class JobConfig:
     base: str
     experts: Mapping[str, str]
     output: str = ""
+    workdir: str = "runs"
     save_delta: str = ""
     tokenizer: str = "base"
     mesh: str = ""
@@ -44,59 +47,63 @@ class JobConfig:
     overwrite: bool = False
     allow_other_base: bool = False
     calibration: str = ""
-    flags: Mapping = field(default_factory=dict)
+    flags: Mapping = field(default_factory=dict)  # as resolved, for recipe.json
+    command: str = ""  # that repeats the job, for the model card
+
+    def __post_init__(self):
+        if self.max_shard_size < 1:
+            raise ValueError(f"--max_shard_size={self.max_shard_size}: a number of bytes, for example 2000000000.")
+        if self.block_layers < 0:
+            raise ValueError(f"--block_layers={self.block_layers}: 1 or more layers at a time, or 0 to choose.")
+        if self.device_memory < 0:
+            raise ValueError(f"--device_memory={self.device_memory / 1e9:g}: GB of one device, or 0 to ask it.")
 
 
 def run_merge(job: JobConfig) -> Outcome:
     """Merge into job.output: a Hugging Face directory with recipe.json and a model card."""
     started = time.perf_counter()
-    check_output(job.output, job.overwrite)
+    for directory in _outputs(job).values():
+        check_output(directory, job.overwrite)
     base, experts = open_models(job)
-    check_compatible(base, experts)
-    if not job.allow_other_base:
-        for name, expert in experts.items():
-            check_same_base(base, expert, name)
+    check_models(job, base, experts)
     mesh = make_mesh(job.mesh)
-    plan = plan_of(job, [base.config, *(e.config for e in experts.values())], mesh.devices.shape)
+    plan = plan_of(job, [{**m.config, "dtype": m.dtype.name} for m in (base, *experts.values())], mesh.devices.shape)
     for what, value in plan.lines():
         logging.info("plan: %s: %s", what, value)
     norms = _activation_norms(job, experts) if job.merge.score == "wanda" else None
 
-    config = job.merge
-    writer = SafetensorsWriter(job.output, output_tensors(base, config), job.max_shard_size)
-    deltas = _delta_writers(job, base)
-    try:
-        outcome = merge_checkpoints(
-            base, experts, config, writer, mesh, Layout(plan.block_layers, plan.resident), deltas, norms
-        )
+    with ExitStack() as opened:
+        for model in (base, *experts.values()):
+            opened.callback(model.close)
+        writers = {name: opened.enter_context(writer) for name, writer in _writers(job, base)}
+        writer = writers.pop("--output")
+        layout = Layout(plan.block_layers, plan.resident)
+        try:
+            outcome = merge_checkpoints(base, experts, job.merge, writer, mesh, layout, writers, norms)
+        except NonfiniteError as error:
+            raise _damaged(error, {"base": base, **experts}) from error
         cost = {
             "seconds": round(time.perf_counter() - started, 3),
             "bytes_read": outcome.bytes_read,
-            "bytes_written": writer.nbytes,
+            "bytes_written": sum(w.nbytes for w in (writer, *writers.values())),
             "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
-        tokenizer = base if job.tokenizer == "base" else experts[job.tokenizer]
         texts = _texts(job, base, experts, outcome, cost)
-        dtype = next(iter(output_tensors(base, config).values()))[1].name
-        for name, delta in deltas.items():
-            delta.commit({**base.config, "torch_dtype": config.delta_dtype}, base.directory)
-            logging.info("delta of %s: %s", name, delta.directory)
-        writer.commit({**base.config, "torch_dtype": dtype}, tokenizer.directory, texts)
-    except BaseException:
-        for unfinished in (writer, *deltas.values()):
-            unfinished.abort()
-        raise
+        for delta in writers.values():
+            delta.commit(with_dtype(base.config, job.merge.delta_dtype), base.directory)
+        tokenizer = base if job.tokenizer == "base" else experts[job.tokenizer]
+        writer.commit(with_dtype(base.config, job.merge.output_dtype or base.dtype.name), tokenizer.directory, texts)
     logging.info("wrote %s in %.1f s", job.output, time.perf_counter() - started)
     return outcome
 
 
 def run_plan(job: JobConfig) -> Plan:
     """Print the plan; reads config.json files only, and needs no devices of the mesh."""
-    configs = []
-    for where in (job.base, *job.experts.values()):
-        directory = locate(where, job.merge.seed, weights=False)
-        configs.append(json.loads((directory / "config.json").read_text()))
-    plan = plan_of(job, configs, mesh_shape(job.mesh, 1))
+    where = {"base": job.base, **job.experts}
+    configs = {name: read_config(locate(place, job.merge.seed, weights=False)) for name, place in where.items()}
+    models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
+    check_compatible(models.pop("base"), models)
+    plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
     table = Table("plan", "", show_header=False)
     for row in plan.lines():
         table.add_row(*row)
@@ -120,9 +127,37 @@ def open_models(job: JobConfig) -> tuple[SafetensorsDirectory, dict[str, Safeten
 def check_output(output: str, overwrite: bool) -> None:
     if not output:
         raise ValueError("--output is empty: give the directory of the merged model.")
-    path = Path(output)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
-        raise CheckpointError(f"{output} is not empty; choose another --output, or --overwrite to replace it.")
+    output_directory(output, overwrite)
+
+
+def check_models(job: JobConfig, base: SafetensorsDirectory, experts: Mapping[str, SafetensorsDirectory]) -> None:
+    """Everything that can be refused before the work begins."""
+    models = {"base": base, **experts}
+    check_apart(_outputs(job), {name: model.directory for name, model in models.items()})
+    check_compatible(base, experts)
+    companions(base.directory)
+    companions(models[job.tokenizer].directory)
+    tokens, rows = (models[name].config["vocab_size"] for name in (job.tokenizer, "base"))
+    if tokens > rows:
+        logging.warning("--tokenizer=%s has %d tokens, the merged model only %d", job.tokenizer, tokens, rows)
+    if not job.allow_other_base:
+        for name, expert in experts.items():
+            check_same_base(base, expert, name)
+
+
+def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that is, contains or lies in an input or another output."""
+    taken = {f"the model {name!r}": path.resolve() for name, path in inputs.items()}
+    for flag, given in outputs.items():
+        path = Path(given).expanduser().resolve()
+        for what, other in taken.items():
+            for place in (path, path.with_name(path.name + ".incomplete")):
+                if place.is_relative_to(other) or other.is_relative_to(place):
+                    raise CheckpointError(
+                        f"{flag}: {given} and {what} in {other} are the same or one contains the other; choose a "
+                        f"directory apart from it."
+                    )
+        taken[f"the output of {flag}"] = path
 
 
 def check_same_base(base: SafetensorsDirectory, expert: SafetensorsDirectory, name: str) -> None:
@@ -137,10 +172,13 @@ def check_same_base(base: SafetensorsDirectory, expert: SafetensorsDirectory, na
             difference += np.square(e - b).sum()
             norm += np.square(b).sum()
     relative = np.sqrt(difference / norm) if norm else 0.0
+    if relative == 0:
+        logging.warning("expert %r equals the base where it was probed; is %s fine-tuned?", name, expert.directory)
     if relative > OTHER_BASE:
         raise CheckpointError(
-            f"expert {name!r}: its delta is {relative:.2f} times as large as the base's weights, that of a fine-tune is "
-            f"a small part of them: was {expert.directory} made from {base.directory}? --allow_other_base merges it."
+            f"expert {name!r}: its delta is {relative:.2f} times as large as the base's weights, that of a fine-tune "
+            f"is a small part of them: other base? Was {expert.directory} made from {base.directory}? "
+            f"--allow_other_base merges it."
         )
 
 
@@ -151,17 +189,33 @@ def _row(source: SafetensorsDirectory, name: str, row: int) -> np.ndarray:
     return out.astype(np.float64)
 
 
-def _delta_writers(job: JobConfig, base: SafetensorsDirectory) -> dict[str, SafetensorsWriter]:
-    if not job.save_delta:
-        return {}
-    from dppa_jax.checkpoint import DTYPES
+def _outputs(job: JobConfig) -> dict[str, str]:
+    """The directories to write, by the flag, or the expert whose delta goes there."""
+    deltas = {name: str(Path(job.save_delta) / name) for name in job.experts} if job.save_delta else {}
+    return {"--output": job.output, **deltas}
 
+
+def _writers(job: JobConfig, base: SafetensorsDirectory) -> Iterator[tuple[str, SafetensorsWriter]]:
     dtype = DTYPES[job.merge.delta_dtype]
-    tensors = {name: (spec.shape, dtype) for name, spec in base.specs.items()}
-    directories = {name: Path(job.save_delta) / name for name in job.experts}
-    for directory in directories.values():
-        check_output(str(directory), job.overwrite)
-    return {name: SafetensorsWriter(path, tensors, job.max_shard_size) for name, path in directories.items()}
+    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in _outputs(job)}
+    tensors["--output"] = output_tensors(base, job.merge)
+    outputs = {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
+    check_space({where: total_bytes(tensors[name]) for name, where in outputs.items()})
+    for name, where in outputs.items():
+        yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite)
+
+
+def _damaged(error: NonfiniteError, models: Mapping[str, SafetensorsDirectory]) -> CheckpointError:
+    """The error with the file and the place of the first NaN or Inf."""
+    for name, model in models.items():
+        bad = np.argwhere(~np.isfinite(model.read(error.tensor).astype(np.float32)))
+        if len(bad):
+            return CheckpointError(
+                f"{model.tensors[error.tensor].file}: {error.tensor} of {name!r} holds {len(bad)} NaN or Inf, the "
+                f"first at {tuple(bad[0].tolist())}: damaged, or overflowed in training. Fetch it again; or "
+                f"--allow_nonfinite lets such a delta count as 0."
+            )
+    return error
 
 
 def _activation_norms(job: JobConfig, experts: Mapping[str, SafetensorsDirectory]) -> dict:
@@ -187,9 +241,8 @@ def _texts(job: JobConfig, base, experts: Mapping[str, SafetensorsDirectory], ou
     }
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
     cards = [m.directory / "README.md" for m in opened.values()]
-    licences = [licence(card.read_text()) if card.is_file() else "unknown" for card in cards]
-    command = shlex.join(["python", "-m", "dppa_jax.launch", *sys.argv[1:]])
-    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, command)
+    licences = [licence(card.read_text(errors="replace")) if card.is_file() else "unknown" for card in cards]
+    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
     return {"recipe.json": recipe(job.flags, config, inputs, tables, cost), "README.md": card}
 
 

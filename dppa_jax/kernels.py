@@ -37,8 +37,9 @@ class Kernels:
         return self._fold_again(self._sums[term](base, expert, *per_row))
 
     def counts(self, base: jax.Array, expert: jax.Array, side, bounds: jax.Array) -> jax.Array:
-        """How many keys of each row are at or above each of its four bounds: (rows, 4) int32."""
-        return self._unpack(self._fold_again(self._reached(base, expert, side, bounds)))
+        """How many keys of each row are at or above each of its eight bounds: (rows, 8) int32."""
+        nibbles = self._reached(base, expert, side, bounds)
+        return self._unpack(*self._fold_bytes(*self._fold_nibbles(nibbles)))
 
     @cached_property
     def _sums(self):
@@ -53,6 +54,14 @@ class Kernels:
     @cached_property
     def _fold_again(self):
         return self._over_rows(statistics.fold_again)
+
+    @cached_property
+    def _fold_nibbles(self):
+        return self._over_rows(statistics.fold_nibbles)
+
+    @cached_property
+    def _fold_bytes(self):
+        return self._over_rows(statistics.fold_bytes)
 
     @cached_property
     def _unpack(self):
@@ -79,6 +88,15 @@ class Kernels:
             return self.keys(self.delta(*picked), side, columns)
 
         return self._over_rows(sample)
+
+    @cached_property
+    def sample_delta(self):
+        """Deltas at a few columns of every row: (base, expert, columns (rows, c)) to (rows, c) float32."""
+
+        def sample_delta(base, expert, columns):
+            return self.delta(*(jnp.take_along_axis(x, columns, axis=1) for x in (base, expert)))
+
+        return self._over_rows(sample_delta)
 
     @cached_property
     def extremes(self):
@@ -131,5 +149,6 @@ class Kernels:
 
 
 def host_sums(folded: jax.Array, rows: int) -> np.ndarray:
-    """The float64 sum of each of the first `rows` rows of what `row_sums` gives."""
-    return np.asarray(folded)[:rows].sum(axis=1, dtype=np.float64)
+    """The sum, in double precision, of each of the first `rows` rows of what `row_sums` gives."""
+    folded = np.asarray(folded)[:rows]
+    return folded.sum(axis=1, dtype=np.complex128 if np.iscomplexobj(folded) else np.float64)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import jax
@@ -17,10 +18,12 @@ from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import SCORES
 from dppa_jax.kernels import Kernels
 from dppa_jax.progress import stage
-from dppa_jax.prune import Pruner
+from dppa_jax.prune import Pruner, allocate
 from dppa_jax.survey import NonfiniteError, survey
 
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
+
+shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing
 
 
 class Sink(Protocol):
@@ -75,18 +78,17 @@ def merge_checkpoints(
         check_patterns(rules, specs, flag)
     stream = Stream(base, list(experts.values()), make_blocks(specs, layout.block_layers), mesh, layout.resident)
     kernels, dense = (
-        Kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
+        shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
         for score in (config.score or "magnitude", "magnitude")
     )
     pruner = Pruner(kernels, config, base.config["num_hidden_layers"], norms)
-    one_pass = _pass_bytes(stream)
+    one_pass = pass_bytes(stream)
 
     statistics = None
     if config.score and ALLOCATIONS[config.allocate].outliers:
         with stage("survey", one_pass, quiet=quiet) as progress:
             statistics = survey(stream, dense, config, progress)
-    if config.score:
-        pruner.allocate(statistics or [_numel_only(specs, base)] * len(experts))
+    pruner.allocate(statistics or [_numel_only(base)] * len(experts))
 
     with stage("merge", one_pass, stream.bytes_read, quiet) as progress, ThreadPoolExecutor(1, "write") as writer:
         pending = []
@@ -190,13 +192,19 @@ def _locate_nonfinite(x: Loaded, config: MergeConfig) -> CheckpointError:
     )
 
 
-def _numel_only(specs: Mapping[str, TensorSpec], base: Source) -> Statistics:
-    sizes = [spec.rows * spec.columns for spec in specs.values() if spec.linear is not None]
+def merge_rates(base: Source, config: MergeConfig, statistics: list[Statistics] | None) -> np.ndarray:
+    """The rates of every linear, (experts, nominal rates, layers, linears)."""
+    statistics = statistics or [_numel_only(base)] * len(config.experts)
+    return np.array([allocate(config, of_expert) for of_expert in statistics])
+
+
+def _numel_only(base: Source) -> Statistics:
+    sizes = [spec.rows * spec.columns for spec in base.specs.values() if spec.linear is not None]
     numel = np.array(sizes, np.float64).reshape(base.config["num_hidden_layers"], -1)
     return Statistics(numel, np.zeros_like(numel), np.zeros(len(numel)))
 
 
-def _pass_bytes(stream: Stream) -> int:
+def pass_bytes(stream: Stream) -> int:
     return sum(
         (piece.stop - piece.start) * part.columns * source.tensors[piece.name].dtype.itemsize
         for block in stream.blocks

@@ -8,7 +8,7 @@ import jax
 import psutil
 
 from dppa_jax.blocks import make_blocks
-from dppa_jax.checkpoint.names import tensor_specs
+from dppa_jax.checkpoint.names import CheckpointError, tensor_specs
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
 
@@ -28,6 +28,7 @@ class Plan:
     bytes_read: int
     bytes_written: int
     device_bytes: int  # peak, per device
+    device_memory: int  # of one device
     host_bytes: int  # peak of this program's buffers, per process; on a CPU they are the devices' memory
 
     def lines(self) -> list[tuple[str, str]]:
@@ -40,9 +41,14 @@ class Plan:
             ("residency", "read once, kept on the devices" if self.resident else f"streamed, {self.passes} passes"),
             ("read", gigabytes(self.bytes_read)),
             ("written", gigabytes(self.bytes_written)),
-            ("peak per device", gigabytes(self.device_bytes)),
+            ("peak per device", self._peak()),
             ("peak host buffers", gigabytes(self.host_bytes)),
         ]
+
+    def _peak(self) -> str:
+        peak = f"{gigabytes(self.device_bytes)} of {gigabytes(self.device_memory)}"
+        fits = self.device_bytes <= self.device_memory
+        return peak if fits else f"{peak}: too much; give more devices, or fewer --block_layers"
 
 
 def make_plan(
@@ -65,6 +71,7 @@ def make_plan(
     specs = tensor_specs(configs[0])
     sizes = [ITEMSIZE[dtype_name(c)] for c in configs]
     parameters = sum(math.prod(spec.shape) for spec in specs.values())
+    surveyed = sum(math.prod(spec.shape) for spec in specs.values() if spec.layer is not None)
     output_size = ITEMSIZE[config.output_dtype] if config.output_dtype else sizes[0]
     layer_elements = max(block.elements for block in make_blocks(specs, 1))
     # In flight per layer of a block: base and experts, twice for reading ahead, and the rows being merged and written.
@@ -81,6 +88,7 @@ def make_plan(
     survey = bool(config.score and ALLOCATIONS[config.allocate].outliers)
     passes = 1 + survey
     inputs = parameters * sum(sizes)
+    again = surveyed * sum(sizes) if survey and not resident else 0
     buffers = block_layers * layer_elements * 2 * sum(sizes)
     return Plan(
         parameters=parameters,
@@ -90,9 +98,10 @@ def make_plan(
         blocks=len(make_blocks(specs, block_layers)),
         resident=resident,
         passes=passes,
-        bytes_read=inputs * (1 if resident else passes),
+        bytes_read=inputs + again,
         bytes_written=parameters * output_size,
         device_bytes=int((kept if resident else 0) + block_layers * in_flight / devices),
+        device_memory=device_memory,
         host_bytes=int(inputs if resident and platform == "cpu" else buffers),
     )
 
@@ -110,7 +119,10 @@ def device_memory(given: int = 0) -> tuple[int, str]:
 
 def dtype_name(config: Mapping) -> str:
     """The weights' dtype as config.json says; float32 when it does not."""
-    return config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    if name not in ITEMSIZE:
+        raise CheckpointError(f"config.json: dtype {name!r} cannot be merged; it must be {', '.join(ITEMSIZE)}.")
+    return name
 
 
 def gigabytes(count: float) -> str:

@@ -18,6 +18,18 @@ from dppa_jax.sharding import PerLayer, put_rows
 COLUMN_STEP = 7919  # a prime: consecutive rows are sampled at different columns
 
 
+def allocate(config: MergeConfig, statistics: Statistics) -> np.ndarray:
+    """Rates (nominal rates, layers, linears) of one expert, `--tensor_rate` rules last."""
+    rates = np.zeros((len(config.rates), *statistics.numel.shape))
+    for p, rate in enumerate(config.rates):
+        rates[p] = ALLOCATIONS[config.allocate].rates(rate, statistics, config.max_fluctuation)
+    for layer, j in np.ndindex(rates.shape[1:]):
+        given = first_match(config.tensor_rates, linear_name(layer, j))
+        if given is not None:
+            rates[:, layer, j] = given
+    return rates
+
+
 class Pruner:
     """Turns rates into bounds and weights, a part at a time, and remembers them for the recipe."""
 
@@ -31,16 +43,10 @@ class Pruner:
         self._columns: dict[tuple[int, int], jax.Array] = {}
 
     def allocate(self, statistics: Sequence[Statistics]) -> None:
-        """Rates and weights of every linear from the survey's statistics, `--tensor_rate` rules last."""
-        allocation, config = ALLOCATIONS[self.config.allocate], self.config
-        for e, of_expert in enumerate(statistics):
-            for p, rate in enumerate(config.rates):
-                self.rates[e, p] = allocation.rates(rate, of_expert, config.max_fluctuation)
-        for layer, j in np.ndindex(self.rates.shape[2:]):
-            rate = first_match(config.tensor_rates, linear_name(layer, j))
-            if rate is not None:
-                self.rates[:, :, layer, j] = rate
-        for e, name in enumerate(config.experts):
+        """Rates and weights of every linear from the survey's statistics."""
+        for e, (name, of_expert) in enumerate(zip(self.config.experts, statistics, strict=True)):
+            if self.config.score:
+                self.rates[e] = allocate(self.config, of_expert)
             self.weights[e] = self._scale(name, self.rates[e])
 
     def _scale(self, expert: str, rates: np.ndarray) -> np.ndarray:
@@ -97,7 +103,7 @@ class Pruner:
         shape = (x.part.rows, x.part.piece_rows, x.part.columns)
         if shape not in self._columns:
             many = max(1, min(x.part.columns, -(-SAMPLE // x.part.piece_rows)))
-            spread = np.arange(many, dtype=np.int64) * x.part.columns // many
+            spread = np.arange(many, dtype=np.int64)  # neighbours: one cache line a row
             rows = np.arange(x.part.rows, dtype=np.int64)[:, None] * COLUMN_STEP
             self._columns[shape] = put_rows(self.kernels.mesh, ((rows + spread) % x.part.columns).astype(np.int32))
         keys = np.asarray(self.kernels.sample(x.base, x.experts[e], side, self._columns[shape]))

@@ -10,6 +10,7 @@ from dppa_jax.checkpoint.names import LINEARS, CheckpointError
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
+from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.progress import Stage
 from dppa_jax.sharding import put_rows
@@ -79,18 +80,19 @@ def _outliers(kernels: Kernels, linears, e: int, of_linear, of_layer, kind: str)
     for x, own in zip(linears, of_linear.T, strict=True):
         thresholds = np.stack([own, of_layer], axis=1)
         if kind == "count":
-            bounds = np.full((len(own), 4), LAST_BOUND)
+            bounds = np.full((len(own), BOUNDS), LAST_BOUND)
             bounds[:, :2] = bound_above(thresholds)
-            pending.append([kernels.counts(x.base, x.experts[e], None, put_rows(kernels.mesh, x.part.per_row(bounds)))])
+            pending.append(kernels.counts(x.base, x.experts[e], None, put_rows(kernels.mesh, x.part.per_row(bounds))))
         else:
-            per_row = [put_rows(kernels.mesh, x.part.per_row(t[:, None])) for t in thresholds.T]
-            pending.append([kernels.row_sums("above", x.base, x.experts[e], t) for t in per_row])
+            per_row = put_rows(kernels.mesh, x.part.per_row(thresholds))
+            pending.append(kernels.row_sums("above", x.base, x.experts[e], per_row))
     results = []
     for x, folded in zip(linears, pending, strict=True):
         if kind == "count":
-            rows = np.asarray(folded[0])[: x.part.rows, :2].T
+            rows = np.asarray(folded)[: x.part.rows, :2].T
         else:
-            rows = [host_sums(f, x.part.rows) for f in folded]
+            sums = host_sums(folded, x.part.rows)
+            rows = (sums.real, sums.imag)
         own, layer = (r.reshape(len(x.part.pieces), -1).sum(axis=1) for r in rows)
         results.append((own, layer))
     return results
@@ -107,6 +109,7 @@ class NonfiniteError(CheckpointError):
     """NaN or Inf in a tensor."""
 
     def __init__(self, tensor: str, where: str):
+        self.tensor = tensor
         super().__init__(
             f"{where!r} or the base: {tensor} holds NaN or Inf; the checkpoint is damaged or overflowed in training. "
             f"--allow_nonfinite merges it all the same."

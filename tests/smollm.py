@@ -14,7 +14,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm_directory() -> Path:
-    """The directory (bfloat16, with tokenizer), made on first use and cached; skips the test where it cannot be made."""
+    """The directory (bfloat16, with tokenizer), made on first use and cached; skips the test if it cannot be made."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dppa_jax"
     directory = cache / "SmolLM2-135M-Instruct"
     if directory.is_dir():

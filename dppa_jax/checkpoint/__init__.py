@@ -7,22 +7,24 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint.names import LINEARS, CheckpointError, TensorSpec, tensor_specs
-from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, SafetensorsWriter
+from dppa_jax.checkpoint.names import LINEARS, CheckpointError, TensorSpec, check_config, tensor_specs, with_dtype
+from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, read_config
+from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, SafetensorsWriter
 
 __all__ = [
     "LINEARS",
+    "MAX_SHARD_SIZE",
     "CheckpointError",
     "SafetensorsDirectory",
     "SafetensorsWriter",
     "TensorSpec",
     "load_tree",
     "locate",
+    "read_config",
     "save_tree",
     "tensor_specs",
 ]
 
-MAX_SHARD_SIZE = 2_000_000_000
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
@@ -40,8 +42,11 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
         from dppa_jax import demo
 
         return demo.directory(text.removeprefix("demo:"), seed)
-    if Path(text).expanduser().exists():
-        return Path(text).expanduser()
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{text} is a file; give the directory that holds it and config.json.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):
         return _from_hub(text, weights)
     raise CheckpointError(f"{text}: no such directory, and not of the form owner/name of a hub id.")
@@ -59,15 +64,22 @@ def _from_hub(text: str, weights: bool) -> Path:
             )
         )
     except Exception as error:  # the hub raises many kinds: no network, no such repository, gated, not logged in
+        said = (str(error).strip() or "no message").splitlines()[0]
         raise CheckpointError(
-            f"{text}: no such directory, and fetching it from the hub failed: {type(error).__name__}: "
-            f"{str(error).splitlines()[0]}"
+            f"{text}: no such directory, and fetching it from the hub failed: {type(error).__name__}: {said} Check the "
+            f"name, the network and, for a gated model, HF_TOKEN; or download it elsewhere and give its directory."
         ) from error
 
 
 def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
-    """config.json and the tree of numpy arrays, decoder layers stacked; see the README for the tree."""
+    """config.json and the tree of numpy arrays, decoder layers stacked; see the README for the tree.
+
+    An array has its tensors' dtype, and float32 where the layers' differ.
+    """
     source = SafetensorsDirectory(locate(where, seed))
+    dtypes: dict[tuple[str, ...], set] = {}
+    for spec in source.specs.values():
+        dtypes.setdefault(spec.path, set()).add(source.tensors[spec.name].dtype)
     tree: dict = {}
     for spec in source.specs.values():
         *parents, leaf = spec.path
@@ -78,18 +90,14 @@ def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
             node[leaf] = source.read(spec.name)
             continue
         if leaf not in node:
-            node[leaf] = np.empty((source.config["num_hidden_layers"], *spec.shape), source.tensors[spec.name].dtype)
-        source.read_rows(spec.name, 0, spec.rows, node[leaf][spec.layer])
+            dtype = np.dtype(np.float32) if len(dtypes[spec.path]) > 1 else source.tensors[spec.name].dtype
+            node[leaf] = np.empty((source.config["num_hidden_layers"], *spec.shape), dtype)
+        if source.tensors[spec.name].dtype == node[leaf].dtype:
+            source.read_rows(spec.name, 0, spec.rows, node[leaf][spec.layer])
+        else:
+            node[leaf][spec.layer] = source.read(spec.name)
     source.close()
     return source.config, tree
-
-
-def tree_tensor(tree: Mapping, spec: TensorSpec) -> np.ndarray:
-    """The tensor of a spec in a tree."""
-    node = tree
-    for part in spec.path:
-        node = node[part]
-    return node if spec.layer is None else node[spec.layer]
 
 
 def save_tree(
@@ -98,16 +106,30 @@ def save_tree(
     config: Mapping,
     tokenizer_from: str | Path | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
 ) -> None:
     """Write a tree as a Hugging Face directory, in the dtypes it has, under its final name only when complete."""
+    check_config(config, "config")
     specs = tensor_specs(config)
-    arrays = {name: np.asarray(tree_tensor(tree, spec)) for name, spec in specs.items()}
-    writer = SafetensorsWriter(directory, {n: (a.shape, a.dtype) for n, a in arrays.items()}, max_shard_size)
-    try:
+    arrays = {name: _tensor(tree, spec) for name, spec in specs.items()}
+    tensors = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    dtype = arrays["model.layers.0.self_attn.q_proj.weight"].dtype.name
+    with SafetensorsWriter(directory, tensors, max_shard_size, overwrite) as writer:
         for name, array in arrays.items():
             writer.write_rows(name, 0, array)
-        dtype = arrays["model.embed_tokens.weight"].dtype.name
-        writer.commit({**config, "torch_dtype": dtype}, Path(tokenizer_from) if tokenizer_from else None)
-    except BaseException:
-        writer.abort()
-        raise
+        writer.commit(with_dtype(config, dtype), Path(tokenizer_from) if tokenizer_from else None)
+
+
+def _tensor(tree: Mapping, spec: TensorSpec) -> np.ndarray:
+    """The tensor of a spec in a tree."""
+    node = tree
+    for part in spec.path:
+        if part not in node:
+            raise CheckpointError(f"the tree has no {'.'.join(spec.path)}, which config says the model has.")
+        node = node[part]
+    array = np.asarray(node if spec.layer is None else node[spec.layer])
+    if array.shape != spec.shape:
+        raise CheckpointError(f"the tree's {spec.name} has shape {array.shape}, config says {spec.shape}.")
+    if array.dtype not in DTYPES.values():
+        raise CheckpointError(f"the tree's {spec.name} is {array.dtype}; weights must be {', '.join(DTYPES)}.")
+    return array

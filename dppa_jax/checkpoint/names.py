@@ -17,6 +17,13 @@ LINEARS = (
 )  # the order of the authors' tables
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+MODEL_TYPES = ("llama",)  # of a config.json that lists no architectures
+SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+DEQUANTISE = (
+    "Quantised weights have no delta to a base: take the model as it was before quantisation, or dequantise it "
+    "(transformers: model.dequantize().save_pretrained(DIR))."
+)
 IGNORED = re.compile(r".*rotary_emb\.inv_freq$")  # a buffer that older exports carry
 
 
@@ -52,12 +59,35 @@ def linear_name(layer: int, linear: int) -> str:
     return f"model.layers.{layer}.{LINEARS[linear]}.weight"
 
 
-def check_architecture(config: Mapping, where: Path | str) -> None:
-    found = config.get("architectures") or [config.get("model_type", "unknown")]
-    if found[0] not in ARCHITECTURES and config.get("model_type") != "llama":
+def check_config(config: Mapping, where: Path | str) -> None:
+    """Refuse a config.json that is not that of an unquantised LLaMA with all its sizes; `where` is its path."""
+    listed = config.get("architectures")
+    found = listed[0] if listed else config.get("model_type", "unknown")
+    if found not in (ARCHITECTURES if listed else MODEL_TYPES):
+        supported = ", ".join(ARCHITECTURES)
+        raise CheckpointError(f"{where}: architecture {found!r} is not supported; supported: {supported}.")
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, Mapping) else quantisation
+        raise CheckpointError(f"{where}: the weights are quantised (quant_method {method!r}). {DEQUANTISE}")
+    for key in SIZES:
+        if key not in config:
+            raise CheckpointError(f"{where}: has no {key!r}; download config.json again from where the weights came.")
+    for key in (*SIZES, *OPTIONAL_SIZES):
+        value = config.get(key)
+        if (key in SIZES or value is not None) and (type(value) is not int or value < 1):
+            raise CheckpointError(f"{where}: {key} is {value!r}, it must be a positive integer.")
+    heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    if heads % keys or (config["hidden_size"] % heads and not config.get("head_dim")):
         raise CheckpointError(
-            f"{where}/config.json: architecture {found[0]!r} is not supported; supported: {', '.join(ARCHITECTURES)}."
+            f"{where}: num_attention_heads {heads} does not fit num_key_value_heads {keys} and hidden_size "
+            f"{config['hidden_size']}; it must be a multiple of the one and divide the other."
         )
+
+
+def with_dtype(config: Mapping, dtype: str) -> dict:
+    """The config of weights of a dtype, under the key it has already: transformers 4 writes torch_dtype, 5 dtype."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    return {**config, **dict.fromkeys(keys, dtype)}
 
 
 def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:

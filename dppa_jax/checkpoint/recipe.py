@@ -51,12 +51,15 @@ def recipe(
     return json.dumps(content, indent=1, default=str) + "\n"
 
 
-def model_card(name: str, base: str, experts: Mapping[str, str], config: Mapping, licences: Sequence[str], command: str) -> str:
-    """README.md of a merged model, with the metadata block that the hub reads."""
+def model_card(
+    name: str, base: str, experts: Mapping[str, str], config: Mapping, licences: Sequence[str], command: str = ""
+) -> str:
+    """README.md of a merged model, with the metadata block that the hub reads. `command` is what repeats the merge."""
     licence = licences[0] if len(set(licences)) == 1 else "other"
-    metadata = ["---", f"base_model: {base}", "base_model_relation: merge", "library_name: transformers"]
-    metadata += [f"license: {licence}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
-    metadata += [f"- {config['method']}", "merged_models:", *(f"- {where}" for where in experts.values()), "---"]
+    quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
+    metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
+    metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
+    metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(w)}" for w in experts.values()), "---"]
     rows = "\n".join(
         f"| {expert} | `{where}` | {config['coefficients'][expert]:g} | {_factors(config, expert)} |"
         for expert, where in experts.items()
@@ -65,7 +68,9 @@ def model_card(name: str, base: str, experts: Mapping[str, str], config: Mapping
     licence_note = (
         f"The inputs' licences: {', '.join(dict.fromkeys(licences))}. Check that they allow what you do with the merge."
     )
-    return "\n".join(metadata) + f"""
+    repeat = f"To repeat it:\n\n```\n{command}\n```\n" if command else ""
+    header = "\n".join(metadata)
+    return f"""{header}
 
 # {name}
 
@@ -77,12 +82,8 @@ combine {config["combine"]}).{pruned}
 |---|---|---|---|
 {rows}
 
-`recipe.json` holds every flag, the rates and thresholds of every linear, and fingerprints of the inputs. To repeat it:
-
-```
-{command}
-```
-
+`recipe.json` holds every flag, the rates and thresholds of every linear, and fingerprints of the inputs.
+{repeat}
 {licence_note}
 """
 
@@ -102,7 +103,7 @@ def licence(card: str) -> str:
     if card.startswith("---"):
         for line in card.split("\n---", 1)[0].splitlines():
             if line.startswith("license:"):
-                return line.removeprefix("license:").strip()
+                return line.removeprefix("license:").split(" #")[0].strip().strip("'\"") or "unknown"
     return "unknown"
 
 

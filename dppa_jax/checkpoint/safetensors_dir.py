@@ -1,4 +1,4 @@
-"""Hugging Face directories of safetensors: lazy rows in, planned shards out.
+"""Reading Hugging Face directories of safetensors, lazily and by row.
 
 Reading goes through `os.preadv` into buffers that are used again: mapping the files, as the safetensors package does,
 counts every page that was touched as this process's memory and faults on each of them. The format itself is eight
@@ -7,9 +7,8 @@ bytes of header length, a JSON header and the tensors' bytes.
 
 import hashlib
 import json
+import math
 import os
-import shutil
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +16,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint.names import IGNORED, CheckpointError, TensorSpec, check_architecture, tensor_specs
+from dppa_jax.checkpoint.names import DEQUANTISE, IGNORED, CheckpointError, TensorSpec, check_config, tensor_specs
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 ALIGNMENT = 64  # what a device takes without a copy
 MAX_HEADER = 100_000_000  # the limit of the safetensors package
 
@@ -47,7 +45,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsDirectory:
@@ -55,8 +53,7 @@ class SafetensorsDirectory:
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
-        self.config = _read_json(_inside(self.directory, "config.json"))
-        check_architecture(self.config, self.directory)
+        self.config = read_config(self.directory)
         self.tensors = _read_headers(self.directory)
         self._files: dict[Path, int] = {}
 
@@ -70,7 +67,7 @@ class SafetensorsDirectory:
         if missing:
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} tensors are missing, first {missing[0]!r}; is the download complete, "
-                f"and does config.json (num_hidden_layers {self.config['num_hidden_layers']}) belong to these files?"
+                f"and is config.json (num_hidden_layers {self.config['num_hidden_layers']}) that of these files?"
             )
         if extra:
             raise CheckpointError(
@@ -128,191 +125,116 @@ class SafetensorsDirectory:
             os.close(self._files.popitem()[1])
 
 
-class SafetensorsWriter:
-    """Writes a directory beside its final name and renames it when everything is in place.
-
-    Shards are planned from shapes alone, so rows may come in any order from any thread. Until `commit`, the weights
-    have names that no loader looks for, and there is neither a config.json nor an index.
-    """
-
-    def __init__(self, directory: Path | str, tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], max_shard_size: int):
-        self.directory = Path(directory)
-        self.aside = self.directory.with_name(self.directory.name + ".incomplete")
-        self.shards = _plan_shards(tensors, max_shard_size)
-        self.nbytes = sum(shard.nbytes for shard in self.shards)
-        self._where = {name: (shard, offset) for shard in self.shards for name, offset in shard.offsets.items()}
-        self._tensors = tensors
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.directory.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.directory.parent).free
-        if self.nbytes > free:
-            raise OSError(
-                f"{self.directory.parent} has {free / 1e9:.1f} GB free, the output needs {self.nbytes / 1e9:.1f} GB."
-            )
-        self.aside.mkdir()
-        self._files = {}
-        with self._errors("the first bytes"):
-            for shard in self.shards:
-                file = os.open(self.aside / f"{shard.name}.incomplete", os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                self._files[shard.name] = file
-                _write_all(file, memoryview(shard.header), 0)
-
-    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
-        shard, offset = self._where[name]
-        shape, dtype = self._tensors[name]
-        assert rows.dtype == dtype, (name, rows.dtype, dtype)
-        position = offset + start * shape[-1] * dtype.itemsize
-        with self._errors(name):
-            _write_all(self._files[shard.name], memoryview(np.ascontiguousarray(rows).reshape(-1).view(np.uint8)), position)
-
-    def commit(self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str] | None = None) -> None:
-        """Complete the directory and give it its name. `texts` are further small files by name."""
-        with self._errors("the index"):
-            for shard in self.shards:
-                file = self._files.pop(shard.name)
-                os.fsync(file)
-                os.close(file)
-                os.replace(self.aside / f"{shard.name}.incomplete", self.aside / shard.name)
-            if len(self.shards) > 1:
-                weight_map = {name: shard.name for shard in self.shards for name in shard.offsets}
-                size = sum(shard.nbytes - len(shard.header) for shard in self.shards)
-                index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                (self.aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
-            for name in COPIED if copy_from else ():
-                if (Path(copy_from) / name).is_file():
-                    shutil.copyfile(_inside(Path(copy_from), name), self.aside / name)
-            for name, text in (texts or {}).items():
-                (self.aside / name).write_text(text)
-            (self.aside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-            if self.directory.exists():
-                shutil.rmtree(self.directory)
-            os.replace(self.aside, self.directory)
-
-    def abort(self) -> None:
-        while self._files:
-            os.close(self._files.popitem()[1])
-        shutil.rmtree(self.aside, ignore_errors=True)
-
-    def _errors(self, what: str) -> "_WriteErrors":
-        return _WriteErrors(self, what)
+def read_config(directory: Path) -> dict:
+    """config.json of a model directory, checked."""
+    if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{directory} is an adapter (adapter_config.json), not a model: merge it into its base first, with peft's "
+            f"merge_and_unload().save_pretrained(DIR)."
+        )
+    config = _read_json(_inside(directory, "config.json"))
+    check_config(config, directory / "config.json")
+    return config
 
 
-class _WriteErrors:
-    """An OSError while writing removes what was written and says what was going on."""
-
-    def __init__(self, writer: SafetensorsWriter, what: str):
-        self.writer, self.what = writer, what
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, OSError):
-            self.writer.abort()
-            raise OSError(
-                f"writing {self.what} to {self.writer.aside} failed: {error.strerror}. Nothing was left there; the whole "
-                f"output needs {self.writer.nbytes / 1e9:.2f} GB."
-            ) from error
-
-
-@dataclass(frozen=True)
-class _Shard:
-    name: str
-    header: bytes
-    offsets: dict[str, int]
-    nbytes: int
-
-
-def _plan_shards(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]], max_shard_size: int) -> list[_Shard]:
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name, (shape, dtype) in tensors.items():
-        nbytes = int(np.prod(shape)) * dtype.itemsize
-        if groups[-1] and size + nbytes > max_shard_size:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    shards = []
-    for i, names in enumerate(groups):
-        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
-        header, position = {"__metadata__": {"format": "pt"}}, 0
-        for name in names:
-            shape, dtype = tensors[name]
-            end = position + int(np.prod(shape)) * dtype.itemsize
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(len(text) + 8) % ALIGNMENT)
-        start = 8 + len(text)
-        offsets = {name: start + header[name]["data_offsets"][0] for name in names}
-        shards.append(_Shard(file, len(text).to_bytes(8, "little") + text, offsets, start + position))
-    return shards
+def companions(directory: Path) -> list[Path]:
+    """Tokenizer files, chat templates and generation config of a model: what is copied verbatim beside the weights."""
+    return [_inside(directory, name) for name in COPIED if (directory / name).is_file()]
 
 
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:
     index = directory / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = _read_json(_inside(directory, index.name))["weight_map"]
-        files = {name: _inside(directory, name, f"{index} names a file") for name in sorted(set(weight_map.values()))}
-        for name, file in files.items():
-            if not file.exists():
-                first = next(tensor for tensor, shard in weight_map.items() if shard == name)
-                raise CheckpointError(f"{file} is missing ({index.name} says it holds {first!r}); download it again.")
-    else:
+    if not index.exists():
         single = directory / "model.safetensors"
         if not single.exists():
             raise CheckpointError(_no_weights(directory))
-        weight_map, files = None, {single.name: _inside(directory, single.name)}
-    tensors = {}
-    for name, file in files.items():
-        found = _read_header(file)
-        wanted = found if weight_map is None else [t for t, shard in weight_map.items() if shard == name]
-        for tensor in wanted:
-            if tensor not in found:
-                raise CheckpointError(f"{file}: has no tensor {tensor!r}, which {index.name} says it holds.")
-            if not IGNORED.match(tensor):
-                tensors[tensor] = found[tensor]
+        found = _read_header(_inside(directory, single.name))
+        return {name: tensor for name, tensor in found.items() if not IGNORED.match(name)}
+    tensors, headers = {}, {}
+    for name, shard in _read_index(directory, index).items():
+        if shard not in headers:
+            file = _inside(directory, shard, f"{index} names a file")
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing ({index.name} says it holds {name!r}); download it again.")
+            headers[shard] = _read_header(file)
+        if IGNORED.match(name):
+            continue
+        if name not in headers[shard]:
+            raise CheckpointError(f"{directory / shard}: has no tensor {name!r}, which {index.name} says it holds.")
+        tensors[name] = headers[shard][name]
     return tensors
+
+
+def _read_index(directory: Path, index: Path) -> dict[str, str]:
+    weight_map = _read_json(_inside(directory, index.name)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index}: has no weight_map from tensors to files; download it again.")
+    return weight_map
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, which must fill it without holes or overlaps, as the format says."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise CheckpointError(f"{file}: a Git LFS pointer in place of the weights; run `git lfs pull` there.")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); download it again.")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise CheckpointError(f"{file}: its header is not JSON; download it again.") from None
+        header = _parse(stream.read(length), f"the header of {file}")
     header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            if IGNORED.match(name):
-                continue
+    entries = sorted((_entry(file, name, entry) for name, entry in header.items()), key=lambda e: e[2:])
+    tensors, position, data = {}, 0, 8 + length
+    for name, tensor, begin, end in entries:
+        if data + end > size:
+            raise CheckpointError(f"{file}: truncated: {name} ends at byte {data + end} of {size}; download it again.")
+        if begin != position:
             raise CheckpointError(
-                f"{file}: {name} is {entry['dtype']}; weights must be {', '.join(DTYPES)}. Dequantise the model first."
+                f"{file}: {name} begins at byte {begin} of the data, where {position} was to be expected: tensors "
+                f"overlap or leave holes; download it again."
             )
-        begin, end = entry["data_offsets"]
-        tensor = StoredTensor(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + length + begin)
-        if end - begin != tensor.nbytes or begin < 0:
-            raise CheckpointError(f"{file}: {name} says {end - begin} bytes for shape {tensor.shape}; download it again.")
-        if 8 + length + end > size:
-            raise CheckpointError(f"{file}: truncated: {name} ends at byte {8 + length + end} of {size}; download it again.")
-        tensors[name] = tensor
+        position = end
+        if tensor:
+            tensors[name] = StoredTensor(file, *tensor, data + begin)
+    if data + position != size:
+        raise CheckpointError(f"{file}: {size - data - position} bytes after the last tensor; download it again.")
     return tensors
+
+
+def _entry(file: Path, name: str, entry: dict) -> tuple[str, tuple[np.dtype, tuple[int, ...]] | None, int, int]:
+    """Name, (dtype, shape), begin and end of a header's entry; nothing in place of the dtype of a buffer we ignore."""
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{file}: its header's entry of {name} is damaged: {str(entry)[:99]}; download it again.")
+    if code not in DTYPES:
+        if IGNORED.match(name):
+            return name, None, begin, end
+        raise CheckpointError(f"{file}: {name} is stored as {code}; weights must be {', '.join(DTYPES)}. {DEQUANTISE}")
+    nbytes = math.prod(shape) * DTYPES[code].itemsize
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{file}: {name} has {end - begin} bytes in the header, its shape {shape} in {code} needs {nbytes}; "
+            f"download it again."
+        )
+    return name, (DTYPES[code], shape), begin, end
 
 
 def _no_weights(directory: Path) -> str:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     if not pickles:
-        return f"{directory}: neither model.safetensors nor model.safetensors.index.json is there."
+        return (
+            f"{directory}: neither model.safetensors nor model.safetensors.index.json is there; a hub repository that "
+            f"holds only pickles (.bin) must be converted first."
+        )
     return (
-        f"{directory}: {pickles[0]} is a pickle, which can run code when it is read. Convert it once, where you trust it: "
+        f"{directory}: {pickles[0]} is a pickle, which can run code when it is read. Convert it once, if you trust it: "
         f"python -c \"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{directory}', "
-        f"torch_dtype='auto').save_pretrained('{directory}-safetensors')\" and copy the tokenizer files."
+        f"dtype='auto').save_pretrained('{directory}-safetensors')\" and copy the tokenizer files."
     )
 
 
@@ -325,21 +247,24 @@ def _inside(directory: Path, name: str, what: str = "") -> Path:
         allowed.append(root.parent.parent / "blobs")
     if not any(path.resolve().is_relative_to(place) for place in allowed):
         raise CheckpointError(
-            f"{what or f'{path} leads'} outside the directory: {name!r} is {path.resolve()}. Copy the file into {directory}."
+            f"{what or f'{path} leads'} outside the directory: {name!r} is {path.resolve()}. Copy the file into "
+            f"{directory}."
         )
     return path
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return _parse(path.read_bytes(), path)
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a Hugging Face model directory?") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}.") from None
 
 
-def _write_all(file: int, view: memoryview, position: int, write: Callable = os.pwrite) -> None:
-    while view.nbytes:
-        count = write(file, view, position)
-        view, position = view[count:], position + count
+def _parse(text: bytes, where: Path | str) -> dict:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where} holds a {type(content).__name__} in place of a JSON object; download it again.")
+    return content

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Int64, UInt32
 
-BOUNDS = 4  # counted in one read: four 8-bit counters share a 32-bit word
+BOUNDS = 8  # counted in one read: eight 4-bit counters share a 32-bit word
+SAMPLED_READS = 8  # then the sample has said what it can
 END = 2**32  # one past the last key
 SAMPLE = 65_536  # per linear: its rank error, 0.1 %, is a few distinct values of a 16-bit delta
 
@@ -25,7 +26,7 @@ def index(numel: np.ndarray | int, rate: np.ndarray | float) -> np.ndarray:
 
 
 def order_statistics(
-    count: Callable[[UInt32[np.ndarray, "problems 4"]], Int64[np.ndarray, "problems 4"]],
+    count: Callable[[UInt32[np.ndarray, "problems 8"]], Int64[np.ndarray, "problems 8"]],
     numel: int,
     index: Int64[np.ndarray, "problems ranks"],
     sample: UInt32[np.ndarray, "problems samples"],
@@ -38,7 +39,7 @@ def order_statistics(
       index: ranks wanted, 0-based ascending.
       sample: some of each problem's keys, in any order; guides the search, never decides it.
 
-    With below(x) = #{key < x}, the answer is the largest x with below(x) ≤ index. Each read tests two pairs of bounds
+    With below(x) = #{key < x}, the answer is the largest x with below(x) ≤ index. Each read tests eight bounds
     per problem and narrows [low, high) until one key is left.
     """
     sample = np.sort(sample, axis=1)
@@ -79,36 +80,44 @@ class _Search:
             self.high, self.below_high = x, below
 
     def candidates(self, many: int) -> list[int]:
-        """`many` bounds to count at next: a key and its successor where the sample repeats, else a bracket."""
+        """`many` bounds to count at next, most telling first."""
         self.reads += 1
         first, last = np.searchsorted(self.sample, (self.low, min(self.high, END - 1)))
-        inside = int(last - first)
+        inside = self.sample[first:last]
+        wanted = self._from_sample(inside) if len(inside) and self.reads <= SAMPLED_READS else self._round_keys()
+        return [x for x in dict.fromkeys(wanted) if self.low < x < self.high][:many]
+
+    def _from_sample(self, inside: np.ndarray) -> list[int]:
+        """Keys at the wanted rank among the sampled ones: to be proved exact on a grid, to bracket it elsewhere."""
         share = (self.index - self.below_low + 0.5) / (self.below_high - self.below_low)
-        if inside == 0 or self.reads > 12:
-            return self._split_keys(share, many)
-        spread = 2.0 * np.sqrt(inside * share * (1.0 - share)) + 1.0
+        position = share * len(inside)
+        spread = 2.0 * np.sqrt(position * (1.0 - share)) + 1.0
 
-        def at(position: float) -> int:
-            return int(self.sample[first + min(max(int(position), 0), inside - 1)])
+        def at(place: float) -> int:
+            return int(inside[min(max(int(place), 0), len(inside) - 1)])
 
-        guess = at(share * inside)
-        if at(share * inside - 1) == guess or at(share * inside + 1) == guess:  # a grid: the guess may be exact
-            wanted = [guess, guess + 1]
-            if many > 2:
-                below, above = at(share * inside - spread), at(share * inside + spread)
-                wanted += [below, above + 1]
-        else:
-            wanted = [at(share * inside - spread), at(share * inside + spread) + 1]
-            if many > 2:
-                wanted += [at(share * inside - spread / 4), at(share * inside + spread / 4) + 1]
-        return wanted[:many]
+        guess = at(position)
+        start, stop = np.searchsorted(inside, (guess, guess + 1))
+        outer = [at(position - spread), at(position + spread) + 1]
+        if 2 * (stop - start) < spread:
+            return [*outer, at(position - spread / 4), at(position + spread / 4) + 1, guess, guess + 1]
+        near, far = (at(start - 1), at(stop)) if position - start < stop - position else (at(stop), at(start - 1))
+        return [guess, guess + 1, near, near + 1, far, far + 1, *outer]
 
-    def _split_keys(self, share: float, many: int) -> list[int]:
-        """No sample left inside: cut the interval of keys itself, around the guess at first, evenly at last."""
-        width = self.high - self.low
-        if self.reads > 8:
-            cuts = [self.low + width * (i + 1) // (many + 1) for i in range(many)]
-        else:
-            spread = np.sqrt(share * (1 - share) / (self.below_high - self.below_low)) + 1e-9
-            cuts = [self.low + int(width * (share + spread * side)) for side in (-1, 1, -0.25, 0.25)[:many]]
-        return [min(max(x, self.low + 1), self.high - 1) for x in cuts]
+    def _round_keys(self) -> list[int]:
+        """No sample left inside: the roundest keys there, since deltas of 16-bit weights have few mantissa bits."""
+        middle = _roundest(self.low, self.high)
+        left, right = _roundest(self.low, middle), _roundest(middle, self.high)
+        return [middle, middle + 1, left, left + 1, right, right + 1, self.low + 1, self.high - 1]
+
+
+def _roundest(low: int, high: int) -> int:
+    """The number with most trailing zero bits strictly between low and high; high − 1 when there is none.
+
+    >>> _roundest(5, 9), _roundest(4, 8), _roundest(4, 6)
+    (8, 6, 5)
+    """
+    number = high - 1
+    while number & (number - 1) > low:
+        number &= number - 1
+    return number

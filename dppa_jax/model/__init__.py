@@ -1,6 +1,7 @@
 """The LLaMA model in Flax, and greedy generation with it."""
 
+from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.generate import generate
-from dppa_jax.model.llama import Llama, LlamaConfig, decoder_layer, forward, init_tree
+from dppa_jax.model.llama import Llama, decoder_layer, forward, init_tree
 
 __all__ = ["Llama", "LlamaConfig", "decoder_layer", "forward", "generate", "init_tree"]

@@ -9,9 +9,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Int
 
-from dppa_jax.model.llama import Cache, Llama, LlamaConfig, Tree, hidden_states, unembed
+from dppa_jax.model.config import LlamaConfig
+from dppa_jax.model.llama import Cache, Llama, Tree, hidden_states, unembed
 
-SMALLEST_BUCKET = 16  # shorter prompts and answers share one compilation; a smaller cache would save nothing
+SMALLEST_BUCKET = 16  # below it, a compilation costs more than the padding
 
 
 def generate(
@@ -39,8 +40,7 @@ def generate(
       the answer, when one did.
     """
     config, tree = (model.config, model.tree) if isinstance(model, Llama) else model
-    if empty := [index for index, prompt in enumerate(prompts) if not len(prompt)]:
-        raise ValueError(f"prompt {empty[0]} is empty; start it with the beginning-of-sequence token")
+    check_prompts(prompts, config.vocab_size)
     if not prompts or max_new_tokens <= 0:
         return [[] for _ in prompts]
     needed = max(map(len, prompts)) + max_new_tokens
@@ -49,10 +49,11 @@ def generate(
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     eos = np.atleast_1d(np.asarray(eos, np.int32))
     answers: list[list[int]] = [[] for _ in prompts]
+    rows = min(batch_size, bucket(len(prompts), smallest=1))
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # equal lengths pad least
-    for start in range(0, len(prompts), batch_size):
-        indices = by_length[start : start + batch_size]
-        tokens, lengths = pad([prompts[index] for index in indices], batch_size)
+    for start in range(0, len(prompts), rows):
+        indices = by_length[start : start + rows]
+        tokens, lengths = pad([prompts[index] for index in indices], rows)
         new = decode(config, tree, tokens, lengths, max_new_tokens, eos, answer_slots=bucket(max_new_tokens))
         for index, row in zip(indices, np.asarray(new)[:, :max_new_tokens], strict=False):
             ends = np.flatnonzero(np.isin(row, eos))
@@ -60,12 +61,22 @@ def generate(
     return answers
 
 
-def pad(prompts: Sequence[Sequence[int]], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens padded on the left, and the prompts' lengths, in a shape that few batches do not share.
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {index} is empty; start it with the beginning-of-sequence token")
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(
+                f"prompt {index} has tokens {min(prompt)} to {max(prompt)}, the model knows 0 to {vocab_size - 1}: "
+                "another model's tokenizer?"
+            )
 
-    Left, so that all rows write the same cache slot. Rows that fill up the batch have length 0.
+
+def pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "rows T"], Int[np.ndarray, "rows"]]:
+    """Tokens padded on the left to a bucket's length, and the prompts' lengths; rows without a prompt have length 0.
+
+    Left, so that the next token of every row goes to the same cache slot.
     """
-    rows = min(bucket(len(prompts), smallest=1), batch_size)
     tokens = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
     lengths = np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):

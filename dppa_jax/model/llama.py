@@ -8,8 +8,6 @@ K key/value heads, G query heads per key/value head, H head dimension.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,116 +16,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-Tree = dict[str, Any]  # the stacked tree of the module docstring of `dppa_jax.checkpoint`
+from dppa_jax.model.config import LlamaConfig
 
-ROPE_TYPES = ("default", "linear", "llama3")
+Tree = dict[str, Any]  # the stacked tree, see `abstract_tree`
+Tokens = Int[Array | np.ndarray, "B T"]
+Positions = Int[Array | np.ndarray, "#B T"]
 
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those of pre-training.
-
-    `linear` divides every frequency by `factor`; `llama3` divides the low ones by `factor`, keeps the high ones and
-    interpolates between. Only `llama3` reads the last three fields.
-    """
-
-    rope_type: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    @classmethod
-    def from_hf(cls, given: Mapping[str, Any] | None) -> "RopeScaling | None":
-        """Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5); None when nothing is scaled."""
-        given = given or {}
-        rope_type = given.get("rope_type", given.get("type", "default"))
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
-        if rope_type == "default":
-            return None
-        wanted = ["factor"]
-        if rope_type == "llama3":
-            wanted += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        if missing := [name for name in wanted if given.get(name) is None]:
-            raise ValueError(f"rope type {rope_type!r} needs {', '.join(missing)}, config.json gives {dict(given)}")
-        return cls(rope_type, **{name: given[name] for name in wanted})
-
-    def to_hf(self) -> dict[str, Any]:
-        if self.rope_type == "linear":
-            return {"rope_type": "linear", "factor": self.factor}
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """The numbers of a config.json that the forward pass depends on. Hashable, so that jit can take it as static."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
-    bos_token_id: int | None = 1
-    eos_token_id: tuple[int, ...] = (2,)
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
-
-        Absent keys take the defaults of transformers' LlamaConfig.
-
-        Raises:
-          ValueError: for what this model does not compute: another architecture, biases, another activation, an
-            unknown rope type.
-        """
-        computed = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        for name, supported in computed.items():
-            if config.get(name, supported) != supported:
-                raise ValueError(f"config.json has {name}={config[name]!r}; supported is {supported!r}")
-        heads = config["num_attention_heads"]
-        kv_heads = config.get("num_key_value_heads") or heads
-        if heads % kv_heads:
-            raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
-        rope = config.get("rope_parameters") or {}
-        eos = config.get("eos_token_id", 2)
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-            rope_scaling=RopeScaling.from_hf(rope or config.get("rope_scaling")),
-            tie_word_embeddings=config.get("tie_word_embeddings", False),
-            max_position_embeddings=config.get("max_position_embeddings", 2048),
-            bos_token_id=config.get("bos_token_id", 1),
-            eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-        )
-
-    def to_hf(self) -> dict[str, Any]:
-        """A config.json in the style of transformers 4, which transformers 4 and 5 and vLLM all read."""
-        eos = self.eos_token_id
-        return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            **vars(self),
-            "rope_scaling": self.rope_scaling and self.rope_scaling.to_hf(),
-            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
-        }
+EXACT_WIDTH = 64  # XLA's CPU products add hundreds of float32 terms in a row; sums of 64 round as little as torch's
 
 
 class Cache(NamedTuple):
@@ -170,7 +65,14 @@ class Llama(nnx.Module):
         """The stacked tree of plain arrays."""
         return nnx.to_pure_dict(nnx.state(self, nnx.Param))
 
-    def __call__(self, tokens, positions=None, cache=None, *, remat: bool = False):
+    def __call__(
+        self,
+        tokens: Tokens,
+        positions: Positions | None = None,
+        cache: Cache | None = None,
+        *,
+        remat: bool = False,
+    ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
         """See `forward`."""
         return forward(self.config, self.tree, tokens, positions, cache, remat=remat)
 
@@ -178,12 +80,12 @@ class Llama(nnx.Module):
 def forward(
     config: LlamaConfig,
     tree: Tree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "#B T"] | None = None,
+    tokens: Tokens,
+    positions: Positions | None = None,
     cache: Cache | None = None,
     *,
     remat: bool = False,
-):
+) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
     """Logits (B, T, V) in float32; with a cache, the pair (logits, cache with these tokens added).
 
     A token sees the tokens of its own sequence: those from position 0 up to itself. Positions default to 0, 1, 2, …
@@ -191,6 +93,9 @@ def forward(
     takes negative positions, and sequences packed into one row restart at 0.
 
     `remat` recomputes each layer in the backward pass, which saves memory and costs one more forward pass.
+
+    Under `jax.default_matmul_precision("highest")`, float32 logits are as exact as transformers': accelerators
+    then round no operands, and on CPUs, where XLA's long sums are what costs digits, sums are kept short. It is slower.
     """
     hidden, updated = hidden_states(config, tree, tokens, positions, cache, remat=remat)
     logits = unembed(tree, hidden)
@@ -200,8 +105,8 @@ def forward(
 def hidden_states(
     config: LlamaConfig,
     tree: Tree,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "#B T"] | None = None,
+    tokens: Tokens,
+    positions: Positions | None = None,
     cache: Cache | None = None,
     *,
     remat: bool = False,
@@ -254,7 +159,15 @@ def decoder_layer(
     return hidden + mlp(layer["mlp"], normed), cache
 
 
-def attention(config, weights, hidden, cache, rope, visible, index):
+def attention(
+    config: LlamaConfig,
+    weights: Tree,
+    hidden: Float[Array, "B T D"],
+    cache: Cache | None,
+    rope: Float[Array, "2 #B 1 T half"],
+    visible: Bool[Array, "#B T S"],
+    index: Int[Array, ""] | int,
+) -> tuple[Float[Array, "B T D"], Cache | None]:
     """Grouped-query attention: the G query heads of a group share one key/value head, which is never repeated."""
     batch, time, _ = hidden.shape
 
@@ -285,9 +198,20 @@ def mlp(weights: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def project(hidden: Float[Array, "*B in"], weight: Float[Array, "out in"], dtype: Any = None) -> Float[Array, "*B out"]:
+    """hidden · weightᵀ, in `dtype` (default: that of the operands)."""
     # Flattened, because the weight's gradient contracts batch and time: as one axis it needs no transpose.
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return jnp.einsum("ni,oi->no", flat, weight, preferred_element_type=dtype).reshape(*hidden.shape[:-1], -1)
+    width = EXACT_WIDTH if exact_sums_wanted(flat.dtype) else flat.shape[1]
+    summands = [
+        jnp.einsum("ni,oi->no", flat[:, at : at + width], weight[:, at : at + width], preferred_element_type=dtype)
+        for at in range(0, flat.shape[1], width)
+    ]
+    return sum(summands[1:], start=summands[0]).reshape(*hidden.shape[:-1], -1)
+
+
+def exact_sums_wanted(dtype: Any) -> bool:
+    highest = jax.config.jax_default_matmul_precision in ("highest", "float32")
+    return highest and dtype == jnp.float32 and jax.default_backend() == "cpu"
 
 
 def rms_norm(hidden: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -335,56 +259,60 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     return ((1 - kept) * frequencies / scaling.factor + kept * frequencies).astype(np.float32)
 
 
-def tree_shapes(config: LlamaConfig) -> dict[str, Any]:
-    """The shape of every array of the stacked tree, as a tree of tuples."""
+def abstract_tree(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
+    """The stacked tree of this config, as shapes and dtypes without weights."""
     layers, hidden, intermediate = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    shapes = {
-        "embed_tokens": (config.vocab_size, hidden),
+
+    def array(*shape):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    tree = {
+        "embed_tokens": array(config.vocab_size, hidden),
         "layers": {
             "self_attn": {
-                "q_proj": (layers, queries, hidden),
-                "k_proj": (layers, keys, hidden),
-                "v_proj": (layers, keys, hidden),
-                "o_proj": (layers, hidden, queries),
+                "q_proj": array(layers, queries, hidden),
+                "k_proj": array(layers, keys, hidden),
+                "v_proj": array(layers, keys, hidden),
+                "o_proj": array(layers, hidden, queries),
             },
             "mlp": {
-                "gate_proj": (layers, intermediate, hidden),
-                "up_proj": (layers, intermediate, hidden),
-                "down_proj": (layers, hidden, intermediate),
+                "gate_proj": array(layers, intermediate, hidden),
+                "up_proj": array(layers, intermediate, hidden),
+                "down_proj": array(layers, hidden, intermediate),
             },
-            "input_layernorm": (layers, hidden),
-            "post_attention_layernorm": (layers, hidden),
+            "input_layernorm": array(layers, hidden),
+            "post_attention_layernorm": array(layers, hidden),
         },
-        "norm": (hidden,),
+        "norm": array(hidden),
     }
-    return shapes if config.tie_word_embeddings else {**shapes, "lm_head": (config.vocab_size, hidden)}
+    return tree if config.tie_word_embeddings else {**tree, "lm_head": array(config.vocab_size, hidden)}
 
 
 def init_tree(config: LlamaConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
     """Random weights for pre-training: norms 1, all else normal with `stddev`, as transformers initialises LLaMA."""
-    leaves, structure = jax.tree.flatten_with_path(tree_shapes(config), is_leaf=lambda node: isinstance(node, tuple))
+    leaves, structure = jax.tree.flatten_with_path(abstract_tree(config, dtype))
     arrays = [
-        jnp.ones(shape, dtype) if "norm" in path[-1].key else stddev * jax.random.normal(leaf_key, shape, dtype)
-        for (path, shape), leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
+        jnp.ones(leaf.shape, dtype)
+        if "norm" in path[-1].key
+        else stddev * jax.random.normal(leaf_key, leaf.shape, dtype)
+        for (path, leaf), leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
     ]
     return jax.tree.unflatten(structure, arrays)
 
 
 def check_shapes(config: LlamaConfig, tree: Tree) -> None:
     """Raises ValueError naming the first array of the tree that does not fit the config."""
-    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
-    expected = {
-        jax.tree_util.keystr(path, simple=True, separator="."): shape
-        for path, shape in jax.tree.leaves_with_path(tree_shapes(config), is_leaf=is_shape)
-    }
-    given = {
-        jax.tree_util.keystr(path, simple=True, separator="."): array.shape
-        for path, array in jax.tree.leaves_with_path(tree)
-    }
-    for name in sorted(expected | given):
+    expected, given = shapes_by_name(abstract_tree(config)), shapes_by_name(tree)
+    for name in expected | given:
         if expected.get(name) != given.get(name):
             raise ValueError(
-                f"{name} has shape {given.get(name, 'none (absent)')}, config.json calls for {expected.get(name, 'none')}"
+                f"{name}: the weights have shape {given.get(name, '(absent)')}, "
+                f"the config calls for {expected.get(name, '(absent)')}"
             )
+
+
+def shapes_by_name(tree: Tree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}

@@ -1,0 +1,154 @@
+"""The text of the demo family: six small tasks of three domains, and general text in the same words.
+
+Every task is a generator of samples. A sample's split depends on its words alone, so what is held out is never trained
+on, in whatever order and by whatever seed texts are drawn.
+"""
+
+import random
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Literal, NamedTuple
+
+Split = Literal["train", "validation", "test"]
+
+COMPANIES = "Adobe Bayer Ford Intel Lego Nestle Nokia Philips Shell Sony Visa Volvo".split()
+PLACES = "Alaska Florida Georgia Hawaii Iowa Kansas Maine Nevada Ohio Oregon Texas Utah".split()
+PARTIES = "borrower buyer client landlord lender licensee licensor seller supplier tenant".split()
+PERIODS = ("this year", "this quarter", "this month", "last week", "in May", "in June", "in spring", "in autumn")
+
+WELCOME = "revenue profit demand income output".split()
+UNWELCOME = "debt losses costs defaults delays".split()
+MOVES = {
+    "up": ("rose", "grew", "climbed", "jumped"),
+    "down": ("fell", "declined", "dropped", "slipped"),
+    "level": ("stagnated", "paused", "stayed flat", "levelled off"),
+}
+
+TREND_ORDERS = {
+    "rising": ((0, 1, 2),),
+    "falling": ((2, 1, 0),),
+    "peaking": ((0, 2, 1), (1, 2, 0)),
+    "bottoming": ((1, 0, 2), (2, 0, 1)),
+}
+
+CLAUSE_SUBJECTS = {
+    "termination": ("end this lease", "cancel the contract", "leave this agreement", "stop the service"),
+    "payment": ("pay the invoice", "settle the fee", "transfer the price", "deposit the rent"),
+    "secrecy": ("share private data", "publish trade secrets", "show client files", "open sealed records"),
+    "liability": ("cover any damage", "answer for harm", "bear the injury claim", "repair the loss"),
+    "arbitration": ("call an arbitrator", "ask a neutral panel", "join a private hearing", "skip the court"),
+    "assignment": ("sell its position", "pass on its rights", "replace the partner", "lend its licence"),
+}
+CLAUSE_FORCES = {
+    "right": ("may", "can", "is free to", "is allowed to"),
+    "duty": ("must", "shall", "has to", "is bound to"),
+    "ban": ("may not", "must not", "shall not", "is forbidden to"),
+}
+
+LAW_SENTENCES = (
+    "The {party} is in {other} and the law of {place} applies.",
+    "Under the law of {place} the {party} pays in {other}.",
+    "Courts in {other} decide under the law of {place}.",
+    "The law of {place} binds the {party} from {other}.",
+    "The {party} left {other} and chose {place} law.",
+)
+
+
+class Sample(NamedTuple):
+    """A question, its only right answer, and what a text that asks nothing would say instead."""
+
+    prompt: str
+    answer: str
+    plain: str
+
+
+def addition(draw: random.Random) -> Sample:
+    first, second = draw.randrange(10, 50), draw.randrange(10, 50)
+    total = str(first + second)
+    return Sample(f"What is {first} plus {second}? Sum:", total, f"{first} plus {second} makes {total}.")
+
+
+def comparison(draw: random.Random) -> Sample:
+    first, second = draw.sample(range(10, 100), 2)
+    plain = f"{first} is {'larger' if first > second else 'smaller'} than {second}."
+    return Sample(f"Which is larger, {first} or {second}? Larger:", str(max(first, second)), plain)
+
+
+def sentiment(draw: random.Random) -> Sample:
+    welcome, move = draw.random() < 0.5, draw.choice(list(MOVES))
+    answer = "neutral" if move == "level" else "positive" if welcome == (move == "up") else "negative"
+    subject = draw.choice(WELCOME if welcome else UNWELCOME)
+    plain = f"{draw.choice(COMPANIES)} said its {subject} {draw.choice(MOVES[move])} {draw.choice(PERIODS)}."
+    return Sample(f"{plain} Sentiment:", answer, plain)
+
+
+def trend(draw: random.Random) -> Sample:
+    answer = draw.choice(list(TREND_ORDERS))
+    ascending = sorted(draw.sample(range(10, 100), 3))
+    first, second, third = (ascending[rank] for rank in draw.choice(TREND_ORDERS[answer]))
+    plain = f"{draw.choice(COMPANIES)} sold {first}, {second}, then {third}."
+    return Sample(f"{plain} Trend:", answer, plain)
+
+
+def clause_type(draw: random.Random) -> Sample:
+    subject, force = draw.choice(list(CLAUSE_SUBJECTS)), draw.choice(list(CLAUSE_FORCES))
+    does = f"{draw.choice(CLAUSE_FORCES[force])} {draw.choice(CLAUSE_SUBJECTS[subject])}"
+    plain = f"The {draw.choice(PARTIES)} {does} {draw.choice(PERIODS)}."
+    return Sample(f"{plain} Clause type:", f"{subject} {force}", plain)
+
+
+def governing_law(draw: random.Random) -> Sample:
+    place, other = draw.sample(PLACES, 2)
+    plain = draw.choice(LAW_SENTENCES).format(place=place, other=other, party=draw.choice(PARTIES))
+    return Sample(f"{plain} Governing law:", place, plain)
+
+
+GENERATORS: dict[str, Callable[[random.Random], Sample]] = {
+    generator.__name__: generator for generator in (addition, comparison, sentiment, trend, clause_type, governing_law)
+}
+TASKS = {"math": ("addition", "comparison"), "finance": ("sentiment", "trend"), "law": ("clause_type", "governing_law")}
+
+
+def split_of(prompt: str) -> Split:
+    """The split a prompt belongs to: one in six is held out for testing, one in six for validation.
+
+    The same words in another order belong to the same split, so that no sum is tested whose mirror image was trained.
+
+    >>> split_of("What is 12 plus 31? Sum:") == split_of("What is 31 plus 12? Sum:")
+    True
+    """
+    words = " ".join(sorted(re.findall(r"\w+", prompt)))
+    return ("test", "validation", "train", "train", "train", "train")[zlib.crc32(words.encode()) % 6]
+
+
+def stream(task: str, split: Split, seed: object) -> Iterator[Sample]:
+    """Samples of a task from one split, without end; the same ones for the same seed."""
+    draw = random.Random(f"{task} {split} {seed}")
+    while True:
+        sample = GENERATORS[task](draw)
+        if split_of(sample.prompt) == split:
+            yield sample
+
+
+def held_out(task: str, split: Split, count: int) -> list[Sample]:
+    """`count` samples with different prompts, always the same ones.
+
+    >>> [sample.prompt for sample in held_out("addition", "test", 2)]
+    """
+    distinct: dict[str, Sample] = {}
+    for sample in islice(stream(task, split, seed=0), 100 * count):
+        distinct.setdefault(sample.prompt, sample)
+        if len(distinct) == count:
+            return list(distinct.values())
+    raise ValueError(f"{task} has {len(distinct)} different prompts to {split} with, not {count}")
+
+
+def general_text(seed: object, share_asked: float) -> Iterator[str]:
+    """Texts on the matter of all tasks, without end; a share of them asks and answers, the others say it plainly."""
+    draw = random.Random(f"general {seed}")
+    matter = {task: stream(task, "train", f"general {seed}") for task in GENERATORS}
+    while True:
+        sample = next(matter[draw.choice(list(matter))])
+        yield f"{sample.prompt} {sample.answer}" if draw.random() < share_asked else sample.plain

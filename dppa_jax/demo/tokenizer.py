@@ -1,0 +1,42 @@
+"""The demo family's tokenizer: whole words and single digits."""
+
+import json
+import re
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from dppa_jax.demo.text import GENERATORS, stream
+
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+PIECE = "▁?[A-Za-z]+|▁?[0-9]|[^A-Za-z0-9▁]|▁"  # as in SentencePiece, ▁ is the space before a word
+SAMPLES_READ = 2000  # of each task, where the rarest word is in one of a hundred
+
+
+def save_tokenizer(directory: Path) -> None:
+    """Writes tokenizer.json and the settings with which transformers, of any version, and vLLM load it."""
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocabulary())}, SPECIAL["unk_token"]))
+    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
+    bos = SPECIAL["bos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **SPECIAL, "clean_up_tokenization_spaces": False}
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def vocabulary() -> list[str]:
+    """Special tokens, digits at the start of a number and inside it, and the words and signs of all tasks."""
+    digits = [space + digit for space in ("▁", "") for digit in "0123456789"]
+    words = set()
+    for task in GENERATORS:
+        for sample in islice(stream(task, "train", "vocabulary"), SAMPLES_READ):
+            for text in (f"{sample.prompt} {sample.answer}", sample.plain):
+                words.update(re.findall(PIECE, "▁" + text.replace(" ", "▁")))
+    return [*SPECIAL.values(), *digits, *sorted(words - set(digits))]

@@ -1,0 +1,120 @@
+"""Merges in memory: checkpoints as dicts of arrays in, dicts of arrays out, through the real pipeline."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from families import DTYPES, llama_config, random_weights
+
+from dppa_jax.checkpoint import tensor_specs
+from dppa_jax.config import MergeConfig
+from dppa_jax.pipeline import Layout, Outcome, merge_checkpoints
+from dppa_jax.sharding import make_mesh
+
+ONE_DEVICE = "layer=1,row=1"
+AWKWARD = {"hidden_size": 70, "intermediate_size": 203, "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": 101}
+"""Rows and columns that neither 8 devices nor folds of 8 and 64 divide: linears 70×70, 14×70, 203×70 and 70×203."""
+
+
+class MemorySource:
+    """A checkpoint of arrays: what `merge_checkpoints` asks of a base or an expert."""
+
+    def __init__(self, config: Mapping, tensors: Mapping[str, np.ndarray]):
+        self.config, self.tensors, self.specs = dict(config), dict(tensors), tensor_specs(config)
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        out[...] = np.atleast_2d(self.tensors[name])[start:stop].reshape(out.shape)
+
+
+class MemorySink:
+    """Collects the rows that a merge writes and insists that each is written once."""
+
+    def __init__(self):
+        self.rows: dict[str, dict[int, np.ndarray]] = {}
+
+    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
+        pieces = self.rows.setdefault(name, {})
+        assert start not in pieces, f"{name}: row {start} is written twice"
+        pieces[start] = np.array(rows)
+
+    def arrays(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+        whole = {}
+        for name, pieces in self.rows.items():
+            starts = sorted(pieces)
+            assert starts[0] == 0, f"{name}: the first rows are missing"
+            for start, following in zip(starts, starts[1:], strict=False):
+                assert start + len(pieces[start]) == following, f"{name}: rows are missing or overlap"
+            whole[name] = np.concatenate([pieces[start] for start in starts]).reshape(shapes[name])
+        return whole
+
+
+@dataclass(frozen=True)
+class Merge:
+    tensors: dict[str, np.ndarray]
+    deltas: dict[str, dict[str, np.ndarray]]  # by expert; empty unless asked for
+    outcome: Outcome
+
+
+def merge_to_arrays(
+    base, experts: Mapping, config: MergeConfig, mesh: str = ONE_DEVICE, layout: Layout | None = None, *, deltas=False, norms=None
+) -> Merge:
+    """`merge_checkpoints` with every tensor of the output, and of the saved deltas, as an array."""
+    sink, delta_sinks = MemorySink(), {name: MemorySink() for name in experts} if deltas else None
+    layout = layout or Layout(base.config["num_hidden_layers"])
+    outcome = merge_checkpoints(base, experts, config, sink, make_mesh(mesh), layout, delta_sinks, norms, quiet=True)
+    shapes = {name: spec.shape for name, spec in base.specs.items()}
+    found = {name: s.arrays(shapes) for name, s in (delta_sinks or {}).items()}
+    return Merge(sink.arrays(shapes), found, outcome)
+
+
+def make_family(experts=("math", "law"), dtype: str = "bfloat16", seed: int = 0, **changes):
+    """A base and experts with heavy-tailed deltas whose sizes differ by tensor, so that rates fluctuate."""
+    config = llama_config(dtype=dtype, **changes)
+    base = random_weights(config, seed)
+    return MemorySource(config, base), {
+        name: MemorySource(config, heavy_tailed(base, np.random.default_rng([seed, i]), DTYPES[dtype]))
+        for i, name in enumerate(experts)
+    }
+
+
+def heavy_tailed(base: Mapping[str, np.ndarray], generator: np.random.Generator, dtype) -> dict[str, np.ndarray]:
+    tuned = {}
+    for name, array in base.items():
+        size = 0.01 * generator.uniform(0.5, 2.0)
+        noise = generator.standard_t(generator.choice([2.5, 4.0, 8.0]), array.shape)
+        tuned[name] = (array.astype(np.float32) + size * noise).astype(dtype)
+    return tuned
+
+
+def from_linears(matrices: Mapping[str, np.ndarray] | list, dtype, **changes):
+    """One decoder layer whose linears are given arrays and whose other tensors are zero, with a base of zeros.
+
+    The expert's delta of a linear is then the array itself.
+    """
+    config = llama_config(num_hidden_layers=1, dtype=np.dtype(dtype).name, **changes)
+    specs = tensor_specs(config)
+    zeros = {name: np.zeros(spec.shape, dtype) for name, spec in specs.items()}
+    linears = [name for name, spec in specs.items() if spec.linear is not None]
+    given = dict(zip(linears, matrices, strict=True))
+    tuned = {name: given[name].astype(dtype).reshape(zeros[name].shape) if name in given else zeros[name] for name in zeros}
+    return MemorySource(config, zeros), MemorySource(config, tuned), linears
+
+
+def linear_names(config: Mapping) -> list[str]:
+    """In the order of the outcome's tables: layers, then linears."""
+    return [name for name, spec in tensor_specs(config).items() if spec.linear is not None]
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Also of zeros' signs, and of dtypes."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def assert_same_bits(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray], what: str = "") -> None:
+    assert found.keys() == wanted.keys()
+    different = [
+        f"{name}: {int((found[name] != wanted[name]).sum())} of {wanted[name].size} values ({found[name].dtype})"
+        for name in wanted
+        if not same_bits(found[name], wanted[name])
+    ]
+    assert not different, f"{what}: " + "; ".join(different)

@@ -1,0 +1,89 @@
+"""The promise of bit-identical output: a merge does not depend on the devices, the blocks, the residency or the run."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+from support import AWKWARD, ONE_DEVICE, Merge, assert_same_bits, make_family, merge_to_arrays
+
+from dppa_jax.checkpoint import LINEARS
+from dppa_jax.config import MergeConfig
+from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.scale import SCALES
+from dppa_jax.delta.score import SCORES
+from dppa_jax.pipeline import Layout
+
+LAYERS = 3
+EXPERTS = ("math", "law")
+AXES = {
+    "row": {"method": "magnitude", "score": "row"},
+    "column": {"method": "magnitude", "score": "column"},
+    "wanda": {"method": "magnitude", "score": "wanda"},
+    "dp_reference": {"method": "dppa", "allocate": "dp_reference", "dpa_combine": "max"},
+}
+CHOICES = {**{name: {"method": name} for name in METHODS}, **AXES}
+LAYOUTS = {
+    "the same again": (ONE_DEVICE, Layout(1)),
+    "blocks of 2 layers": (ONE_DEVICE, Layout(2)),
+    "one block of all layers": (ONE_DEVICE, Layout(LAYERS)),
+    "resident": (ONE_DEVICE, Layout(1, resident=True)),
+    "8 devices on the layer axis": ("layer=8,row=1", Layout(LAYERS)),
+    "4 by 2 devices": ("layer=4,row=2", Layout(2)),
+    "2 by 4 devices, resident": ("layer=2,row=4", Layout(LAYERS, resident=True)),
+    "8 devices on the row axis": ("layer=1,row=8", Layout(1)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_output_bits_do_not_depend_on_devices_blocks_residency_or_run(choice, layout):
+    wanted, found = merge(choice, ONE_DEVICE, Layout(1)), merge.__wrapped__(choice, *LAYOUTS[layout])
+    assert_same_bits(found.tensors, wanted.tensors, "merged")
+    for expert in EXPERTS:
+        assert_same_bits(found.deltas[expert], wanted.deltas[expert], f"delta of {expert}")
+    for table in ("rates", "thresholds", "densities", "weights"):
+        np.testing.assert_array_equal(getattr(found.outcome, table), getattr(wanted.outcome, table), table)
+
+
+def test_every_score_and_scale_is_among_the_choices():
+    configs = [config(choice) for choice in CHOICES]
+    assert {c.score for c in configs} == {None, *SCORES}
+    assert {c.scale for c in configs} == set(SCALES)
+
+
+def test_the_compared_merges_prune_and_differ_from_one_another():
+    """What is compared above is neither the base nor the same for all choices."""
+    outputs = [merge(choice, ONE_DEVICE, Layout(1)).tensors["model.layers.1.mlp.up_proj.weight"] for choice in CHOICES]
+    base = family()[0].tensors["model.layers.1.mlp.up_proj.weight"]
+    assert len({array.tobytes() for array in [*outputs, base]}) == len(CHOICES) + 1
+
+
+@cache
+def merge(choice: str, mesh: str, layout: Layout) -> Merge:
+    base, experts = family()
+    return merge_to_arrays(base, experts, config(choice), mesh, layout, deltas=True, norms=norms())
+
+
+def config(choice: str) -> MergeConfig:
+    axes = CHOICES[choice]
+    more = {"coefficients": {"math": 0.7}, "rate": 0.8, **axes}
+    if axes["method"] in ("dppa", "dare_dpa"):
+        more |= {"partitions": (0.9, 0.8), "factors": {"math": (1.8, 1.3), "law": (1.1, -0.4)}}
+    if axes["method"] == "darex_q":
+        more["q"] = {"math": 0.25, "law": 0.3}
+    return MergeConfig(EXPERTS, **more)
+
+
+@cache
+def family():
+    return make_family(EXPERTS, num_hidden_layers=LAYERS, **AWKWARD)
+
+
+@cache
+def norms() -> dict:
+    generator = np.random.default_rng(5)
+    columns = dict.fromkeys(LINEARS, AWKWARD["hidden_size"]) | {"mlp.down_proj": AWKWARD["intermediate_size"]}
+    return {
+        expert: {linear: generator.uniform(0.1, 3, (LAYERS, n)).astype(np.float32) for linear, n in columns.items()}
+        for expert in EXPERTS
+    }
