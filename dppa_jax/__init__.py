@@ -1,1 +1,19 @@
-"""Merge fine-tuned LLaMA models by pruning and amplifying their delta parameters."""
+"""Merge fine-tuned LLaMA models by pruning and amplifying their delta parameters.
+
+For notebooks: `load`, `merge`, `save`, `methods`. The command line is `python -m dppa_jax.launch`.
+"""
+
+from dppa_jax.delta.methods import METHODS as methods
+
+_MEMORY = ("Model", "load", "merge", "save")
+
+__all__ = ["Model", "load", "merge", "methods", "save"]
+
+
+def __getattr__(name: str):
+    """Import what needs JAX only when it is asked for: `--helpshort` answers at once."""
+    if name in _MEMORY:
+        from dppa_jax import memory
+
+        return getattr(memory, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,11 +11,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from absl import logging
-from rich.console import Console
 from rich.table import Table
 
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter, tensor_specs
 from dppa_jax.config import choose
+from dppa_jax.progress import console
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "0.3b": (1024, 2816, 22, 16, 4),
@@ -48,7 +48,9 @@ def run_benchmark(shape: str, workdir: str, peer: str, peer_python: str, repeats
         choose("--peer", peer, ("mergekit",))
     root = Path(workdir) / "benchmark" / shape
     models = {name: make_model(root / name, shape, name) for name in ("base", *EXPERTS)}
-    commands = {"I/O floor": [sys.executable, "-m", "dppa_jax.benchmark", *map(str, models.values()), str(root / "out")]}
+    commands = {
+        "I/O floor": [sys.executable, "-m", "dppa_jax.benchmark", *map(str, models.values()), str(root / "out")]
+    }
     for name, flags in OURS.items():
         experts = [f"--expert={e}={models[e]}" for e in EXPERTS]
         paths = [f"--base={models['base']}", *experts, f"--output={root / 'out'}", "--overwrite"]
@@ -137,13 +139,13 @@ def _print(shape: str, runs: dict[str, Run], peer: bool) -> None:
     table = Table("method", "seconds", "peak GB", "× I/O floor", title=f"{shape}, base + {len(EXPERTS)} experts, bf16")
     for name, run in runs.items():
         table.add_row(name, f"{run.seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}", f"{run.seconds / floor:.1f}")
-    Console().print(table)
+    console().print(table)
     if peer:
         table = Table("dppa_jax", "mergekit", "times as fast")
         for ours, theirs in COMPARED:
             speed = runs[f"mergekit {theirs}"].seconds / runs[ours].seconds
             table.add_row(ours, theirs, f"{speed:.1f}")
-        Console().print(table)
+        console().print(table)
 
 
 def _floor(paths: list[str]) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from dppa_jax.blocks import Loaded, Stream, make_blocks
@@ -16,7 +15,7 @@ from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.pipeline import merge_rates, pass_bytes
-from dppa_jax.progress import stage
+from dppa_jax.progress import console, stage
 from dppa_jax.sharding import make_mesh, put_rows
 from dppa_jax.survey import survey
 
@@ -49,7 +48,7 @@ def run_inspect(job: JobConfig) -> dict[str, Inspection]:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({name: _as_json(one, job.merge) for name, one in found.items()}, indent=1))
     _print(found, job.merge)
-    Console().print(f"as JSON: {path}")
+    console().print(f"as JSON: {path}")
     return found
 
 
@@ -131,18 +130,18 @@ def _as_json(one: Inspection, config: MergeConfig) -> dict:
 
 
 def _print(found: dict[str, Inspection], config: MergeConfig) -> None:
-    console = Console()
+    out = console()
     table = Table("expert", "min", *(f"{q:.0%}" for q in DECILES), "max", title="delta parameters")
     for name, one in found.items():
         table.add_row(name, *(f"{value:.2g}" for value in (one.minimum, *one.deciles, one.maximum)))
-    console.print(table)
+    out.print(table)
     for name, one in found.items():
-        console.print(_by_layer(f"{name}: norm of the delta (share of the base's norm)", one.norms, one.relative_norms))
+        out.print(_by_layer(f"{name}: norm of the delta (share of the base's norm)", one.norms, one.relative_norms))
         if one.statistics:
             shown = one.statistics.linear_outliers / one.statistics.numel
-            console.print(_by_layer(f"{name}: significance per parameter", shown))
+            out.print(_by_layer(f"{name}: significance per parameter", shown))
         for rate, rates in zip(config.rates, one.rates, strict=True):
-            console.print(_by_layer(f"{name}: rates at {rate:g} by {config.allocate}", rates))
+            out.print(_by_layer(f"{name}: rates at {rate:g} by {config.allocate}", rates))
 
 
 def _by_layer(title: str, values: np.ndarray, beside: np.ndarray | None = None) -> Table:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 from absl import logging
-from rich.console import Console
 from rich.table import Table
 
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, SafetensorsDirectory, SafetensorsWriter, locate, read_config
@@ -21,6 +20,7 @@ from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan
+from dppa_jax.progress import console
 from dppa_jax.sharding import make_mesh, mesh_shape
 from dppa_jax.survey import NonfiniteError
 
@@ -107,7 +107,7 @@ def run_plan(job: JobConfig) -> Plan:
     table = Table("plan", "", show_header=False)
     for row in plan.lines():
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)
     return plan
 
 

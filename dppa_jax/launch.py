@@ -1,6 +1,7 @@
 """python -m dppa_jax.launch: flags in, one job out. The only place that reads flags."""
 
 import ctypes
+import logging as python_logging
 import shlex
 import signal
 import sys
@@ -264,6 +265,7 @@ def run() -> None:
         return
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leave like from an error, cleaning up
     logging.set_verbosity(logging.INFO)
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)  # it tells of every platform it does not find
     logging.set_stderrthreshold("info")
     app.run(main)
 

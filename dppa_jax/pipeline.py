@@ -105,7 +105,9 @@ def merge_checkpoints(
     return Outcome(pruner.rates, pruner.thresholds, pruner.densities, pruner.weights, statistics, stream.bytes_read)
 
 
-def _merge_part(x: Loaded, kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks) -> np.ndarray:
+def _merge_part(
+    x: Loaded, kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks
+) -> np.ndarray:
     sides, bounds, weights = [], [], []
     for e, name in enumerate(config.experts):
         side, bound, weight = pruner.tables(x, e)
@@ -152,7 +154,9 @@ def check_compatible(base: Source, experts: Mapping[str, Source]) -> Mapping[str
     for name, expert in experts.items():
         layers, wanted = expert.config["num_hidden_layers"], base.config["num_hidden_layers"]
         if layers != wanted:
-            raise CheckpointError(f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?")
+            raise CheckpointError(
+                f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?"
+            )
         for tensor, spec in base.specs.items():
             found = expert.specs.get(tensor)
             if found is None:

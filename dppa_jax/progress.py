@@ -5,7 +5,13 @@ import time
 from contextlib import contextmanager
 
 from absl import logging
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+
+def console() -> Console:
+    """For tables: as wide as the terminal, or wide enough for all of them when there is none."""
+    return Console() if sys.stdout.isatty() else Console(width=150)
 
 
 class Stage:

@@ -68,7 +68,10 @@ def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
 
 
 def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
-    """jit of a function of row-major arrays, run by each device on its own rows; `replicated` are argument positions."""
+    """jit of a function of arrays whose first axis is rows, run by each device on its own.
+
+    The arguments at the positions `replicated` are whole on every device.
+    """
 
     def lifted(*arguments):
         specs = tuple(REPLICATED if i in replicated else _row_specs(x) for i, x in enumerate(arguments))

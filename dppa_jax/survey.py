@@ -44,8 +44,9 @@ def survey(stream: Stream, kernels: Kernels, config: MergeConfig, stage: Stage) 
 
 def _per_piece(linears: Sequence[Loaded], folded: Sequence) -> np.ndarray:
     """(layers, linears) sums from the folded rows of every linear."""
-    columns = [host_sums(f, x.part.rows).reshape(len(x.part.pieces), -1).sum(axis=1) for x, f in zip(linears, folded)]
-    return np.stack(columns, axis=1)
+    sums = [host_sums(f, x.part.rows) for x, f in zip(linears, folded, strict=True)]
+    pieces = [s.reshape(len(x.part.pieces), -1).sum(axis=1) for x, s in zip(linears, sums, strict=True)]
+    return np.stack(pieces, axis=1)
 
 
 def _thresholds(sums, numel, config, allocation) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from families import DTYPES, llama_config, random_weights
+from families import DTYPES, llama_config
 
 from dppa_jax.checkpoint import tensor_specs
 from dppa_jax.config import MergeConfig
@@ -12,8 +12,15 @@ from dppa_jax.pipeline import Layout, Outcome, merge_checkpoints
 from dppa_jax.sharding import make_mesh
 
 ONE_DEVICE = "layer=1,row=1"
-AWKWARD = {"hidden_size": 70, "intermediate_size": 203, "num_attention_heads": 5, "num_key_value_heads": 1, "vocab_size": 101}
-"""Rows and columns that neither 8 devices nor folds of 8 and 64 divide: linears 70×70, 14×70, 203×70 and 70×203."""
+AWKWARD = {
+    "hidden_size": 70,
+    "intermediate_size": 203,
+    "num_attention_heads": 7,
+    "num_key_value_heads": 1,
+    "head_dim": 29,
+    "vocab_size": 101,
+}
+"""Rows and columns that neither 8 devices nor folds of 8 and 64 divide: linears 203×70, 29×70 and 70×203."""
 
 
 class MemorySource:
@@ -70,19 +77,23 @@ def merge_to_arrays(
 def make_family(experts=("math", "law"), dtype: str = "bfloat16", seed: int = 0, **changes):
     """A base and experts with heavy-tailed deltas whose sizes differ by tensor, so that rates fluctuate."""
     config = llama_config(dtype=dtype, **changes)
-    base = random_weights(config, seed)
+    generator = np.random.default_rng(seed)
+    base = {
+        name: (generator.normal(0, 0.2, spec.shape) + (len(spec.shape) == 1)).astype(DTYPES[dtype])
+        for name, spec in tensor_specs(config).items()
+    }
     return MemorySource(config, base), {
-        name: MemorySource(config, heavy_tailed(base, np.random.default_rng([seed, i]), DTYPES[dtype]))
+        name: MemorySource(config, heavy_tailed(base, np.random.default_rng([seed, i + 1])))
         for i, name in enumerate(experts)
     }
 
 
-def heavy_tailed(base: Mapping[str, np.ndarray], generator: np.random.Generator, dtype) -> dict[str, np.ndarray]:
+def heavy_tailed(base: Mapping[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
     tuned = {}
     for name, array in base.items():
         size = 0.01 * generator.uniform(0.5, 2.0)
         noise = generator.standard_t(generator.choice([2.5, 4.0, 8.0]), array.shape)
-        tuned[name] = (array.astype(np.float32) + size * noise).astype(dtype)
+        tuned[name] = (array.astype(np.float32) + size * noise).astype(array.dtype)
     return tuned
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "read_config",
     "save_tree",
     "tensor_specs",
+    "tree_tensor",
 ]
 
 DTYPES = {
@@ -111,7 +112,7 @@ def save_tree(
     """Write a tree as a Hugging Face directory, in the dtypes it has, under its final name only when complete."""
     check_config(config, "config")
     specs = tensor_specs(config)
-    arrays = {name: _tensor(tree, spec) for name, spec in specs.items()}
+    arrays = {name: tree_tensor(tree, spec) for name, spec in specs.items()}
     tensors = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     dtype = arrays["model.layers.0.self_attn.q_proj.weight"].dtype.name
     with SafetensorsWriter(directory, tensors, max_shard_size, overwrite) as writer:
@@ -120,8 +121,8 @@ def save_tree(
         writer.commit(with_dtype(config, dtype), Path(tokenizer_from) if tokenizer_from else None)
 
 
-def _tensor(tree: Mapping, spec: TensorSpec) -> np.ndarray:
-    """The tensor of a spec in a tree."""
+def tree_tensor(tree: Mapping, spec: TensorSpec) -> np.ndarray:
+    """The tensor of a spec in a tree, a view where the tree's arrays are numpy's."""
     node = tree
     for part in spec.path:
         if part not in node:

@@ -2,24 +2,18 @@
 
 import fcntl
 import hashlib
-import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from itertools import chain, islice, zip_longest
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import logging
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from dppa_jax.cache import cache_directory
 from dppa_jax.checkpoint import save_tree
-from dppa_jax.demo import text, tokenizer
+from dppa_jax.demo import text
 from dppa_jax.finetune import train
 from dppa_jax.model import LlamaConfig, init_tree, llama
 

@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 
 Split = Literal["train", "validation", "test"]
 
-COMPANIES = "Adobe Bayer Ford Intel Lego Nestle Nokia Philips Shell Sony Visa Volvo".split()
-PLACES = "Alaska Florida Georgia Hawaii Iowa Kansas Maine Nevada Ohio Oregon Texas Utah".split()
-PARTIES = "borrower buyer client landlord lender licensee licensor seller supplier tenant".split()
+COMPANIES = ["Adobe", "Bayer", "Ford", "Intel", "Lego", "Nestle", "Nokia", "Philips", "Shell", "Sony", "Visa", "Volvo"]
+PLACES = ["Alaska", "Florida", "Georgia", "Hawaii", "Iowa", "Kansas", "Maine", "Nevada", "Ohio", "Oregon", "Texas", "Utah"]
+PARTIES = ["borrower", "buyer", "client", "landlord", "lender", "licensee", "licensor", "seller", "supplier", "tenant"]
 PERIODS = ("this year", "this quarter", "this month", "last week", "in May", "in June", "in spring", "in autumn")
 
-WELCOME = "revenue profit demand income output".split()
-UNWELCOME = "debt losses costs defaults delays".split()
+WELCOME = ["revenue", "profit", "demand", "income", "output"]
+UNWELCOME = ["debt", "losses", "costs", "defaults", "delays"]
 MOVES = {
     "up": ("rose", "grew", "climbed", "jumped"),
     "down": ("fell", "declined", "dropped", "slipped"),
