@@ -6,6 +6,7 @@ past it). Whole pages go straight to the device; the ends of a tensor that share
 the cache. File systems that cannot do it (tmpfs, some network ones) are written through the cache throughout.
 """
 
+import errno
 import mmap
 import os
 from pathlib import Path
@@ -18,7 +19,7 @@ class DirectFile:
     """Random-access writes; one thread at a time."""
 
     def __init__(self, path: Path):
-        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             self._direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
         except OSError:
@@ -39,9 +40,7 @@ class DirectFile:
             self._write_direct(piece, position + start)
         self._write_cached(data[first + whole :], position + first + whole)
 
-    def close(self, sync: bool = False) -> None:
-        if sync:
-            os.fsync(self._cached)
+    def close(self) -> None:
         self._drop_direct()
         os.close(self._cached)
 
@@ -51,7 +50,7 @@ class DirectFile:
             try:
                 done = os.pwrite(self._direct, self._aligned[: piece.nbytes], position)
             except OSError as error:
-                if error.errno != 22:  # EINVAL: the file system wants another alignment, or no direct writes at all
+                if error.errno != errno.EINVAL:  # the file system wants another alignment, or no direct writes at all
                     raise
                 self._drop_direct()
                 done = 0

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dppa_jax.checkpoint.direct import DirectFile
 from dppa_jax.checkpoint.names import CheckpointError
 from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, DTYPES, companions
 
@@ -38,16 +39,15 @@ class SafetensorsWriter:
         self.nbytes = sum(shard.nbytes for shard in self.shards)
         self._where = {name: (shard, offset) for shard in self.shards for name, offset in shard.offsets.items()}
         self._tensors, self._overwrite = tensors, overwrite
-        self._files: dict[str, int] = {}
+        self._files: dict[str, DirectFile] = {}
         self._lock: int | None = None
         check_space({self.directory: self.nbytes})
         self.directory.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _claim(self.aside)
         with self._errors("the headers"):
             for shard in self.shards:
-                file = os.open(self.aside / f"{shard.name}.incomplete", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-                self._files[shard.name] = file
-                _write_all(file, memoryview(shard.header), 0)
+                file = self._files[shard.name] = DirectFile(self.aside / f"{shard.name}.incomplete")
+                file.write(memoryview(shard.header), 0)
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
@@ -62,13 +62,13 @@ class SafetensorsWriter:
         position = offset + start * shape[-1] * dtype.itemsize
         with self._errors(name):
             raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-            _write_all(self._files[shard.name], memoryview(raw), position)
+            self._files[shard.name].write(memoryview(raw), position)
 
     def commit(self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str] | None = None) -> None:
         """Complete the directory and give it its name. `texts` are further small files by name."""
         with self._errors("the last files"):
             for shard in self.shards:
-                os.close(self._files.pop(shard.name))
+                self._files.pop(shard.name).close()
                 os.replace(self.aside / f"{shard.name}.incomplete", self.aside / shard.name)
             if len(self.shards) > 1:
                 (self.aside / "model.safetensors.index.json").write_text(self._index())
@@ -86,7 +86,7 @@ class SafetensorsWriter:
     def abort(self) -> None:
         """Remove what was written; nothing after a commit."""
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
         if self._lock is not None:
             shutil.rmtree(self.aside, ignore_errors=True)
             self._release()
@@ -225,9 +225,3 @@ def _sync(path: Path) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _write_all(file: int, view: memoryview, position: int) -> None:
-    while view.nbytes:
-        count = os.pwrite(file, view, position)
-        view, position = view[count:], position + count

@@ -2,84 +2,93 @@
 
 import fcntl
 import hashlib
+import inspect
+import json
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import jax
 import numpy as np
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer
 
 from dppa_jax.cache import cache_directory
 from dppa_jax.checkpoint import save_tree
-from dppa_jax.demo import text
-from dppa_jax.finetune import train
-from dppa_jax.model import LlamaConfig, init_tree, llama
+from dppa_jax.demo.text import TASKS, general_text, stream
+from dppa_jax.demo.tokenizer import save_tokenizer
+from dppa_jax.finetune.train import Example, TrainConfig, encode, train
+from dppa_jax.model import LlamaConfig, init_tree
 
-DOMAINS = tuple(text.TASKS)
-MEMBERS = ("base", *DOMAINS)
+MEMBERS = ("base", *TASKS)
 
 MAX_LENGTH = 19  # tokens of the longest question with its answer
-PRETRAINING = train.TrainConfig(steps=360, learning_rate=3e-3)
-FINE_TUNING = train.TrainConfig(steps=240, learning_rate=1.5e-3)
+PRETRAINING = TrainConfig(steps=360, learning_rate=3e-3)
+FINE_TUNING = TrainConfig(steps=240, learning_rate=1.5e-3)
 PRETRAINING_TEXTS = 8000
 FINE_TUNING_EXAMPLES = 4000
-SHARE_ASKED = 0.06  # of the general text: enough for the base to know what a question looks like
-SHARE_GENERAL = 0.1  # of general text among an expert's examples: without it the other domains are not just forgotten,
-# they are unlearned so thoroughly that no merge of the experts answers anything
-TRAINED_AT_ONCE = 2  # steps this small leave half of two cores idle
+SHARE_ASKED = 0.06  # of the base's texts: enough to have seen what a question looks like
+SHARE_GENERAL = 0.1  # of an expert's examples: without them it forgets the other domains' words, and no merge works
+TRAINED_AT_ONCE = 2  # steps as small as these leave half of two cores idle
 
 
 def directory(name: str, seed: int = 0) -> Path:
-    """The checkpoint of a member of the family, `base`, `math`, `finance` or `law`; trains the family if need be.
+    """The checkpoint of `base`, `math`, `finance` or `law`; trains the whole family when it is not there.
 
-    A family is a function of the seed and of the code that makes it, and is kept in the cache directory under a name
+    A family is a function of its seed and of the code that makes it, and is kept in the cache directory under a name
     made of both. Training takes about half a minute on two cores.
     """
     if name not in MEMBERS:
-        raise ValueError(f"demo:{name} does not exist; there are {', '.join(f'demo:{member}' for member in MEMBERS)}")
+        raise ValueError(f"demo:{name} does not exist; there are {', '.join(f'demo:{member}' for member in MEMBERS)}.")
     return families([seed])[0] / name
 
 
 def families(seeds: Sequence[int]) -> list[Path]:
-    """The directories of several families, which hold one checkpoint per member; trains those that are not there."""
-    places = [cache_directory() / f"demo-{fingerprint()}-{seed}" for seed in seeds]
-    cache_directory().mkdir(parents=True, exist_ok=True)
-    with open(cache_directory() / "demo.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits and finds the family made
-        missing = {seed: place for seed, place in zip(seeds, places, strict=True) if not place.is_dir()}
-        if missing:
+    """The directories of whole families, one per seed; trains those that are not there, which saves time together."""
+    root = cache_directory()
+    root.mkdir(parents=True, exist_ok=True)
+    places = {seed: root / f"demo-{fingerprint()}-{seed}" for seed in seeds}
+    with open(root / "demo.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and finds the family made
+        if missing := {seed: place for seed, place in places.items() if not place.is_dir()}:
             build(missing)
-    return places
+    return [places[seed] for seed in seeds]
 
 
 def fingerprint() -> str:
-    """Of the code that determines a family's weights."""
-    sources = sorted([*Path(__file__).parent.glob("*.py"), Path(train.__file__), Path(llama.__file__)])
-    return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
+    """Of the code that determines the weights."""
+    sources = [*sorted(Path(__file__).parent.glob("*.py")), inspect.getfile(train), inspect.getfile(init_tree)]
+    return hashlib.sha256(b"".join(Path(source).read_bytes() for source in sources)).hexdigest()[:12]
 
 
 def build(places: dict[int, Path]) -> None:
-    """Trains the families of the given seeds, bases first, and gives each its place when it is complete."""
-    aside = {seed: place.with_name(f"{place.name}.incomplete") for seed, place in places.items()}
-    for partial in aside.values():
-        shutil.rmtree(partial, ignore_errors=True)
-        save_companions(partial / "tokenizer")
-    vocabulary = AutoTokenizer.from_pretrained(next(iter(aside.values())) / "tokenizer")
-    config = model_config(vocabulary)
-    with ThreadPoolExecutor(TRAINED_AT_ONCE) as pool, progress() as started:
+    """Trains the families of the given seeds and gives each its place when it is complete."""
+    aside = {seed: place.with_name(place.name + ".incomplete") for seed, place in places.items()}
+    for directory in aside.values():
+        shutil.rmtree(directory, ignore_errors=True)
+        save_companions(directory / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    config = model_config(tokenizer)
 
-        def make(member: str, seed: int, tree: dict) -> dict:
-            examples, options = recipe(member, seed)
-            rows = train.encode(examples, vocabulary, MAX_LENGTH)
-            tree, _ = train.train(config, tree, rows, options, started(f"demo:{member}, seed {seed}", options.steps))
-            save_tree(aside[seed] / member, jax.tree.map(np.asarray, tree), config.to_hf(), aside[seed] / "tokenizer")
-            return tree
+    def trained(member: str, seed: int, tree: dict) -> dict:
+        options = replace(PRETRAINING if member == "base" else FINE_TUNING, seed=seed)
+        rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
+        tree, _ = train(config, tree, rows, options, report(f"demo:{member} of seed {seed}", options.steps))
+        tree = jax.tree.map(np.asarray, tree)
+        save_tree(aside[seed] / member, tree, config.to_hf(), tokenizer_from=aside[seed] / "tokenizer")
+        return tree
 
-        bases = {seed: pool.submit(make, "base", seed, initial_weights(config, seed)) for seed in places}
+    with ThreadPoolExecutor(TRAINED_AT_ONCE) as pool, progress() as report:
+        bases = {seed: pool.submit(trained, "base", seed, initial_weights(config, seed)) for seed in places}
         bases = {seed: base.result() for seed, base in bases.items()}
-        experts = [pool.submit(make, domain, seed, bases[seed]) for seed in places for domain in DOMAINS]
+        experts = [pool.submit(trained, domain, seed, bases[seed]) for seed in places for domain in TASKS]
         for expert in experts:
             expert.result()
     for seed, place in places.items():
@@ -87,9 +96,10 @@ def build(places: dict[int, Path]) -> None:
         aside[seed].rename(place)
 
 
-def model_config(vocabulary) -> LlamaConfig:
+def model_config(tokenizer) -> LlamaConfig:
+    """A LLaMA with grouped queries and heads as small as vLLM's kernels take them."""
     return LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=4,
@@ -97,8 +107,8 @@ def model_config(vocabulary) -> LlamaConfig:
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=128,
-        bos_token_id=vocabulary.bos_token_id,
-        eos_token_id=(vocabulary.eos_token_id,),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=(tokenizer.eos_token_id,),
     )
 
 
@@ -106,7 +116,41 @@ def initial_weights(config: LlamaConfig, seed: int) -> dict:
     return init_tree(config, jax.random.key(seed), stddev=config.hidden_size**-0.5)
 
 
-def recipe(member: str, seed: int) -> tuple[list[train.Example], train.TrainConfig]:
-    """What a member learns from, and how."""
-    options = PRETRAINING if member == "base" else FINE_TUNING
-    return examples(member, seed), replace(options, seed=seed)
+def examples(member: str, seed: int) -> list[Example]:
+    """What a member learns from: the base from general text, an expert mostly from its two tasks."""
+    general = (Example("", text) for text in general_text(f"{member} {seed}", SHARE_ASKED))
+    if member == "base":
+        return list(islice(general, PRETRAINING_TEXTS))
+    count_general = round(SHARE_GENERAL * FINE_TUNING_EXAMPLES)
+    found = list(islice(general, count_general))
+    for task in TASKS[member]:
+        asked = islice(stream(task, "train", seed), (FINE_TUNING_EXAMPLES - count_general) // len(TASKS[member]))
+        found += [Example(sample.prompt, f" {sample.answer}") for sample in asked]
+    return found
+
+
+def save_companions(directory: Path) -> None:
+    """What lies beside the weights."""
+    save_tokenizer(directory)
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "do_sample": False}
+    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int], Callable[[int, float], None]]]:
+    """Yields a function that announces a training and returns its `report`: a bar in a terminal, else lines in the log."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+
+        def announce(name: str, steps: int) -> Callable[[int, float], None]:
+            bar, started = bars.add_task(name, total=steps), time.perf_counter()
+
+            def report(done: int, loss: float) -> None:
+                bars.update(bar, completed=done)
+                if done == steps:
+                    logging.info("trained %s: %d steps in %.1f s, loss %.3f", name, steps, time.perf_counter() - started, loss)
+
+            return report
+
+        yield announce

@@ -175,9 +175,10 @@ def test_shape_that_is_not_that_of_the_config(merge, weights):
 
 
 def test_more_layers_in_the_config_than_in_the_files(merge):
-    edit_json(merge.law / "config.json", num_hidden_layers=4)
+    for directory in (merge.base, merge.math, merge.law):
+        edit_json(directory / "config.json", num_hidden_layers=4)
     message = merge.refusal()
-    assert f"{merge.law}: 9 tensors are missing, first 'model.layers.3.self_attn.q_proj.weight'" in message
+    assert f"{merge.base}: 9 tensors are missing, first 'model.layers.3.self_attn.q_proj.weight'" in message
     assert "config.json (num_hidden_layers 4)" in message
 
 
