@@ -12,6 +12,7 @@ from dppa_jax.blocks import Loaded, Stream, make_blocks
 from dppa_jax.checkpoint.names import LINEARS
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
+from dppa_jax.delta.threshold import sample_starts
 from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.pipeline import merge_rates, pass_bytes
@@ -100,9 +101,8 @@ def _squares(kernels: Kernels, x: Loaded, base, expert) -> np.ndarray:
 def _sample(kernels: Kernels, x: Loaded, e: int, share: float) -> tuple[np.ndarray, float]:
     """Some deltas of a part and how many each of them stands for."""
     many = min(x.part.columns, max(1, round(x.part.columns / share)))
-    rows = np.arange(x.part.rows, dtype=np.int64)[:, None] * 7919
-    columns = put_rows(kernels.mesh, ((rows + np.arange(many)) % x.part.columns).astype(np.int32))
-    picked = np.asarray(kernels.sample_delta(x.base, x.experts[e], columns))[: x.part.rows]
+    starts = put_rows(kernels.mesh, sample_starts(x.part.rows, x.part.columns, many))
+    picked = np.asarray(kernels.sample_delta(x.base, x.experts[e], starts, many))[: x.part.rows]
     return picked.reshape(-1), x.part.columns / many
 
 

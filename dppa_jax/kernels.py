@@ -31,15 +31,15 @@ class Kernels:
         self.delta = partial(finite_delta if allow_nonfinite else delta, dtype=delta_dtype)
         self._over_rows = partial(over_rows, mesh)
         self._merges: dict[np.dtype, Callable] = {}
+        self._samples: dict[tuple[int, bool], Callable] = {}
 
     def row_sums(self, term: str, base: jax.Array, expert: jax.Array, *per_row: jax.Array) -> jax.Array:
         """Σ over columns of statistics.<term>(δ, *per_row), folded to (rows, ⌈columns/64⌉): see `host_sums`."""
         return self._fold_again(self._sums[term](base, expert, *per_row))
 
     def counts(self, base: jax.Array, expert: jax.Array, side, bounds: jax.Array) -> jax.Array:
-        """How many keys of each row are at or above each of its eight bounds: (rows, 8) int32."""
-        nibbles = self._reached(base, expert, side, bounds)
-        return self._unpack(*self._fold_bytes(*self._fold_nibbles(nibbles)))
+        """How many keys of each row are at or above each of its four bounds: (rows, 4) int32."""
+        return self._unpack(*self._fold_bytes(self._fold_again(self._reached(base, expert, side, bounds))))
 
     @cached_property
     def _sums(self):
@@ -54,10 +54,6 @@ class Kernels:
     @cached_property
     def _fold_again(self):
         return self._over_rows(statistics.fold_again)
-
-    @cached_property
-    def _fold_nibbles(self):
-        return self._over_rows(statistics.fold_nibbles)
 
     @cached_property
     def _fold_bytes(self):
@@ -79,24 +75,22 @@ class Kernels:
 
         return self._over_rows(reached)
 
-    @cached_property
-    def sample(self):
-        """Keys at a few columns of every row: (base, expert, side, columns (rows, c)) to (rows, c) uint32."""
+    def sample(self, base: jax.Array, expert: jax.Array, side, starts: jax.Array, many: int) -> jax.Array:
+        """Keys of `many` neighbours in every row, from column starts (rows, 1): (rows, many) uint32."""
+        return self._sampled(many, True)(base, expert, side, starts)
 
-        def sample(base, expert, side, columns):
-            picked = [jnp.take_along_axis(x, columns, axis=1) for x in (base, expert)]
-            return self.keys(self.delta(*picked), side, columns)
+    def sample_delta(self, base: jax.Array, expert: jax.Array, starts: jax.Array, many: int) -> jax.Array:
+        """The same of the deltas themselves: (rows, many) float32."""
+        return self._sampled(many, False)(base, expert, None, starts)
 
-        return self._over_rows(sample)
+    def _sampled(self, many: int, keys: bool):
+        def sample(base, expert, side, starts):
+            picked = self.delta(*(statistics.neighbours(x, starts, many) for x in (base, expert)))
+            return self.keys(picked, side, starts + np.arange(many, dtype=np.int32)) if keys else picked
 
-    @cached_property
-    def sample_delta(self):
-        """Deltas at a few columns of every row: (base, expert, columns (rows, c)) to (rows, c) float32."""
-
-        def sample_delta(base, expert, columns):
-            return self.delta(*(jnp.take_along_axis(x, columns, axis=1) for x in (base, expert)))
-
-        return self._over_rows(sample_delta)
+        if (many, keys) not in self._samples:
+            self._samples[many, keys] = self._over_rows(sample)
+        return self._samples[many, keys]
 
     @cached_property
     def extremes(self):
@@ -127,10 +121,11 @@ class Kernels:
 
     @cached_property
     def prune(self):
-        """scale(keep(δ)) of one expert, float32: (base, expert, side, bounds, weights)."""
+        """scale(keep(δ)) of one expert, float32, +0 where nothing is left: (base, expert, side, bounds, weights)."""
 
         def prune(zero, base, expert, side, bounds, weights):
-            return self._scaled(base, expert, side, bounds, weights, zero)
+            pruned = self._scaled(base, expert, side, bounds, weights, zero)
+            return jnp.where(pruned == 0, 0.0, pruned)  # 0·δ is −0 for a negative δ
 
         return partial(over_rows(self.mesh, prune, replicated=(0,)), ZERO)
 

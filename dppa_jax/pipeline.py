@@ -21,6 +21,7 @@ from dppa_jax.progress import stage
 from dppa_jax.prune import Pruner, allocate
 from dppa_jax.survey import NonfiniteError, survey
 
+SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 
 shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing
@@ -90,12 +91,17 @@ def merge_checkpoints(
             statistics = survey(stream, dense, config, progress)
     pruner.allocate(statistics or [_numel_only(base)] * len(experts))
 
-    with stage("merge", one_pass, stream.bytes_read, quiet) as progress, ThreadPoolExecutor(1, "write") as writer:
+    with (
+        stage("merge", one_pass, stream.bytes_read, quiet) as progress,
+        ThreadPoolExecutor(1, "write") as writer,
+        ThreadPoolExecutor(SEARCHES, "threshold") as searcher,
+    ):
         pending = []
         for _, loaded in stream():
-            for x in loaded:
+            searches = [[searcher.submit(pruner.tables, x, e) for e in range(len(experts))] for x in loaded]
+            for x, found in zip(loaded, searches, strict=True):
                 chosen = kernels if x.part.linear is not None else dense
-                rows = _merge_part(x, chosen, pruner, base, config, delta_sinks)
+                rows = _merge_part(x, [f.result() for f in found], chosen, pruner, base, config, delta_sinks)
                 pending.append(writer.submit(_write, sink, x, rows, base, config))
                 while len(pending) > WRITES_BEHIND:
                     pending.pop(0).result()
@@ -106,11 +112,10 @@ def merge_checkpoints(
 
 
 def _merge_part(
-    x: Loaded, kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks
+    x: Loaded, tables: list[tuple], kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks
 ) -> np.ndarray:
     sides, bounds, weights = [], [], []
-    for e, name in enumerate(config.experts):
-        side, bound, weight = pruner.tables(x, e)
+    for e, (name, (side, bound, weight)) in enumerate(zip(config.experts, tables, strict=True)):
         sides.append(side)
         bounds.append(pruner.on_rows(x, bound))
         if delta_sinks:

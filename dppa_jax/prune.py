@@ -11,11 +11,9 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
-from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics
+from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.sharding import PerLayer, put_rows
-
-COLUMN_STEP = 7919  # a prime: consecutive rows are sampled at different columns
 
 
 def allocate(config: MergeConfig, statistics: Statistics) -> np.ndarray:
@@ -40,7 +38,7 @@ class Pruner:
         self.weights = np.ones(shape)
         self.thresholds = np.zeros(shape)
         self.densities = np.ones(shape)
-        self._columns: dict[tuple[int, int], jax.Array] = {}
+        self._starts: dict[tuple[int, int, int], jax.Array] = {}
 
     def allocate(self, statistics: Sequence[Statistics]) -> None:
         """Rates and weights of every linear from the survey's statistics."""
@@ -100,13 +98,12 @@ class Pruner:
 
     def _sample(self, x: Loaded, e: int, side) -> np.ndarray:
         """Keys at a few columns of every row, (layers, samples)."""
-        shape = (x.part.rows, x.part.piece_rows, x.part.columns)
-        if shape not in self._columns:
-            many = max(1, min(x.part.columns, -(-SAMPLE // x.part.piece_rows)))
-            spread = np.arange(many, dtype=np.int64)  # neighbours: one cache line a row
-            rows = np.arange(x.part.rows, dtype=np.int64)[:, None] * COLUMN_STEP
-            self._columns[shape] = put_rows(self.kernels.mesh, ((rows + spread) % x.part.columns).astype(np.int32))
-        keys = np.asarray(self.kernels.sample(x.base, x.experts[e], side, self._columns[shape]))
+        many = max(1, min(x.part.columns, -(-SAMPLE // x.part.piece_rows)))
+        shape = (x.part.rows, x.part.columns, many)
+        if shape not in self._starts:
+            starts = sample_starts(x.part.rows, x.part.columns, many)
+            self._starts[shape] = put_rows(self.kernels.mesh, starts)
+        keys = np.asarray(self.kernels.sample(x.base, x.experts[e], side, self._starts[shape], many))
         return keys[: x.part.rows].reshape(len(x.part.pieces), -1)
 
     def _side(self, x: Loaded, e: int):

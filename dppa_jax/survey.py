@@ -1,6 +1,7 @@
 """Pass 1: what the allocations need to know of every expert's delta, exact and in float64 on the host."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,8 @@ from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.progress import Stage
 from dppa_jax.sharding import put_rows
 
+SURVEYS = 2  # experts at a time: one's host work beside another's reading
+
 
 def survey(stream: Stream, kernels: Kernels, config: MergeConfig, stage: Stage) -> list[Statistics]:
     """Statistics of each expert, in their order. `kernels` are those of the score "magnitude"."""
@@ -25,20 +28,25 @@ def survey(stream: Stream, kernels: Kernels, config: MergeConfig, stage: Stage) 
     numel = np.zeros(shape)
     linear = np.zeros((len(experts), *shape))
     layer = np.zeros((len(experts), shape[0]))
-    for block, loaded in stream(blocks):
-        linears = [x for x in loaded if x.part.linear is not None]
-        at = list(block.layers)
-        for x in linears:
-            numel[at, x.part.linear] = x.part.piece_rows * x.part.columns
-        for e in experts:
-            sums = _per_piece(linears, [kernels.row_sums("absolute", x.base, x.experts[e]) for x in linears])
-            _check_finite(sums, linears, config.experts[e])
-            of_linear, of_layer = _thresholds(sums, numel[at], config, allocation)
-            outliers = _outliers(kernels, linears, e, of_linear, of_layer, allocation.outliers)
-            for x, (own, layers) in zip(linears, outliers, strict=True):
-                linear[e][at, x.part.linear] = own
-                layer[e][at] += layers
-        stage.advance(stream.bytes_read)
+
+    def of_expert(e: int, linears: list[Loaded], at: list[int]) -> None:
+        sums = _per_piece(linears, [kernels.row_sums("absolute", x.base, x.experts[e]) for x in linears])
+        _check_finite(sums, linears, config.experts[e])
+        of_linear, of_layer = _thresholds(sums, numel[at], config, allocation)
+        outliers = _outliers(kernels, linears, e, of_linear, of_layer, allocation.outliers)
+        for x, (own, layers) in zip(linears, outliers, strict=True):
+            linear[e][at, x.part.linear] = own
+            layer[e][at] += layers
+
+    with ThreadPoolExecutor(SURVEYS, "survey") as pool:
+        for block, loaded in stream(blocks):
+            linears = [x for x in loaded if x.part.linear is not None]
+            at = list(block.layers)
+            for x in linears:
+                numel[at, x.part.linear] = x.part.piece_rows * x.part.columns
+            for done in [pool.submit(of_expert, e, linears, at) for e in experts]:
+                done.result()
+            stage.advance(stream.bytes_read)
     return [Statistics(numel, linear[e], layer[e]) for e in experts]
 
 

@@ -3,9 +3,12 @@
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 from command import Merge
 from families import write_family
+
+jax.config.update("jax_num_cpu_devices", 8)  # fake ones, for meshes; a subprocess does not inherit them
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 

@@ -2,8 +2,8 @@
 
 `fold` adds eight column slices of a row elementwise. Compilers neither split nor reorder such additions, and on a CPU
 it is as fast as the read; the reduction that XLA offers chooses its own order. Two folds leave 1/64 of the numbers,
-which the host adds in float64. Memory bandwidth is what a survey costs, so a read counts eight bounds, packed in a word,
-or adds two sums, packed in a complex number.
+which the host adds in float64. Memory bandwidth is what a survey costs, so a read counts four bounds, packed in the bytes
+of a word, or adds two sums, packed in a complex number.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
 WAYS = 8
 
@@ -51,23 +51,22 @@ def above(delta: Float[Array, "rows columns"], thresholds: Float[Array, "rows 2"
     return lax.complex(first, second)
 
 
-def reached(keys: UInt32[Array, "rows columns"], bounds: UInt32[Array, "rows 8"]) -> UInt32[Array, "rows columns"]:
-    """Eight counters of four bits: nibble c is 1 where the key is at or above bound c. One fold reaches 8."""
-    return sum((keys >= bounds[:, c : c + 1]).astype(jnp.uint32) << (4 * c) for c in range(bounds.shape[1]))
+def reached(keys: UInt32[Array, "rows columns"], bounds: UInt32[Array, "rows 4"]) -> UInt32[Array, "rows columns"]:
+    """Four counters of eight bits: byte c is 1 where the key is at or above bound c. Two folds reach 64."""
+    return sum((keys >= bounds[:, c : c + 1]).astype(jnp.uint32) << (8 * c) for c in range(4))
 
 
-def fold_nibbles(packed: UInt32[Array, "rows width"]) -> tuple[jax.Array, ...]:
-    """The nibbles as bytes, in a word of the even bounds and one of the odd, folded: eight times eight is 64."""
-    return tuple(fold_again((packed >> shift) & np.uint32(0x0F0F0F0F)) for shift in (0, 4))
+def fold_bytes(packed: UInt32[Array, "rows width"]) -> tuple[jax.Array, jax.Array]:
+    """The bytes as halves of two words, folded to 512: bounds 0 and 2, 1 and 3."""
+    return tuple(fold_again((packed >> shift) & np.uint32(0x00FF00FF)) for shift in (0, 8))
 
 
-def fold_bytes(even: UInt32[Array, "rows width"], odd: UInt32[Array, "rows width"]) -> tuple[jax.Array, ...]:
-    """The bytes as halves of four words, folded: 512. Bounds 0 and 4, 2 and 6, 1 and 5, 3 and 7."""
-    return tuple(fold_again((word >> shift) & np.uint32(0x00FF00FF)) for word in (even, odd) for shift in (0, 8))
+def unpack(even: UInt32[Array, "rows width"], odd: UInt32[Array, "rows width"]) -> Int32[Array, "rows 4"]:
+    """The four counters of each row, after three folds."""
+    halves = [(word >> shift) & np.uint32(0xFFFF) for shift in (0, 16) for word in (even, odd)]
+    return jnp.stack([half.astype(jnp.int32).sum(axis=1) for half in halves], axis=1)
 
 
-def unpack(*words: UInt32[Array, "rows width"]) -> Int32[Array, "rows 8"]:
-    """The eight counters of each row, from the four words of `fold_bytes`."""
-    halves = [(word >> shift) & np.uint32(0xFFFF) for shift in (0, 16) for word in words]
-    sums = [half.astype(jnp.int32).sum(axis=1) for half in halves]
-    return jnp.stack([sums[i] for i in (0, 2, 1, 3, 4, 6, 5, 7)], axis=1)
+def neighbours(x: Shaped[Array, "rows columns"], starts: Int32[Array, "rows 1"], many: int) -> jax.Array:
+    """`many` neighbouring elements of each row, from a column of its own: one cache line a row, not one an element."""
+    return jax.vmap(lambda row, start: lax.dynamic_slice(row, start, (many,)))(x, starts)

@@ -8,33 +8,23 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
-from dppa_jax.checkpoint import SafetensorsDirectory
-
-__all__ = ["arrays", "facts", "masks", "sha256", "zero_base"]
-
-SHORT = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
-LONG = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}  # the words of the files' names
+EXPERTS = ("expert0", "expert1", "expert2")
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
 
 
-def facts(path: Path) -> dict:
-    return json.loads(path.with_suffix(".json").read_text()) if not path.exists() else json.loads(path.read_text())
+def load_json(path: Path) -> dict:
+    return json.loads(path.read_text())
 
 
-def arrays(path: Path) -> dict[str, np.ndarray]:
-    return load_file(path)
-
-
-def masks(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """True where kept."""
+def load_masks(path: Path, like: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """True where kept, in the shapes of the tensors `like`."""
     return {
-        name: np.unpackbits(bits)[: np.prod(shapes[name])].reshape(shapes[name]).astype(bool)
+        name: np.unpackbits(bits)[: like[name].size].reshape(like[name].shape).astype(bool)
         for name, bits in load_file(path).items()
     }
 
 
 def sha256(array: np.ndarray) -> str:
     return hashlib.sha256(array.tobytes()).hexdigest()
-
-
-def model(golden: Path, family: str, name: str) -> SafetensorsDirectory:
-    return SafetensorsDirectory(golden / "family" / family / name)
