@@ -193,8 +193,12 @@ def attention(
 
 def mlp(weights: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """SwiGLU."""
-    gate = jax.nn.silu(project(hidden, weights["gate_proj"]))
-    return project(gate * project(hidden, weights["up_proj"]), weights["down_proj"])
+    return project(mlp_inner(weights, hidden), weights["down_proj"])
+
+
+def mlp_inner(weights: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+    """What goes into `down_proj`."""
+    return jax.nn.silu(project(hidden, weights["gate_proj"])) * project(hidden, weights["up_proj"])
 
 
 def project(hidden: Float[Array, "*B in"], weight: Float[Array, "out in"], dtype: Any = None) -> Float[Array, "*B out"]:
