@@ -169,8 +169,9 @@ def check_same_base(base: SafetensorsDirectory, expert: SafetensorsDirectory, na
             continue
         for row in np.linspace(0, spec.rows - 1, PROBED_ROWS).astype(int):
             b, e = (_row(source, spec.name, row) for source in (base, expert))
-            difference += np.square(e - b).sum()
-            norm += np.square(b).sum()
+            finite = np.isfinite(b) & np.isfinite(e)  # the merge tells where they are not
+            difference += np.square(e[finite] - b[finite]).sum()
+            norm += np.square(b[finite]).sum()
     relative = np.sqrt(difference / norm) if norm else 0.0
     if relative == 0:
         logging.warning("expert %r equals the base where it was probed; is %s fine-tuned?", name, expert.directory)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
-JOBS = ("merge", "plan", "inspect", "evaluate", "report", "benchmark")
+JOBS = ("merge", "plan", "inspect", "report", "benchmark")
 
 # Groups of flags as --helpshort shows them: (name, kind, default, help).
 GROUPS = {
@@ -122,7 +122,7 @@ def _run(job: str) -> None:
     else:
         from dppa_jax.report.sweep import run_report
 
-        run_report(config, _sweep())
+        run_report(config, sweep())
 
 
 def job_config():
@@ -176,6 +176,23 @@ def job_config():
         calibration=FLAGS.calibration,
         flags=resolved_flags(),
         command=command(),
+    )
+
+
+def sweep():
+    """The flags of --job=report."""
+    from dppa_jax.report.sweep import Sweep
+
+    if len(FLAGS.factors) > 1:
+        raise ValueError("--job=report: give --factors once, for all experts.")
+    return Sweep(
+        tasks=tuple(FLAGS.evaluate),
+        methods=tuple(FLAGS.methods),
+        merge_methods=tuple(FLAGS.merge_methods),
+        rates=_numbers("--rates", FLAGS.rates) or (FLAGS.rate,),
+        factors=_numbers("--factors", FLAGS.factors[0].split(",")) if FLAGS.factors else (),
+        seeds=tuple(int(seed) for seed in _numbers("--seeds", FLAGS.seeds)),
+        limit=FLAGS.limit or None,
     )
 
 

@@ -6,7 +6,15 @@ from contextlib import contextmanager
 
 from absl import logging
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 def console() -> Console:
@@ -46,3 +54,14 @@ def stage(name: str, total: int, already: int = 0, quiet: bool = False):
     seconds = time.perf_counter() - started
     if not quiet:
         logging.info("%s: %.1f s, %.2f GB, %.2f GB/s", name, seconds, total / 1e9, total / 1e9 / max(seconds, 1e-9))
+
+
+@contextmanager
+def steps(name: str, total: int):
+    """Progress of `total` equal steps; yields the function that reports one of them."""
+    started = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(name, total=total)
+        yield lambda: bar.advance(task)
+    logging.info("%s: %d models in %.1f s", name, total, time.perf_counter() - started)

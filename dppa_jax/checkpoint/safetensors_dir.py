@@ -66,8 +66,8 @@ class SafetensorsDirectory:
         missing, extra = [n for n in specs if n not in self.tensors], [n for n in self.tensors if n not in specs]
         if missing:
             raise CheckpointError(
-                f"{self.directory}: {len(missing)} tensors are missing, first {missing[0]!r}; is the download complete, "
-                f"and is config.json (num_hidden_layers {self.config['num_hidden_layers']}) that of these files?"
+                f"{self.directory}: {len(missing)} tensors are missing, first {missing[0]!r}; is the download "
+                f"complete, and is config.json (num_hidden_layers {self.config['num_hidden_layers']}) that of these files?"
             )
         if extra:
             raise CheckpointError(

@@ -29,7 +29,7 @@ def ties(deltas: Sequence[jax.Array], zero_sign: float = 1.0) -> jax.Array:
     agree = [delta * elected > 0 for delta in deltas]
     kept = reduce(add, [jnp.where(a, delta, 0) for a, delta in zip(agree, deltas, strict=True)])
     count = reduce(add, [a.astype(jnp.float32) for a in agree])
-    return kept / jnp.maximum(count, 1)
+    return jnp.where(jnp.isnan(total), total, kept / jnp.maximum(count, 1))  # NaN agrees with no sign: let it be seen
 
 
 COMBINATIONS = {"sum": sum_, "ties": ties}

@@ -41,7 +41,9 @@ def test_missing_shard(merge, sharded):
     shard.unlink()
     message = merge.refusal()
     assert f"{shard} is missing" in message
-    first = next(n for n, s in read_json(sharded / "model.safetensors.index.json")["weight_map"].items() if s == shard.name)
+    first = next(
+        n for n, s in read_json(sharded / "model.safetensors.index.json")["weight_map"].items() if s == shard.name
+    )
     assert repr(first) in message
     assert "download it again" in message
 
@@ -67,7 +69,12 @@ def test_git_lfs_pointer_in_place_of_the_weights(merge, weights):
 
 @pytest.mark.parametrize(
     ("header", "said"),
-    [(b"{'a'}", "is not JSON"), (b"\xff\xfe", "is not JSON"), (b"[1, 2]", "holds a list"), (b"[" * 99999, "is not JSON")],
+    [
+        (b"{'a'}", "is not JSON"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[1, 2]", "holds a list"),
+        (b"[" * 99999, "is not JSON"),
+    ],
 )
 def test_corrupted_header(merge, weights, header, said):
     weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
@@ -260,7 +267,8 @@ def test_config_without_a_size(merge, key):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("hidden_size", "32"), ("num_hidden_layers", 0), ("vocab_size", 64.5), ("num_key_value_heads", -2)]
+    ("key", "value"),
+    [("hidden_size", "32"), ("num_hidden_layers", 0), ("vocab_size", 64.5), ("num_key_value_heads", -2)],
 )
 def test_config_with_a_size_that_is_none(merge, key, value):
     edit_json(merge.law / "config.json", **{key: value})
@@ -309,7 +317,8 @@ def test_index_that_points_outside(merge, sharded, tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"]
+    "name",
+    ["config.json", "model.safetensors", "tokenizer.json", "model.safetensors.index.json", "chat_template.jinja"],
 )
 def test_links_that_lead_outside(merge, tmp_path, name):
     outside = tmp_path / "outside"

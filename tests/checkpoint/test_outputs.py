@@ -130,7 +130,7 @@ def test_small_files_are_copied_verbatim(merge):
 def test_vocabulary_that_an_expert_added_is_dropped(merge):
     """As for Abel, which added a padding token."""
     config = llama_config(vocab_size=66)
-    wider = {n: a for n, a in fine_tuned(random_weights(llama_config()), 1).items()}
+    wider = fine_tuned(random_weights(llama_config()), 1)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         wider[name] = np.concatenate([wider[name], np.ones((2, 32), wider[name].dtype)])
     merge.math = write_model(merge.root / "wider", config, wider)
@@ -213,7 +213,9 @@ def test_recipe_has_rates_and_thresholds_that_explain_the_weights(merged):
                     assert abs(density - (1 - row["rates"][linear])) < 0.02
                     assert row["weights"][linear] == recipe["factors"][name][p]
                 assert (row["rates"]["mlp.up_proj"] == 0) == (layer == 1)
-            assert len({of["rates"][p]["by_layer"][layer]["mlp.down_proj"] for layer in range(3)}) == 3, "DP varies them"
+            assert len({of["rates"][p]["by_layer"][layer]["mlp.down_proj"] for layer in range(3)}) == 3, (
+                "DP varies them"
+            )
 
 
 def test_recipe_has_inputs_versions_and_cost(merged):
@@ -276,7 +278,9 @@ def test_card_metadata_of_places_with_odd_characters(merge):
 def test_card_licence(merge, licences, field):
     for directory, licence in zip((merge.base, merge.math, merge.law), licences, strict=True):
         if licence:
-            (directory / "README.md").write_text(f"---\nlanguage: en\nlicense: {licence}  # see LICENSE\n---\n# A model\n")
+            (directory / "README.md").write_text(
+                f"---\nlanguage: en\nlicense: {licence}  # see LICENSE\n---\n# A model\n"
+            )
     merge("--method=task_arithmetic")
     assert front_matter(merge.output)["license"] == field
     listed = ", ".join(dict.fromkeys(licence or "unknown" for licence in licences))

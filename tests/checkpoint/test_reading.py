@@ -61,8 +61,7 @@ def test_file_that_shrinks_while_it_is_read(tmp_path):
     with open(directory / "model.safetensors", "r+b") as file:
         file.truncate(9000)
     with pytest.raises(CheckpointError, match=rf"{directory}/model.safetensors: ends inside .*; the file changed"):
-        for name in source.specs:
-            source.read(name)
+        list(map(source.read, source.specs))
 
 
 def test_tied_model_that_carries_a_copy_of_its_embeddings(tmp_path):
@@ -156,7 +155,7 @@ def test_place_that_is_neither_directory_nor_hub_id():
 
 
 def test_file_in_place_of_its_directory(pristine):
-    with pytest.raises(CheckpointError, match="model.safetensors is a file; give the directory that holds it"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; give the directory that holds it"):
         locate(pristine / "base" / "model.safetensors")
 
 
@@ -187,7 +186,9 @@ def test_hub_without_a_network(monkeypatch, said):
     with pytest.raises(CheckpointError) as error:
         locate("meta-llama/Llama-2-7b-hf")
     message = str(error.value)
-    assert "meta-llama/Llama-2-7b-hf: no such directory, and fetching it from the hub failed: ConnectionError" in message
+    assert (
+        "meta-llama/Llama-2-7b-hf: no such directory, and fetching it from the hub failed: ConnectionError" in message
+    )
     assert said in message
     assert "download it elsewhere and give its directory" in message
 

@@ -1,5 +1,7 @@
 """The model computes what transformers' LlamaForCausalLM computes, and trains."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,9 +53,16 @@ VARIANTS = {
 }
 
 
+logits_of = jax.jit(forward, static_argnums=0)
+
+
 def torch_model(directory):
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+def torch_config(config):
+    return transformers.LlamaConfig.from_dict(copy.deepcopy(config))  # it writes into nested dicts
 
 
 def torch_logits(model, tokens):
@@ -68,12 +77,19 @@ def random_tokens(vocabulary, shape, seed=0):
 def random_torch_model(config, seed=0):
     """Weights wide enough that attention is far from uniform: errors in positions or masks move the logits."""
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig.from_dict(config | {"attn_implementation": "eager"})
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = transformers.LlamaForCausalLM(torch_config(config | {"attn_implementation": "eager"})).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.copy_(torch.randn_like(weight) * 0.3 + (weight.ndim == 1))
     return model
+
+
+def next_token_loss(config, tree, tokens, remat=False):
+    logits = forward(config, tree, tokens, remat=remat)
+    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
+
+
+loss_gradients = jax.jit(jax.grad(next_token_loss, argnums=1), static_argnums=0, static_argnames="remat")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +115,7 @@ def test_logits_equal_transformers_for_every_kind_of_llama(tmp_path, variant):
     reference.save_pretrained(tmp_path)
     _, tree = load_tree(tmp_path)
     tokens = random_tokens(config["vocab_size"], (2, 300))
-    logits = Llama(LlamaConfig.from_hf(config), tree)(tokens)
+    logits = logits_of(LlamaConfig.from_hf(config), tree, tokens)
     np.testing.assert_allclose(logits, torch_logits(reference, tokens), rtol=0, atol=TOLERANCE)
 
 
@@ -125,7 +141,7 @@ def test_gradients_equal_those_of_torch(tmp_path):
     reference(
         torch.from_numpy(tokens.astype(np.int64)), labels=torch.from_numpy(tokens.astype(np.int64))
     ).loss.backward()
-    gradients = jax.grad(next_token_loss, argnums=1)(LlamaConfig.from_hf(config), tree, tokens)
+    gradients = loss_gradients(LlamaConfig.from_hf(config), tree, tokens)
     for layer, theirs in enumerate(reference.model.layers):
         ours = jax.tree.map(lambda gradient, layer=layer: gradient[layer], gradients["layers"])
         np.testing.assert_allclose(
@@ -141,8 +157,8 @@ def test_gradients_equal_those_of_torch(tmp_path):
 def test_remat_changes_no_gradient(tiny):
     config, tree = tiny
     tokens = random_tokens(config.vocab_size, (2, 12))
-    plain = jax.grad(next_token_loss, argnums=1)(config, tree, tokens)
-    saved = jax.grad(next_token_loss, argnums=1)(config, tree, tokens, remat=True)
+    plain = loss_gradients(config, tree, tokens)
+    saved = loss_gradients(config, tree, tokens, remat=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, saved)
 
 
@@ -159,11 +175,6 @@ def test_a_flax_optimizer_trains_the_module(tiny):
 
     losses = [step(model, optimizer) for _ in range(30)]
     assert losses[-1] < 0.2 * losses[0]
-
-
-def next_token_loss(config, tree, tokens, remat=False):
-    logits = forward(config, tree, tokens, remat=remat)
-    return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:]).mean()
 
 
 def test_the_state_of_the_module_is_the_tree(tiny):
@@ -189,15 +200,15 @@ def test_decoder_layers_called_one_by_one_are_the_model(tiny):
         layer = jax.tree.map(lambda array, index=index: array[index], tree["layers"])
         hidden, _ = decoder_layer(config, layer, hidden, None, rope, visible)
     logits = unembed(tree, rms_norm(hidden, tree["norm"], config.rms_norm_eps))
-    np.testing.assert_allclose(logits, forward(config, tree, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, logits_of(config, tree, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_padding_changes_no_logit_of_the_text(tiny):
     config, tree = tiny
     text, padding = random_tokens(config.vocab_size, (1, 9)), random_tokens(config.vocab_size, (1, 5), seed=1)
-    alone = forward(config, tree, text)
-    right = forward(config, tree, np.concatenate([text, padding], 1))[:, :9]
-    left = forward(config, tree, np.concatenate([padding, text], 1), positions=np.arange(-5, 9)[None])[:, 5:]
+    alone = logits_of(config, tree, text)
+    right = logits_of(config, tree, np.concatenate([text, padding], 1))[:, :9]
+    left = logits_of(config, tree, np.concatenate([padding, text], 1), positions=np.arange(-5, 9)[None])[:, 5:]
     np.testing.assert_allclose(right, alone, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(left, alone, rtol=1e-4, atol=1e-4)
 
@@ -205,11 +216,11 @@ def test_padding_changes_no_logit_of_the_text(tiny):
 def test_texts_packed_into_one_row_do_not_see_each_other(tiny):
     config, tree = tiny
     first, second = random_tokens(config.vocab_size, (1, 9)), random_tokens(config.vocab_size, (1, 6), seed=1)
-    packed = forward(
+    packed = logits_of(
         config, tree, np.concatenate([first, second], 1), positions=np.concatenate([np.arange(9), np.arange(6)])[None]
     )
-    np.testing.assert_allclose(packed[:, :9], forward(config, tree, first), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(packed[:, 9:], forward(config, tree, second), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(packed[:, :9], logits_of(config, tree, first), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(packed[:, 9:], logits_of(config, tree, second), rtol=1e-4, atol=1e-4)
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32():
@@ -244,7 +255,7 @@ class TestConfig:
     def test_what_is_written_is_read_back(self, changes):
         config = LlamaConfig.from_hf(TINY | changes)
         assert LlamaConfig.from_hf(config.to_hf()) == config
-        assert LlamaConfig.from_hf(transformers.LlamaConfig.from_dict(config.to_hf()).to_dict()) == config
+        assert LlamaConfig.from_hf(torch_config(config.to_hf()).to_dict()) == config
 
     @pytest.mark.parametrize(("given", "expected"), [(2, (2,)), ([2, 7], (2, 7)), (None, ())])
     def test_end_of_sequence_may_be_one_token_several_or_none(self, given, expected):

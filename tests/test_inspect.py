@@ -1,0 +1,66 @@
+"""--job=inspect: the numbers of its tables, against numpy on the whole delta."""
+
+import json
+
+import numpy as np
+import pytest
+from command import launch
+from families import LINEARS, write_family
+from safetensors.numpy import load_file
+
+EXPERTS = ("math", "law")
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory):
+    """inspect.json, what was printed is not looked at, and the deltas."""
+    root = write_family(tmp_path_factory.mktemp("inspect"), EXPERTS)
+    experts = [f"--expert={name}={root / name}" for name in EXPERTS]
+    launch("--job=inspect", f"--base={root / 'base'}", *experts, f"--workdir={root}", "--rate=0.8", "--mesh=layer=1,row=1")
+    base = {name: array.astype(np.float32) for name, array in load_file(root / "base" / "model.safetensors").items()}
+    deltas = {}
+    for name in EXPERTS:
+        expert = load_file(root / name / "model.safetensors")
+        deltas[name] = {tensor: expert[tensor].astype(np.float32) - base[tensor] for tensor in base}
+    return json.loads((root / "inspect.json").read_text()), base, deltas
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_extremes_are_exact_and_deciles_are_the_quantiles_of_the_whole_delta(inspected, name):
+    found, _, deltas = inspected
+    whole = np.concatenate([delta.ravel() for delta in deltas[name].values()])
+    assert found[name]["min"] == whole.min()
+    assert found[name]["max"] == whole.max()
+    expected = np.quantile(whole, np.arange(1, 10) / 10)
+    np.testing.assert_allclose(found[name]["deciles"], expected, atol=0.02 * whole.std())
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_norms_of_every_layer_and_linear(inspected, name):
+    found, base, deltas = inspected
+    for layer, norms in enumerate(found[name]["norm"]):
+        for linear in LINEARS:
+            tensor = f"model.layers.{layer}.{linear}.weight"
+            norm = np.linalg.norm(deltas[name][tensor].astype(np.float64))
+            assert norms[linear] == pytest.approx(norm, rel=1e-5)
+            share = found[name]["relative_norm"][layer][linear]
+            assert share == pytest.approx(norm / np.linalg.norm(base[tensor].astype(np.float64)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_significance_is_the_sum_of_outlying_magnitudes(inspected, name):
+    found, _, deltas = inspected
+    for layer, significances in enumerate(found[name]["linear_significance"]):
+        for linear in LINEARS:
+            size = np.abs(deltas[name][f"model.layers.{layer}.{linear}.weight"])
+            outliers = size[size > np.float32(5) * size.mean(dtype=np.float64).astype(np.float32)]
+            assert significances[linear] == pytest.approx(outliers.sum(dtype=np.float64), rel=1e-6)
+
+
+def test_rates_of_every_partition_average_near_the_nominal_rate(inspected):
+    found, _, _ = inspected
+    for name in EXPERTS:
+        for nominal in ("0.9", "0.8"):
+            rates = [rate for row in found[name]["rates"][nominal] for rate in row.values()]
+            assert abs(np.mean(rates) - float(nominal)) < 0.08
+            assert len(set(rates)) > 1
