@@ -65,9 +65,10 @@ class SafetensorsDirectory:
             self.tensors.pop("lm_head.weight")  # a copy of the embeddings that some exports carry
         missing, extra = [n for n in specs if n not in self.tensors], [n for n in self.tensors if n not in specs]
         if missing:
+            layers = self.config["num_hidden_layers"]
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} tensors are missing, first {missing[0]!r}; is the download "
-                f"complete, and is config.json (num_hidden_layers {self.config['num_hidden_layers']}) that of these files?"
+                f"complete, and is config.json (num_hidden_layers {layers}) that of these files?"
             )
         if extra:
             raise CheckpointError(

@@ -8,6 +8,7 @@ K key/value heads, G query heads per key/value head, H head dimension.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +78,7 @@ class Llama(nnx.Module):
         return forward(self.config, self.tree, tokens, positions, cache, remat=remat)
 
 
+@partial(jax.jit, static_argnames=("config", "remat"))
 def forward(
     config: LlamaConfig,
     tree: Tree,

@@ -26,9 +26,6 @@ CONFIG = LlamaConfig(
 )
 
 
-logits = jax.jit(forward, static_argnums=0)
-
-
 @pytest.fixture(scope="module")
 def tree():
     return init_tree(CONFIG, jax.random.key(0), stddev=0.3)
@@ -54,7 +51,7 @@ def recomputed(tree, prompt, max_new_tokens, eos=()):
     answer = []
     while len(answer) < max_new_tokens and not (answer and answer[-1] in eos):
         at = len(prompt) + len(answer)
-        answer.append(int(np.argmax(logits(CONFIG, tree, tokens)[0, at - 1])))
+        answer.append(int(np.argmax(forward(CONFIG, tree, tokens)[0, at - 1])))
         tokens[0, at] = answer[-1]
     return answer
 
@@ -90,11 +87,11 @@ def test_the_cache_changes_no_answer(tree):
 
 
 def test_an_answer_does_not_depend_on_the_batch_it_is_in(tree):
-    prompts = random_prompts([3, 30, 7, 1, 64, 16, 5])
+    prompts = random_prompts([3, 30, 7, 1, 16, 5])
     together = generate((CONFIG, tree), prompts, 20, ())
     assert [generate((CONFIG, tree), [prompt], 20, ())[0] for prompt in prompts] == together
     assert generate((CONFIG, tree), prompts[::-1], 20, ()) == together[::-1]
-    for batch_size in (1, 2, 3):
+    for batch_size in (1, 4):
         assert generate((CONFIG, tree), prompts, 20, (), batch_size=batch_size) == together
 
 

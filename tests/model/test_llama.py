@@ -53,9 +53,6 @@ VARIANTS = {
 }
 
 
-logits_of = jax.jit(forward, static_argnums=0)
-
-
 def torch_model(directory):
     model = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
@@ -115,7 +112,7 @@ def test_logits_equal_transformers_for_every_kind_of_llama(tmp_path, variant):
     reference.save_pretrained(tmp_path)
     _, tree = load_tree(tmp_path)
     tokens = random_tokens(config["vocab_size"], (2, 300))
-    logits = logits_of(LlamaConfig.from_hf(config), tree, tokens)
+    logits = forward(LlamaConfig.from_hf(config), tree, tokens)
     np.testing.assert_allclose(logits, torch_logits(reference, tokens), rtol=0, atol=TOLERANCE)
 
 
@@ -200,15 +197,15 @@ def test_decoder_layers_called_one_by_one_are_the_model(tiny):
         layer = jax.tree.map(lambda array, index=index: array[index], tree["layers"])
         hidden, _ = decoder_layer(config, layer, hidden, None, rope, visible)
     logits = unembed(tree, rms_norm(hidden, tree["norm"], config.rms_norm_eps))
-    np.testing.assert_allclose(logits, logits_of(config, tree, tokens), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(logits, forward(config, tree, tokens), rtol=1e-4, atol=1e-4)
 
 
 def test_padding_changes_no_logit_of_the_text(tiny):
     config, tree = tiny
     text, padding = random_tokens(config.vocab_size, (1, 9)), random_tokens(config.vocab_size, (1, 5), seed=1)
-    alone = logits_of(config, tree, text)
-    right = logits_of(config, tree, np.concatenate([text, padding], 1))[:, :9]
-    left = logits_of(config, tree, np.concatenate([padding, text], 1), positions=np.arange(-5, 9)[None])[:, 5:]
+    alone = forward(config, tree, text)
+    right = forward(config, tree, np.concatenate([text, padding], 1))[:, :9]
+    left = forward(config, tree, np.concatenate([padding, text], 1), positions=np.arange(-5, 9)[None])[:, 5:]
     np.testing.assert_allclose(right, alone, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(left, alone, rtol=1e-4, atol=1e-4)
 
@@ -216,11 +213,11 @@ def test_padding_changes_no_logit_of_the_text(tiny):
 def test_texts_packed_into_one_row_do_not_see_each_other(tiny):
     config, tree = tiny
     first, second = random_tokens(config.vocab_size, (1, 9)), random_tokens(config.vocab_size, (1, 6), seed=1)
-    packed = logits_of(
+    packed = forward(
         config, tree, np.concatenate([first, second], 1), positions=np.concatenate([np.arange(9), np.arange(6)])[None]
     )
-    np.testing.assert_allclose(packed[:, :9], logits_of(config, tree, first), rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(packed[:, 9:], logits_of(config, tree, second), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(packed[:, :9], forward(config, tree, first), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(packed[:, 9:], forward(config, tree, second), rtol=1e-4, atol=1e-4)
 
 
 def test_rms_norm_of_bfloat16_is_computed_in_float32():
