@@ -7,7 +7,7 @@ all the block's layers, their norms, a chunk. One thread reads the next block wh
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT
 from dppa_jax.sharding import padded_rows, put_rows
 
 
+@runtime_checkable
 class Source(Protocol):
     """What a checkpoint must offer to be merged."""
 

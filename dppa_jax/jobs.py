@@ -168,7 +168,7 @@ def check_same_base(base: SafetensorsDirectory, expert: SafetensorsDirectory, na
         if spec.linear is None or spec.layer not in (0, layers // 2, layers - 1):
             continue
         for row in np.linspace(0, spec.rows - 1, PROBED_ROWS).astype(int):
-            b, e = (_row(source, spec.name, row) for source in (base, expert))
+            b, e = (_row(source, spec.name, int(row)) for source in (base, expert))
             finite = np.isfinite(b) & np.isfinite(e)  # the merge tells where they are not
             difference += np.square(e[finite] - b[finite]).sum()
             norm += np.square(b[finite]).sum()

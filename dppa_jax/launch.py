@@ -3,11 +3,12 @@
 import ctypes
 import logging as python_logging
 import shlex
-import signal
 import sys
 from collections.abc import Mapping
 
 from absl import app, flags, logging
+
+from dppa_jax.interrupts import end_on_signals
 
 FLAGS = flags.FLAGS
 JOBS = ("merge", "plan", "inspect", "report", "benchmark")
@@ -280,7 +281,7 @@ def run() -> None:
     if {"-h", "--help", "--helpshort"} & set(sys.argv[1:]):
         print(usage())
         return
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # leave like from an error, cleaning up
+    end_on_signals()
     logging.set_verbosity(logging.INFO)
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)  # it tells of every platform it does not find
     logging.set_stderrthreshold("info")

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where rows of finished tensors go, in any order."""
 
@@ -124,7 +125,8 @@ def _merge_part(
             _write_pieces(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
         coefficients = np.array([[pruner.coefficient(name, piece.name)] for piece in x.part.pieces])
         weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
-    dtype = _output_dtype(x.part.pieces[0].name, base, config)
+    dtypes = {_output_dtype(piece.name, base, config) for piece in x.part.pieces}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # of several, each piece is rounded when written
     merged = kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
     if not config.allow_nonfinite and kernels.nonfinite(merged):
         raise _locate_nonfinite(x, config)

@@ -45,7 +45,8 @@ class Pruner:
         for e, (name, of_expert) in enumerate(zip(self.config.experts, statistics, strict=True)):
             if self.config.score:
                 self.rates[e] = allocate(self.config, of_expert)
-            self.weights[e] = self._scale(name, self.rates[e])
+            # At rate 1 one random number in 2³² is still at its bound: it weighs nothing.
+            self.weights[e] = np.where(self.rates[e] < 1, self._scale(name, self.rates[e]), 0.0)
 
     def _scale(self, expert: str, rates: np.ndarray) -> np.ndarray:
         match self.config.scale:

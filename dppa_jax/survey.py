@@ -66,7 +66,7 @@ def _thresholds(sums, numel, config, allocation) -> tuple[np.ndarray, np.ndarray
     multiple = config.significance_multiple
     own = (sums / numel).astype(dtype) * np.asarray(allocation.linear_multiple or multiple, dtype)
     mean = (sums.sum(axis=1) / numel.sum(axis=1)).astype(dtype)
-    multiple = np.asarray(allocation.layer_multiple or multiple, dtype)
+    multiple = dtype.type(allocation.layer_multiple or multiple)
     layer = np.array([_largest_ratio(m, multiple) for m in mean]) if allocation.divides else mean * multiple
     return own.astype(np.float32), layer.astype(np.float32)
 

@@ -4,7 +4,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from support import AWKWARD, ONE_DEVICE, Merge, assert_same_bits, make_family, merge_to_arrays
+from support import AWKWARD, ONE_DEVICE, MemorySource, Merge, assert_same_bits, make_family, merge_to_arrays
 
 from dppa_jax.checkpoint import LINEARS
 from dppa_jax.config import MergeConfig
@@ -43,6 +43,25 @@ def test_output_bits_do_not_depend_on_devices_blocks_residency_or_run(choice, la
         assert_same_bits(found.deltas[expert], wanted.deltas[expert], f"delta of {expert}")
     for table in ("rates", "thresholds", "densities", "weights"):
         np.testing.assert_array_equal(getattr(found.outcome, table), getattr(wanted.outcome, table), table)
+
+
+@pytest.mark.parametrize("mixed", ["base", "math"])
+def test_dtypes_that_change_between_layers_of_a_block_do_not_change_the_bits(mixed):
+    """Some published checkpoints keep a few layers in float32; each output tensor is rounded once, to its own dtype."""
+    base, experts = family()
+    models = {"base": base, **experts}
+    tensors = {
+        name: array.astype(np.float32) * np.float32(1 + 2**-20) if ".layers.1." in name else array
+        for name, array in models[mixed].tensors.items()
+    }
+    models[mixed] = MemorySource(base.config, tensors)
+    base, experts = models["base"], {name: models[name] for name in EXPERTS}
+    wanted, *found = (
+        merge_to_arrays(base, experts, config("task_arithmetic"), layout=Layout(block)) for block in (1, 2, LAYERS)
+    )
+    for merge in found:
+        assert_same_bits(merge.tensors, wanted.tensors)
+    assert {name: a.dtype for name, a in wanted.tensors.items()} == {name: a.dtype for name, a in base.tensors.items()}
 
 
 def test_every_score_and_scale_is_among_the_choices():

@@ -1,16 +1,18 @@
 """How the prune rate is spread over layers and linears: host arithmetic in float64 on the survey's statistics.
 
 Every function takes (rate, statistics) and gives rates (layers, linears). More significance, lower rate. Rates are
-clipped to [0, 1]; fluctuations that are all zero leave the rate alone (the authors' code divides by their maximum).
+clipped to [0, 1]; fluctuations that are all zero, or no more than the mean's rounding error, leave the rate alone (the
+authors' code divides by their maximum).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
-Table = Float[np.ndarray, "layers linears"]
+Table = Num[np.ndarray, "layers linears"]
+ROUNDING = 1e-12  # of a mean of thousands of float64 numbers; shares of counts differ by more, if at all
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Statistics:
 
     numel: Table
     linear_outliers: Table  # of each linear against its own mean: sums of |δ|, or counts
-    layer_outliers: Float[np.ndarray, " layers"]  # of each layer against the layer's mean
+    layer_outliers: Num[np.ndarray, " layers"]  # of each layer against the layer's mean
 
 
 def uniform(rate: float, statistics: Statistics, max_fluctuation: float) -> Table:
@@ -96,7 +98,8 @@ def _dynamic(rate: float, layer: np.ndarray, linear: Table, numel: Table, max_fl
 def _fluctuation(significance: np.ndarray, mean: float, maximum: float) -> np.ndarray:
     centred = significance - mean
     largest = np.abs(centred).max()
-    return maximum * centred / largest if largest > 0 else np.zeros_like(centred)
+    equal = largest <= ROUNDING * np.abs(significance).max()
+    return np.zeros_like(centred) if equal else maximum * centred / largest
 
 
 def _clip(rates: np.ndarray) -> np.ndarray:

@@ -6,15 +6,19 @@ from operator import add
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
+
+Matrix = Float[Array | np.ndarray, "*shape"]
 
 
-def sum_(deltas: Sequence[jax.Array]) -> jax.Array:
+def sum_(deltas: Sequence[Matrix]) -> Matrix:
     """Σₖ λₖδₖ, added in the order of the experts. Source: Ilharco et al. 2023 (task arithmetic)."""
     return reduce(add, deltas)
 
 
-def ties(deltas: Sequence[jax.Array], zero_sign: float = 1.0) -> jax.Array:
+def ties(deltas: Sequence[Matrix], zero_sign: float = 1.0) -> Matrix:
     """The mean of those λₖδₖ that are not zero and have the elected sign, which is the sign of Σₖ λₖδₖ.
 
     Source: Yadav et al. 2023, section 3 (elect, disjoint merge); the trimming is the score's work.
@@ -25,7 +29,7 @@ def ties(deltas: Sequence[jax.Array], zero_sign: float = 1.0) -> jax.Array:
     [2.0, -2.0]
     """
     total = reduce(add, deltas)
-    elected = jnp.where(total == 0, zero_sign, total)
+    elected = jnp.where(jnp.where(total == 0, zero_sign, total) > 0, 1.0, -1.0)  # ±1: its product with δ has δ's size
     agree = [delta * elected > 0 for delta in deltas]
     kept = reduce(add, [jnp.where(a, delta, 0) for a, delta in zip(agree, deltas, strict=True)])
     count = reduce(add, [a.astype(jnp.float32) for a in agree])

@@ -15,8 +15,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, UInt32
 
-Matrix = Float[Array, "rows columns"]
-Keys = UInt32[Array, "rows columns"]
+Columns = jax.Array | np.ndarray
+Matrix = Float[Array | np.ndarray, "rows columns"]
+Keys = UInt32[Array | np.ndarray, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
@@ -40,7 +41,7 @@ def finite_delta(base: jax.Array, expert: jax.Array, dtype: str) -> Matrix:
     return jnp.where(jnp.isfinite(difference), difference, 0)
 
 
-def magnitude(delta: Matrix, side: None = None, column: jax.Array | None = None) -> Keys:
+def magnitude(delta: Matrix, side: None = None, column: Columns | None = None) -> Keys:
     """|δ|. Source: Han et al. 2015.
 
     >>> delta = jnp.array([[-2.0, 0.0, 1.0]])
@@ -50,7 +51,7 @@ def magnitude(delta: Matrix, side: None = None, column: jax.Array | None = None)
     return _float_keys(jnp.abs(delta))
 
 
-def random(delta: Matrix, side: UInt32[Array, "rows 2"], column: jax.Array) -> Keys:
+def random(delta: Matrix, side: UInt32[Array | np.ndarray, "rows 2"], column: Columns) -> Keys:
     """u uniform on the 2³² integers, from a counter-based hash of (row key, column).
 
     `side` holds two words per row, folded from (seed, expert name, tensor name, row) by `row_keys`. The hash is a
@@ -65,7 +66,9 @@ def random(delta: Matrix, side: UInt32[Array, "rows 2"], column: jax.Array) -> K
     return x ^ (x >> 15)
 
 
-def wanda(delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array], column: jax.Array) -> Keys:
+def wanda(
+    delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array], column: Columns
+) -> Keys:
     """|δ_ij| · ‖x_j‖, ‖x_j‖ being the norm of input j over calibration tokens. Source: Sun et al. 2023, eq. 1.
 
     `side` is the norms of every layer in the matrix and the layer of each row (`sharding.PerLayer`).
@@ -74,12 +77,14 @@ def wanda(delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array],
     return _float_keys(jnp.abs(delta) * norms[layer[:, None], column])
 
 
-def row(delta: Matrix, side: Float[Array, "rows 1"], column: jax.Array) -> Keys:
+def row(delta: Matrix, side: Float[Array, "rows 1"], column: Columns) -> Keys:
     """One score per output row, Σ_j |δ_ij|: structural pruning of rows."""
     return _float_keys(jnp.broadcast_to(side, delta.shape))
 
 
-def column(delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array], column: jax.Array) -> Keys:
+def column(
+    delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array], column: Columns
+) -> Keys:
     """One score per input column, Σ_i |δ_ij|: structural pruning of columns."""
     sums, layer = side
     return _float_keys(jnp.broadcast_to(sums[layer[:, None], column], delta.shape))
@@ -101,7 +106,7 @@ SCORES = {
 }
 
 
-def bound_above(threshold: float | np.ndarray) -> np.ndarray:
+def bound_above(threshold: float | np.floating | np.ndarray) -> np.uint32 | np.ndarray:
     """The smallest key whose score is greater than a non-negative float32 threshold.
 
     >>> bool(bound_above(np.float32(1.0)) == np.float32(1.0).view(np.uint32) + 1)
@@ -110,7 +115,7 @@ def bound_above(threshold: float | np.ndarray) -> np.ndarray:
     return np.asarray(threshold, np.float32).view(np.uint32) + np.uint32(1)
 
 
-def random_bound(rate: np.ndarray) -> np.ndarray:
+def random_bound(rate: float | np.floating | np.ndarray) -> np.uint32 | np.ndarray:
     """⌈rate·2³²⌉: u is kept when it is at or above. At rate 1 no bound drops all keys; the scale is 0 there."""
     return np.minimum(np.ceil(np.asarray(rate, np.float64) * 2.0**32), float(LAST_BOUND)).astype(np.uint32)
 

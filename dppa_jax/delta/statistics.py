@@ -2,8 +2,8 @@
 
 `fold` adds eight column slices of a row elementwise. Compilers neither split nor reorder such additions, and on a CPU
 it is as fast as the read; the reduction that XLA offers chooses its own order. Two folds leave 1/64 of the numbers,
-which the host adds in float64. Memory bandwidth is what a survey costs, so a read counts four bounds, packed in the bytes
-of a word, or adds two sums, packed in a complex number.
+which the host adds in float64. Memory bandwidth is what a survey costs, so a read counts four bounds, packed in the
+bytes of a word, or adds two sums, packed in a complex number.
 """
 
 from collections.abc import Callable

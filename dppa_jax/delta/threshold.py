@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt32
+from numpy.typing import ArrayLike
 
 BOUNDS = 4  # counted in one read: four 8-bit counters share a 32-bit word
 SAMPLED_READS = 8  # then the sample has said what it can
@@ -16,13 +17,13 @@ END = 2**32  # one past the last key
 SAMPLE = 65_536  # per linear: its rank error, 0.1 %, is a few distinct values of a 16-bit delta
 
 
-def index(numel: np.ndarray | int, rate: np.ndarray | float) -> np.ndarray:
+def index(numel: int, rate: ArrayLike) -> np.int64 | np.ndarray:
     """int(n·rate), clamped to n−1, in float64.
 
     >>> index(10, [0.0, 0.55, 1.0]).tolist()
     [0, 5, 9]
     """
-    return np.minimum((np.asarray(numel) * np.asarray(rate, np.float64)).astype(np.int64), np.asarray(numel) - 1)
+    return np.minimum((numel * np.asarray(rate, np.float64)).astype(np.int64), numel - 1)
 
 
 def sample_starts(rows: int, columns: int, many: int) -> Int32[np.ndarray, "rows 1"]:
@@ -99,7 +100,7 @@ class _Search:
         position = share * len(inside)
         spread = 2.0 * np.sqrt(position * (1.0 - share)) + 1.0
 
-        def at(place: float) -> int:
+        def at(place: float | np.integer) -> int:
             return int(inside[min(max(int(place), 0), len(inside) - 1)])
 
         guess = at(position)

@@ -65,7 +65,7 @@ class Sample(NamedTuple):
 
 
 def addition(draw: random.Random) -> Sample:
-    first, second = draw.randrange(10, 50), draw.randrange(10, 50)
+    first, second = draw.randrange(100, 990), draw.randrange(1, 6)
     total = str(first + second)
     return Sample(f"What is {first} plus {second}? Sum:", total, f"{first} plus {second} makes {total}.")
 

@@ -296,6 +296,7 @@ def abstract_tree(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
     return tree if config.tie_word_embeddings else {**tree, "lm_head": array(config.vocab_size, hidden)}
 
 
+@partial(jax.jit, static_argnames=("config", "dtype", "stddev"))
 def init_tree(config: LlamaConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
     """Random weights for pre-training: norms 1, all else normal with `stddev`, as transformers initialises LLaMA."""
     leaves, structure = jax.tree.flatten_with_path(abstract_tree(config, dtype))

@@ -332,6 +332,16 @@ def test_links_that_lead_outside(merge, tmp_path, name):
     assert f"{link} leads outside the directory: {name!r} is {outside}" in message
 
 
+def test_links_are_looked_at_before_the_work(merge, tmp_path, monkeypatch):
+    def working(*_):
+        raise AssertionError("the merge has begun")
+
+    monkeypatch.setattr("dppa_jax.jobs.merge_checkpoints", working)
+    (merge.law / "tokenizer.json").rename(tmp_path / "outside")
+    (merge.law / "tokenizer.json").symlink_to(tmp_path / "outside")
+    assert f"{merge.law}/tokenizer.json leads outside the directory" in merge.refusal("--tokenizer=law")
+
+
 def test_links_within_the_directory_are_followed(merge):
     (merge.law / "weights").mkdir()
     (merge.law / "model.safetensors").rename(merge.law / "weights" / "blob")

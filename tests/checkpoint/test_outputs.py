@@ -27,6 +27,7 @@ VERBATIM = (
     "chat_template.jinja",
     "generation_config.json",
 )
+TRANSFORMERS_4 = {"dtype": None, "rope_parameters": None, "rope_theta": 10000.0, "transformers_version": "4.31.0"}
 
 
 def read_all(directory) -> dict[str, np.ndarray]:
@@ -51,8 +52,8 @@ def write_family(merge: Merge, config: dict, base: dict) -> None:
         ({}, [], "bfloat16"),
         ({"tie_word_embeddings": True}, ["--max_shard_size=20000"], "bfloat16"),
         ({"num_key_value_heads": 4, "dtype": "float16"}, [], "float16"),
-        ({"dtype": None, "torch_dtype": "float32"}, ["--output_dtype=bfloat16"], "bfloat16"),
-        ({"dtype": None, "torch_dtype": "bfloat16"}, ["--output_dtype=float32", "--max_shard_size=1"], "float32"),
+        ({**TRANSFORMERS_4, "torch_dtype": "float32"}, ["--output_dtype=bfloat16"], "bfloat16"),
+        ({**TRANSFORMERS_4, "torch_dtype": "bfloat16"}, ["--output_dtype=float32", "--max_shard_size=1"], "float32"),
     ],
     ids=str,
 )

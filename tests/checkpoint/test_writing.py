@@ -263,7 +263,7 @@ def test_disk_too_full_is_seen_before_writing(merge, monkeypatch, flags):
 # ---- interrupted runs
 
 STALLING = """
-import sys, time
+import time
 from dppa_jax import launch
 from dppa_jax.checkpoint import SafetensorsWriter
 

@@ -10,7 +10,7 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 
 SIZES = (64.0, 32.0, 32.0, 64.0, 176.0, 176.0, 176.0)
-AMOUNTS = st.one_of(st.just(0.0), st.floats(1e-3, 1e3))
+AMOUNTS = st.integers(0, 8000).map(lambda eighths: eighths / 8)
 
 
 @st.composite
@@ -24,7 +24,7 @@ def statistics(draw) -> Statistics:
 def fluctuation(significance: list[float], mean: float, maximum: float) -> list[float]:
     centred = [s - mean for s in significance]
     largest = max(abs(c) for c in centred)
-    return [maximum * c / largest if largest > 1e-9 * max(map(abs, significance)) else 0.0 for c in centred]
+    return [maximum * c / largest if largest > 1e-12 * max(map(abs, significance)) else 0.0 for c in centred]
 
 
 def rates(rate, numel, layer, linear, maximum) -> list[list[float]]:
