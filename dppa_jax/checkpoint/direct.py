@@ -9,10 +9,14 @@ the cache. File systems that cannot do it (tmpfs, some network ones) are written
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 PAGE = 4096
 STEP = 8 << 20  # copied to aligned memory and written at a time
+
+
+_of_thread = threading.local()
 
 
 class DirectFile:
@@ -26,7 +30,6 @@ class DirectFile:
             self._direct = None
         if not hasattr(os, "O_DIRECT"):
             self._drop_direct()
-        self._aligned = memoryview(mmap.mmap(-1, STEP)) if self._direct is not None else None
 
     def write(self, data: memoryview, position: int) -> None:
         first = min(-position % PAGE, data.nbytes)
@@ -46,9 +49,10 @@ class DirectFile:
 
     def _write_direct(self, piece: memoryview, position: int) -> None:
         if self._direct is not None:
-            self._aligned[: piece.nbytes] = piece
+            aligned = _aligned()[: piece.nbytes]
+            aligned[:] = piece
             try:
-                done = os.pwrite(self._direct, self._aligned[: piece.nbytes], position)
+                done = os.pwrite(self._direct, aligned, position)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # the file system wants another alignment, or no direct writes at all
                     raise
@@ -66,3 +70,10 @@ class DirectFile:
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
+
+
+def _aligned() -> memoryview:
+    """Memory on a page boundary, one piece for all files of a thread."""
+    if not hasattr(_of_thread, "memory"):
+        _of_thread.memory = memoryview(mmap.mmap(-1, STEP))
+    return _of_thread.memory
