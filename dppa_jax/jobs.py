@@ -133,7 +133,8 @@ def check_output(output: str, overwrite: bool) -> None:
 def check_models(job: JobConfig, base: SafetensorsDirectory, experts: Mapping[str, SafetensorsDirectory]) -> None:
     """Everything that can be refused before the work begins."""
     models = {"base": base, **experts}
-    check_apart(_outputs(job), {name: model.directory for name, model in models.items()})
+    outputs = {flag: where for flag, where in _outputs(job).items() if where}
+    check_apart(outputs, {name: model.directory for name, model in models.items()})
     check_compatible(base, experts)
     companions(base.directory)
     companions(models[job.tokenizer].directory)

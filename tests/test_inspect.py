@@ -67,3 +67,11 @@ def test_rates_of_every_partition_average_near_the_nominal_rate(inspected):
             rates = [rate for row in found[name]["rates"][nominal] for rate in row.values()]
             assert abs(np.mean(rates) - float(nominal)) < 0.08
             assert len(set(rates)) > 1
+
+
+def test_models_may_be_anywhere_under_the_working_directory(tmp_path, monkeypatch):
+    root = write_family(tmp_path / "models", ("math",))
+    monkeypatch.chdir(tmp_path)
+    launch("--job=inspect", "--base=models/base", "--expert=math=models/math", "--mesh=layer=1,row=1")
+    assert (tmp_path / "runs" / "inspect.json").is_file()
+    assert root.is_dir()

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from dppa_jax.config import MergeConfig, choose, default_partitions
 from dppa_jax.delta.methods import METHODS
+from dppa_jax.demo import families
 from dppa_jax.evaluate.local import evaluate
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.tasks import Task, by_domain
@@ -71,6 +72,8 @@ def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
     domains = by_domain(sweep.tasks)
     for domain in domains:
         choose("--evaluate: expert of the domain", domain, job.experts)
+    if any(where.startswith("demo:") for where in (job.base, *job.experts.values())):
+        families(sweep.seeds)  # trained side by side where they are missing
     if job.output:
         run_merge(job)
     total = len(sweep.seeds) * sum(1 for _ in _candidates(sweep, domains))
