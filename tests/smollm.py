@@ -52,7 +52,7 @@ def convert(gguf: Path, directory: Path) -> None:
     model = LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
-    if hasattr(model.config, "quantization_config"):
+    if hasattr(model.config, "quantization_config"):  # or the written config.json would say so, too
         del model.config.quantization_config
     model.to(torch.bfloat16).save_pretrained(directory)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(directory)

@@ -77,7 +77,7 @@ def random_torch_model(config, seed=0):
     model = transformers.LlamaForCausalLM(torch_config(config | {"attn_implementation": "eager"})).eval()
     with torch.no_grad():
         for weight in model.parameters():
-            weight.copy_(torch.randn_like(weight) * 0.3 + (weight.ndim == 1))
+            weight.copy_(torch.randn_like(weight) * 0.2 + (weight.ndim == 1))
     return model
 
 
