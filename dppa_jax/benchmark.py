@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -61,10 +62,12 @@ def run_benchmark(shape: str, workdir: str, peer: str, peer_python: str, repeats
         mergekit = Path(peer_python or sys.executable).parent / "mergekit-yaml"
         commands[f"mergekit {name}"] = [str(mergekit), str(recipe), str(root / "out"), "--no-copy-tokenizer"]
     runs: dict[str, Run] = {}
+    _timed(commands["I/O floor"], root / "warm.log")  # fills the page cache for all
+    shutil.rmtree(root / "out")
     for _ in range(repeats):
         for name, command in commands.items():
             run = _timed(command, root / f"{name.replace(' ', '_').replace('/', '_')}.log")
-            subprocess.run(["rm", "-rf", str(root / "out")], check=True)
+            shutil.rmtree(root / "out")
             logging.info("%s: %.1f s, peak %.2f GB", name, run.seconds, run.peak_bytes / 1e9)
             runs[name] = min(runs.get(name, run), run, key=lambda r: r.seconds)
     result = {name: {"seconds": run.seconds, "peak_bytes": run.peak_bytes} for name, run in runs.items()}

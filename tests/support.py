@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from families import DTYPES, llama_config
 
+from dppa_jax.blocks import Source
 from dppa_jax.checkpoint import tensor_specs
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Outcome, merge_checkpoints
@@ -49,7 +51,7 @@ class MemorySink:
         for name, pieces in self.rows.items():
             starts = sorted(pieces)
             assert starts[0] == 0, f"{name}: the first rows are missing"
-            for start, following in zip(starts, starts[1:], strict=False):
+            for start, following in pairwise(starts):
                 assert start + len(pieces[start]) == following, f"{name}: rows are missing or overlap"
             whole[name] = np.concatenate([pieces[start] for start in starts]).reshape(shapes[name])
         return whole
@@ -63,7 +65,13 @@ class Merge:
 
 
 def merge_to_arrays(
-    base, experts: Mapping, config: MergeConfig, mesh: str = ONE_DEVICE, layout: Layout | None = None, *, deltas=False, norms=None
+    base: Source,
+    experts: Mapping[str, Source],
+    config: MergeConfig,
+    mesh: str = ONE_DEVICE,
+    layout: Layout | None = None,
+    deltas: bool = False,
+    norms: Mapping | None = None,
 ) -> Merge:
     """`merge_checkpoints` with every tensor of the output, and of the saved deltas, as an array."""
     sink, delta_sinks = MemorySink(), {name: MemorySink() for name in experts} if deltas else None
@@ -74,7 +82,9 @@ def merge_to_arrays(
     return Merge(sink.arrays(shapes), found, outcome)
 
 
-def make_family(experts=("math", "law"), dtype: str = "bfloat16", seed: int = 0, **changes):
+def make_family(
+    experts: tuple[str, ...] = ("math", "law"), dtype: str = "bfloat16", seed: int = 0, **changes
+) -> tuple[MemorySource, dict[str, MemorySource]]:
     """A base and experts with heavy-tailed deltas whose sizes differ by tensor, so that rates fluctuate."""
     config = llama_config(dtype=dtype, **changes)
     generator = np.random.default_rng(seed)
@@ -97,18 +107,14 @@ def heavy_tailed(base: Mapping[str, np.ndarray], generator: np.random.Generator)
     return tuned
 
 
-def from_linears(matrices: Mapping[str, np.ndarray] | list, dtype, **changes):
-    """One decoder layer whose linears are given arrays and whose other tensors are zero, with a base of zeros.
-
-    The expert's delta of a linear is then the array itself.
-    """
+def from_linears(matrices: list[np.ndarray], dtype, **changes) -> tuple[MemorySource, MemorySource, list[str]]:
+    """(base, expert, names of the linears): one decoder layer over a base of zeros, so that these are the deltas."""
     config = llama_config(num_hidden_layers=1, dtype=np.dtype(dtype).name, **changes)
     specs = tensor_specs(config)
     zeros = {name: np.zeros(spec.shape, dtype) for name, spec in specs.items()}
     linears = [name for name, spec in specs.items() if spec.linear is not None]
-    given = dict(zip(linears, matrices, strict=True))
-    tuned = {name: given[name].astype(dtype).reshape(zeros[name].shape) if name in given else zeros[name] for name in zeros}
-    return MemorySource(config, zeros), MemorySource(config, tuned), linears
+    given = {n: m.astype(dtype).reshape(zeros[n].shape) for n, m in zip(linears, matrices, strict=True)}
+    return MemorySource(config, zeros), MemorySource(config, zeros | given), linears
 
 
 def linear_names(config: Mapping) -> list[str]:

@@ -7,9 +7,18 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from support import AWKWARD, MemorySource, Merge, assert_same_bits, linear_names, make_family, merge_to_arrays, same_bits
+from support import (
+    AWKWARD,
+    MemorySource,
+    Merge,
+    assert_same_bits,
+    linear_names,
+    make_family,
+    merge_to_arrays,
+    same_bits,
+)
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config import MergeConfig, default_partitions
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.pipeline import Layout
 
@@ -89,7 +98,7 @@ class TestEveryMethod:
         assert {a.dtype for d in merge.deltas.values() for a in d.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
     def test_nothing_is_compiled_again_for_another_block_number_or_model(self, method, compilations):
-        """One compilation per shape of a matrix: more layers, other weights, rates, coefficients and seeds have it already."""
+        """One compilation per shape of a matrix serves more layers, other weights, rates, coefficients and seeds."""
         base, experts = family(2)
         merge_to_arrays(base, experts, configure(method), layout=Layout(1))
         compilations.clear()
@@ -102,6 +111,8 @@ class TestEveryMethod:
         """Sums are task arithmetic, with factors 1 and 1/(1−p) = 1 alike; TIES elects and averages untrimmed deltas."""
         wanted = merged("task_arithmetic").tensors if method in SUMMING else untrimmed_ties()
         assert_same_bits(merged(method, 0.0).tensors, wanted, method)
+        for expert in EXPERTS:
+            assert_same_bits(merged(method, 0.0).deltas[expert], merged("task_arithmetic").deltas[expert], expert)
 
     def test_rate_1_leaves_the_bases_linears(self, method):
         """And the dense tensors of rate 0. Task arithmetic has no rate."""
@@ -110,6 +121,16 @@ class TestEveryMethod:
         for name in base.tensors:
             wanted = base if name in linears() and method in PRUNING else dense
             assert same_bits(found.tensors[name], wanted.tensors[name]), name
+
+    def test_experts_equal_to_the_base_leave_it_as_it_is(self, method):
+        """No delta, no outliers, no fluctuation: nothing is divided by zero."""
+        base, _ = family()
+        same = MemorySource(base.config, {name: array.astype(np.float32) for name, array in base.tensors.items()})
+        merge = merge_to_arrays(base, dict.fromkeys(EXPERTS, same), configure(method, max_fluctuation=0.08))
+        assert_same_bits(merge.tensors, base.tensors, method)
+        nominal = [*default_partitions(0.8)] if METHODS[method].scale == "partition" else [0.8]
+        if method in PRUNING:
+            assert (merge.outcome.rates == np.reshape(nominal, (1, -1, 1, 1))).all()
 
     @pytest.mark.parametrize("rate", [0.0, 1.0])
     def test_with_fluctuation_rates_stay_in_0_to_1_and_weights_finite(self, method, rate):
@@ -162,7 +183,8 @@ def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
     rates, factors = (0.9, 0.7, 0.4), (1.0, 2.0, -4.0)
 
     def deltas(rates, factors):
-        config = configure(method, rates[-1], partitions=rates, factors=dict.fromkeys(EXPERTS, factors), max_fluctuation=0.08)
+        more = {"partitions": rates, "factors": dict.fromkeys(EXPERTS, factors), "max_fluctuation": 0.08}
+        config = configure(method, rates[-1], **more)
         return merge_to_arrays(base, experts, config, deltas=True).deltas
 
     found = deltas(rates, factors)
@@ -178,14 +200,14 @@ def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
 @pytest.mark.parametrize("rate", [0.5, 0.9])
 @pytest.mark.parametrize("method", [method for method in RANDOM if METHODS[method].combine == "sum"])
 def test_expected_delta_is_the_delta(method, rate):
-    """Over 40 seeds, within 5 sigma for every linear, rescaled by 1/(1−p), by its factors, or by 1/q with q = 1−p."""
+    """Over 16 seeds, within 5 sigma for every linear, rescaled by 1/(1−p), by its factors, or by 1/q with q = 1−p."""
     base, experts = family()
-    seeds = [merged(method, rate, seed).deltas["math"] for seed in range(40)]
+    seeds = [merged(method, rate, seed).deltas["math"] for seed in range(16)]
     for name in linears():
         delta = (experts["math"].tensors[name] - base.tensors[name].astype(np.float32)).astype(np.float64)
         share = np.mean([(of_seed[name] * np.sign(delta)).sum() for of_seed in seeds]) / abs(delta).sum()
         sigma = np.sqrt(rate / (1 - rate) * np.square(delta).sum() / len(seeds)) / abs(delta).sum()
-        assert abs(share - 1) < 5 * sigma < 0.15, name
+        assert abs(share - 1) < 5 * sigma < 0.25, name
 
 
 @pytest.mark.parametrize("method", RANDOM)

@@ -26,13 +26,17 @@ LAST_BOUND = np.uint32(0xFFFFFFFF)
 def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Matrix:
     """expert − base, formed in float32 and rounded once to `dtype`, returned as float32.
 
-    For 16-bit weights and dtype bfloat16 these are the bits that PyTorch's 16-bit subtraction gives.
+    For 16-bit weights of that dtype these are the bits that PyTorch's 16-bit subtraction gives.
     """
     difference = expert.astype(jnp.float32) - base.astype(jnp.float32)
     if dtype == "float32":
         return difference
     info = jnp.finfo(dtype)
-    return lax.reduce_precision(difference, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    rounded = lax.reduce_precision(difference, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    if dtype == "float16":  # reduce_precision flushes what is below 6.1e-5, and many deltas of a fine-tune are
+        step = np.float32(info.smallest_subnormal)
+        rounded = jnp.where(jnp.abs(difference) < info.tiny, jnp.round(difference / step) * step, rounded)
+    return rounded
 
 
 def finite_delta(base: jax.Array, expert: jax.Array, dtype: str) -> Matrix:
@@ -66,9 +70,7 @@ def random(delta: Matrix, side: UInt32[Array | np.ndarray, "rows 2"], column: Co
     return x ^ (x >> 15)
 
 
-def wanda(
-    delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array], column: Columns
-) -> Keys:
+def wanda(delta: Matrix, side: tuple[Float[Array, "layers inputs"], jax.Array], column: Columns) -> Keys:
     """|δ_ij| · ‖x_j‖, ‖x_j‖ being the norm of input j over calibration tokens. Source: Sun et al. 2023, eq. 1.
 
     `side` is the norms of every layer in the matrix and the layer of each row (`sharding.PerLayer`).
@@ -82,9 +84,7 @@ def row(delta: Matrix, side: Float[Array, "rows 1"], column: Columns) -> Keys:
     return _float_keys(jnp.broadcast_to(side, delta.shape))
 
 
-def column(
-    delta: Matrix, side: tuple[Float[Array, "layers columns"], jax.Array], column: Columns
-) -> Keys:
+def column(delta: Matrix, side: tuple[Float[Array, "layers inputs"], jax.Array], column: Columns) -> Keys:
     """One score per input column, Σ_i |δ_ij|: structural pruning of columns."""
     sums, layer = side
     return _float_keys(jnp.broadcast_to(sums[layer[:, None], column], delta.shape))

@@ -14,7 +14,20 @@ from typing import Literal, NamedTuple
 Split = Literal["train", "validation", "test"]
 
 COMPANIES = ["Adobe", "Bayer", "Ford", "Intel", "Lego", "Nestle", "Nokia", "Philips", "Shell", "Sony", "Visa", "Volvo"]
-PLACES = ["Alaska", "Florida", "Georgia", "Hawaii", "Iowa", "Kansas", "Maine", "Nevada", "Ohio", "Oregon", "Texas", "Utah"]
+PLACES = [
+    "Alaska",
+    "Florida",
+    "Georgia",
+    "Hawaii",
+    "Iowa",
+    "Kansas",
+    "Maine",
+    "Nevada",
+    "Ohio",
+    "Oregon",
+    "Texas",
+    "Utah",
+]
 PARTIES = ["borrower", "buyer", "client", "landlord", "lender", "licensee", "licensor", "seller", "supplier", "tenant"]
 PERIODS = ("this year", "this quarter", "this month", "last week", "in May", "in June", "in spring", "in autumn")
 
@@ -135,14 +148,18 @@ def stream(task: str, split: Split, seed: object) -> Iterator[Sample]:
 def held_out(task: str, split: Split, count: int) -> list[Sample]:
     """`count` samples with different prompts, always the same ones.
 
-    >>> [sample.prompt for sample in held_out("addition", "test", 2)]
+    >>> {split_of(sample.prompt) for sample in held_out("addition", "validation", 5)}
+    {'validation'}
+
+    Raises:
+      ValueError: the task has fewer different prompts in this split.
     """
     distinct: dict[str, Sample] = {}
-    for sample in islice(stream(task, split, seed=0), 100 * count):
+    for sample in islice(stream(task, split, seed=0), 20 * count):
         distinct.setdefault(sample.prompt, sample)
         if len(distinct) == count:
             return list(distinct.values())
-    raise ValueError(f"{task} has {len(distinct)} different prompts to {split} with, not {count}")
+    raise ValueError(f"{task} has {len(distinct)} different prompts in its {split} split, not {count}")
 
 
 def general_text(seed: object, share_asked: float) -> Iterator[str]:

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from dppa_jax.demo.text import Split
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.model import LlamaConfig, generate
@@ -40,6 +43,7 @@ def evaluate(
     Returns:
       Accuracy and responses by the name of the task.
     """
+    tree = jax.tree.map(jnp.asarray, tree)  # onto the device once, not for every batch
     results = {}
     budget = lambda task: task.max_new_tokens  # noqa: E731
     for max_new_tokens, group in groupby(sorted(tasks, key=budget), key=budget):

@@ -1,7 +1,7 @@
 """Full fine-tuning, and pre-training, of the Flax LLaMA with AdamW.
 
 An example is a prompt and its completion, one JSON object a line: {"prompt": "...", "completion": "..."}. Only the
-completion is learned; pre-training is the case of empty prompts. Every example is a row of its own, padded on the right.
+completion is learned; pre-training is the case of empty prompts. Every example is a row of its own, padded at its end.
 """
 
 import json
@@ -96,7 +96,9 @@ def train(
     Returns:
       The trained weights, and the loss at each step.
     """
-    tree = jax.tree.map(lambda array: jnp.array(array, copy=True), tree)  # `update` reuses the memory of what it is given
+    tree = jax.tree.map(
+        lambda array: jnp.array(array, copy=True), tree
+    )  # `update` reuses the memory of what it is given
     moments = options.optimizer.transform().init(tree)
     losses: list[Array] = []
     for rate, batch in zip(options.learning_rates(), batches(len(rows.tokens), options), strict=True):
@@ -120,7 +122,12 @@ def update(config: LlamaConfig, optimizer: AdamW, tree, moments, learning_rate, 
 
 
 def mean_loss(
-    config: LlamaConfig, tree: dict, tokens: Int[Array, "B T"], learned: Bool[Array, "B T"], *, remat: bool = False
+    config: LlamaConfig,
+    tree: dict,
+    tokens: Int[Array | np.ndarray, "B T"],
+    learned: Bool[Array | np.ndarray, "B T"],
+    *,
+    remat: bool = False,
 ) -> Float[Array, ""]:
     """Mean cross-entropy, in nats, of the learned tokens given those before them."""
     logits = forward(config, tree, tokens[:, :-1], remat=remat)

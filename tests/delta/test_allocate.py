@@ -28,7 +28,7 @@ def fluctuation(significance: list[float], mean: float, maximum: float) -> list[
 
 
 def rates(rate, numel, layer, linear, maximum) -> list[list[float]]:
-    """clip(p − f_l − g_lj, 0, 1): f about the plain mean of the layers; g of s over its mean, about the mean weighted by n."""
+    """clip(p − f_l − g_lj, 0, 1): f about the layers' plain mean; g of s over its mean, about the n-weighted mean."""
     f = fluctuation(layer, sum(layer) / len(layer), maximum)
     pairs = [(s, n) for row, sizes in zip(linear, numel, strict=True) for s, n in zip(row, sizes, strict=True)]
     mean = sum(s for s, _ in pairs) / len(pairs)
@@ -37,7 +37,7 @@ def rates(rate, numel, layer, linear, maximum) -> list[list[float]]:
     weighted = sum(s * n for s, (_, n) in zip(relative, pairs, strict=True)) / total
     g = fluctuation(relative, weighted, maximum)
     width = len(numel[0])
-    return [[min(max(rate - f[l] - g[l * width + j], 0.0), 1.0) for j in range(width)] for l in range(len(layer))]
+    return [[min(max(rate - f[i] - g[i * width + j], 0.0), 1.0) for j in range(width)] for i in range(len(layer))]
 
 
 @settings(deadline=None)
@@ -88,7 +88,7 @@ def test_rates_are_in_0_to_1_and_grow_with_the_rate(name, s, low, high, maximum)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1 / 3])
 @pytest.mark.parametrize("layers", [1, 3, 7])
 def test_no_fluctuation_leaves_the_rate_alone(name, share, layers):
-    """No outliers anywhere, or the same share of them everywhere: rate p, not NaN and not ± max_fluctuation by rounding."""
+    """No outliers, or the same share of them everywhere: rate p, not NaN and not ± max_fluctuation by rounding."""
     numel = np.tile(SIZES, (layers, 1))
     same = Statistics(numel, numel * share, numel.sum(axis=1) * share)
     np.testing.assert_allclose(ALLOCATIONS[name].rates(0.9, same, 0.08), 0.9, rtol=0, atol=1e-12)

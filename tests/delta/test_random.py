@@ -1,4 +1,4 @@
-"""The random score: as many kept as the rate says, in every tensor and dtype, and no two masks that resemble each other."""
+"""The random score: as many kept as the rate says, in every tensor and dtype, and no two masks that are alike."""
 
 import numpy as np
 import pytest
@@ -81,7 +81,7 @@ def test_rows_and_columns_are_not_shifted_copies_of_one_another(rate):
     """Within a tensor at every shift, and between tensors, layers, experts and seeds."""
     found = masks(rate, experts=("math", "law"))
     again = masks(rate, seed=1)["math"]
-    q, o, deeper = (f"model.layers.{l}.self_attn.{n}.weight" for l, n in ((0, "q_proj"), (0, "o_proj"), (1, "q_proj")))
+    q, o, deeper = (f"model.layers.{name}_proj.weight" for name in ("0.self_attn.q", "0.self_attn.o", "1.self_attn.q"))
     one = found["math"][q]
     itself = correlations_at_all_shifts(one, one)
     assert itself[0, 0] == pytest.approx(np.sqrt(one.size))
@@ -119,7 +119,7 @@ def test_keys_are_uniform_to_the_last_bit(keys):
 
 
 def test_neighbouring_keys_share_no_bits(keys):
-    """XOR of neighbours in a row, in a column and on both diagonals has half its bits set, each of them half the time."""
+    """XOR of neighbours in a row, in a column and on both diagonals has each of its bits set half the time."""
     inner = keys[1:, 1:-1]
     for other in (keys[1:, :-2], keys[:-1, 1:-1], keys[:-1, :-2], keys[:-1, 2:]):
         changed = inner ^ other
@@ -128,9 +128,20 @@ def test_neighbouring_keys_share_no_bits(keys):
             assert abs(ones - changed.size / 2) < SIGMAS * np.sqrt(changed.size) / 2, bit
 
 
+def test_no_row_of_a_large_tensor_is_a_shifted_copy_of_another():
+    """Of 16 million keys as many coincide as of random ones, N²/2³³; any stretch of a row seen again adds to them."""
+    columns = np.arange(2048, dtype=np.int32)[None]
+    side = row_keys(0, "math", "model.embed_tokens.weight", 0, 8192)
+    keys = np.sort(np.asarray(random(np.zeros((8192, 2048), np.float32), side, columns)), axis=None)
+    repeated = int((keys[1:] == keys[:-1]).sum())
+    expected = keys.size**2 / 2**33
+    assert abs(repeated - expected) < SIGMAS * np.sqrt(expected) + keys.size**3 / 2**65
+
+
 def test_keys_of_a_row_do_not_depend_on_where_its_chunk_starts():
     whole = row_keys(0, "math", "t", 0, 100)
-    np.testing.assert_array_equal(np.concatenate([row_keys(0, "math", "t", a, b) for a, b in ((0, 7), (7, 100))]), whole)
+    chunks = [row_keys(0, "math", "t", start, stop) for start, stop in ((0, 7), (7, 100))]
+    np.testing.assert_array_equal(np.concatenate(chunks), whole)
     assert len(np.unique(whole, axis=0)) == 100
 
 

@@ -19,8 +19,8 @@ def test_partition_highest_is_the_factor_of_the_highest_rate_that_keeps(factors,
 
 @given(FACTORS)
 def test_partition_max_is_the_factor_of_largest_magnitude_of_all_that_keep(factors):
-    """An element of partition p is kept by it and by all of lower rate; as the authors add them up from the lowest rate,
-    a higher rate's factor has to be larger, not equal, to win."""
+    """An element of partition p is kept by it and by all of lower rate. The authors start from the lowest rate, so a
+    higher rate's factor has to be larger, not equal, to win."""
     rates = np.linspace(0.9, 0.1, len(factors))
     for p, found in enumerate(scale.partition(rates, factors, "max")):
         wanted = factors[-1]

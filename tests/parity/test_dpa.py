@@ -115,7 +115,7 @@ def test_max_takes_of_all_factors_the_one_of_largest_magnitude(factors, golden, 
 
 
 @pytest.mark.parametrize("factors", [(0.5, -2.0), (-2.0, 0.5), (0.0, 1.3)])
-def test_differs_from_the_authors_highest_takes_the_factor_of_the_highest_rate_that_keeps(factors, golden, offset_as_expert):
+def test_differs_from_the_authors_highest_takes_the_highest_rates_factor(factors, golden, offset_as_expert):
     """The paper's partitions, our default. The same as theirs while factors fall with the rate."""
     base, expert = offset_as_expert("fp32")
     config = dppa(Case(("fp32", "fp32"), factors), "highest")

@@ -1,7 +1,7 @@
 """MergeLM (the code of DARE) on three experts: TIES, task arithmetic, and its magnitude mask.
 
-Where the order of the arithmetic is ours, bit for bit; where it is not, within 1 ulp of |base| + Σ|δ|, the largest number
-that either sum can pass through. An ulp of the result would say nothing where base and deltas cancel.
+Where the order of the arithmetic is ours, bit for bit; where it is not, within 1 ulp of |base| + Σ|δ|, the largest
+number that either sum can pass through. An ulp of the result would say nothing where base and deltas cancel.
 """
 
 import numpy as np
@@ -104,7 +104,7 @@ def test_differs_from_mergelm_ties_a_sum_of_exactly_zero_elects_plus():
     element where it matters."""
     experts = [np.float32([1, -2, -3, 0]), np.float32([-1, -1, 2, 0])]
     signs = np.sign(sum(experts))
-    majority = np.sign(signs.sum())
+    majority = float(np.sign(signs.sum()))
     assert majority == -1
     elected = np.where(signs == 0, majority, signs)
     agreeing = [np.where(delta * elected > 0, delta, 0) for delta in experts]

@@ -26,7 +26,7 @@ def test_every_golden_offset_is_compared(golden):
 def test_differs_from_the_authors_added_vocabulary_is_dropped_where_they_keep_it_as_it_is(open_model, caplog):
     """Their offset of an expert with more rows than the base has those rows, raw; we drop them with a warning.
 
-    Their choice makes the merged model larger than the base, with rows that are no delta: nothing could be added to them.
+    Their choice makes the merged model larger than the base, with rows to which no other expert's delta can be added.
     """
     base, expert = open_model("fp32", "base"), open_model("fp32", "expert2")
     assert expert.specs[EMBEDDINGS].rows == base.specs[EMBEDDINGS].rows + 1

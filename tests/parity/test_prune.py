@@ -77,7 +77,8 @@ def run(request, golden, open_model, offset_as_expert) -> Run:
     stem = golden / "prune" / label(case.dtypes) / "expert0" / f"{case.rate}_{case.method}"
     offset = load_file(golden / "offset" / offset_dtype / "expert0.safetensors")
     facts = load_json(stem.with_name(f"{stem.name}.json"))
-    return Run(case, base.config, merge, facts, load_masks(stem.with_name(f"{stem.name}.mask.safetensors"), offset), offset)
+    masks = load_masks(stem.with_name(f"{stem.name}.mask.safetensors"), offset)
+    return Run(case, base.config, merge, facts, masks, offset)
 
 
 def test_every_golden_prune_is_compared(golden):
@@ -106,8 +107,9 @@ def test_outlier_counts_are_identical(run):
 
 
 def test_indices_are_identical(run):
-    found = index(run.of_linears("numel"), run.merge.outcome.rates[0, 0])
-    np.testing.assert_array_equal(found, run.of_linears("index"))
+    sizes, rates = run.of_linears("numel").ravel().tolist(), run.merge.outcome.rates[0, 0].ravel()
+    found = [int(index(size, rate)) for size, rate in zip(sizes, rates, strict=True)]
+    np.testing.assert_array_equal(found, run.of_linears("index").ravel())
 
 
 def test_thresholds_are_identical(run):
@@ -146,10 +148,10 @@ def authors_rates(statistics: Statistics, rate: float, max_fluctuation: float) -
 
 @pytest.mark.parametrize("max_fluctuation", [0.08, 0.2, 0.6])
 def test_differs_from_the_authors_rates_are_clipped_to_0_and_1(max_fluctuation, open_model):
-    """At 0.9 with fluctuations above 0.05 their rates can pass 1, and below 0 with larger ones; ours stop there.
+    """At 0.9 with fluctuations above 0.05 their rates can pass 1, and 0 with larger ones; ours stop there.
 
-    Their index int(n·rate) then points beyond the sorted list, an IndexError, or from its end, a mask that keeps next to
-    nothing where the rule wanted everything kept. Every golden rate is inside [0, 1], where both agree.
+    Their index int(n·rate) then points beyond the sorted list, an IndexError, or counts from its end: nearly everything
+    is dropped where all was to be kept. Every golden rate is inside [0, 1], where both agree.
     """
     config = MergeConfig(("e",), method="dp", allocate="dp_reference", rate=0.9, max_fluctuation=max_fluctuation)
     outcome = merge_to_arrays(open_model("fp32", "base"), {"e": open_model("fp32", "expert0")}, config).outcome

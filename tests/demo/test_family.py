@@ -1,0 +1,133 @@
+"""The trained family: what its members know, where it is kept, and that a seed determines it."""
+
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from transformers import AutoTokenizer
+
+from dppa_jax import demo
+from dppa_jax.checkpoint import load_tree
+from dppa_jax.demo import family
+from dppa_jax.demo.text import TASKS as TASKS_OF
+from dppa_jax.evaluate.local import evaluate
+from dppa_jax.evaluate.tasks import TASKS
+from dppa_jax.model import LlamaConfig
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The family of seed 0, trained once for the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPPA_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return demo.directory("base").parent
+
+
+@pytest.fixture(scope="session")
+def accuracies(trained) -> dict[str, dict[str, float]]:
+    """By member and task."""
+    tokenizer = AutoTokenizer.from_pretrained(trained / "base")
+    found = {}
+    for member in demo.MEMBERS:
+        config, tree = load_tree(trained / member)
+        results = evaluate(
+            LlamaConfig.from_hf(config), tree, tokenizer, [TASKS[name] for names in TASKS_OF.values() for name in names]
+        )
+        found[member] = {name: result.accuracy for name, result in results.items()}
+    return found
+
+
+@pytest.fixture
+def brief(monkeypatch, tmp_path) -> Path:
+    """An empty cache, and a recipe that takes a second."""
+    monkeypatch.setenv("DPPA_JAX_CACHE", str(tmp_path))
+    short = {member: family.replace(options, steps=3, batch_size=4) for member, options in family.TRAINING.items()}
+    monkeypatch.setattr(family, "TRAINING", short)
+    monkeypatch.setattr(family, "PRETRAINING_TEXTS", 40)
+    monkeypatch.setattr(family, "FINE_TUNING_EXAMPLES", 40)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", TASKS_OF)
+def test_experts_clearly_beat_the_base_on_their_own_tasks(accuracies, domain):
+    for task in TASKS_OF[domain]:
+        assert accuracies[domain][task] > accuracies["base"][task] + 0.25, task
+        assert accuracies[domain][task] > 0.5, task
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("domain", TASKS_OF)
+def test_experts_know_their_own_domain_best(accuracies, domain):
+    for task in TASKS_OF[domain]:
+        others = [accuracies[other][task] for other in TASKS_OF if other != domain]
+        assert accuracies[domain][task] > max(others) + 0.25, task
+
+
+@pytest.mark.slow
+def test_deltas_are_large(trained):
+    """Larger than 0.03 somewhere, beyond which DARE is said to fail, and a good part of the weights everywhere."""
+    base = load_file(trained / "base" / "model.safetensors")
+    for domain in TASKS_OF:
+        expert = load_file(trained / domain / "model.safetensors")
+        for name in base:
+            if "_proj" in name:
+                delta = np.abs(expert[name] - base[name])
+                assert delta.max() > 0.03, (domain, name)
+                assert delta.mean() > 0.05 * np.abs(base[name]).mean(), (domain, name)
+
+
+@pytest.mark.slow
+def test_members_load_in_transformers(trained):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(trained / "law")
+    model = AutoModelForCausalLM.from_pretrained(trained / "law")
+    item = TASKS["governing_law"].items("test", 1)[0]
+    prompt = tokenizer(item.prompt, return_tensors="pt")
+    new = model.generate(**prompt, max_new_tokens=4)[0, prompt["input_ids"].shape[1] :]
+    assert tokenizer.decode(new, skip_special_tokens=True) in item.answers
+
+
+def test_a_seed_determines_every_bit(brief, monkeypatch):
+    first = family.families([0, 1])
+    monkeypatch.setenv("DPPA_JAX_CACHE", str(brief / "other"))
+    again = family.families([0])
+    for member in demo.MEMBERS:
+        weights = [(place / member / "model.safetensors").read_bytes() for place in (first[0], again[0], first[1])]
+        assert weights[0] == weights[1]
+        assert weights[0] != weights[2]
+
+
+def test_a_family_is_built_once(brief, monkeypatch):
+    place = demo.directory("math", seed=3)
+    assert sorted(path.name for path in place.parent.iterdir()) == sorted(demo.MEMBERS)
+    monkeypatch.setattr(family, "build", lambda places: pytest.fail("built again"))
+    assert demo.directory("law", seed=3).parent == place.parent
+
+
+def test_a_broken_off_build_leaves_nothing(brief, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(family, "save_tree", fail)
+    with pytest.raises(OSError, match="disk full"):
+        demo.directory("base")
+    assert [path.name for path in brief.iterdir() if path.is_dir()] == []
+
+
+def test_an_unknown_member_is_refused_before_anything_is_trained(brief):
+    with pytest.raises(
+        ValueError, match="demo:medicine does not exist; there are demo:base, demo:math, demo:finance, demo:law"
+    ):
+        demo.directory("medicine")
+    assert not os.listdir(brief)
+
+
+def test_another_compiler_makes_another_family(monkeypatch):
+    before = family.fingerprint()
+    monkeypatch.setattr(jax, "__version__", "0.0.0")
+    assert family.fingerprint() != before
