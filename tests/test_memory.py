@@ -1,12 +1,12 @@
 """The notebook's functions: load, merge, save."""
 
-import dppa_jax
 import numpy as np
 import pytest
 from command import launch
 from families import write_family
 from support import same_bits
 
+import dppa_jax
 from dppa_jax.checkpoint import load_tree
 
 

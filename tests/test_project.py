@@ -25,8 +25,7 @@ def test_readme_has_a_row_for_every_method():
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|", README, re.MULTILINE)
     shown = {name: [cell.strip("`").replace("–", "") or None for cell in cells] for name, *cells in rows}
     assert shown == {
-        name: [method.score, method.allocate, method.scale, method.combine]
-        for name, method in dppa_jax.methods.items()
+        name: [method.score, method.allocate, method.scale, method.combine] for name, method in dppa_jax.methods.items()
     }
 
 
