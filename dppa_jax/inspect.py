@@ -15,7 +15,7 @@ from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.threshold import sample_starts
 from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
-from dppa_jax.pipeline import merge_rates, pass_bytes
+from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels
 from dppa_jax.progress import console, stage
 from dppa_jax.sharding import make_mesh, put_rows
 from dppa_jax.survey import survey
@@ -55,7 +55,7 @@ def run_inspect(job: JobConfig) -> dict[str, Inspection]:
 
 def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]:
     """Deciles, extremes, norms, significance and rates of every expert."""
-    kernels = Kernels(stream.mesh, "magnitude", "sum", config.delta_dtype, config.allow_nonfinite)
+    kernels = shared_kernels(stream.mesh, "magnitude", "sum", config.delta_dtype, config.allow_nonfinite)
     layers, many = stream.sources[0].config["num_hidden_layers"], len(config.experts)
     squares, base_squares = np.zeros((many, layers, len(LINEARS))), np.zeros((layers, len(LINEARS)))
     extremes = np.array([[np.inf, -np.inf]] * many)

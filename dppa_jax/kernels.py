@@ -136,11 +136,16 @@ class Kernels:
 
     @cached_property
     def _zeros(self):
-        return self._over_rows(lambda x: (x.astype(jnp.float32) * 0).sum(axis=1))
+        return self._over_rows(zeros)
 
     def nonfinite(self, x: jax.Array) -> bool:
-        """Does a matrix hold NaN or Inf? Both times zero are NaN."""
+        """Does a matrix hold NaN or Inf?"""
         return not np.isfinite(np.asarray(self._zeros(x))).all()
+
+
+def zeros(x: jax.Array) -> jax.Array:
+    """0 for each row, NaN where it holds NaN or Inf: both times zero are NaN."""
+    return (x.astype(jnp.float32) * 0).sum(axis=1)
 
 
 def host_sums(folded: jax.Array, rows: int) -> np.ndarray:

@@ -7,6 +7,7 @@ bits do not depend on the mesh.
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -67,6 +68,7 @@ def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
     return jax.device_put(array, NamedSharding(mesh, ROWS))
 
 
+@cache  # what two kernels share is compiled once
 def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
     """jit of a function of arrays whose first axis is rows, run by each device on its own.
 

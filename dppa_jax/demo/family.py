@@ -18,7 +18,6 @@ import numpy as np
 from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoTokenizer
 
 from dppa_jax.cache import cache_directory
 from dppa_jax.checkpoint import save_tree
@@ -75,6 +74,8 @@ def fingerprint() -> str:
 
 def build(places: dict[int, Path]) -> None:
     """Trains the families of the given seeds and gives each its place when it is complete."""
+    from transformers import AutoTokenizer  # takes seconds, which a family that is there should not cost
+
     aside = {seed: place.with_name(place.name + ".incomplete") for seed, place in places.items()}
     for directory in aside.values():
         shutil.rmtree(directory, ignore_errors=True)

@@ -93,8 +93,9 @@ def test_steps_are_those_of_optax_adamw(tree, rows):
         optax.adamw(lambda step: jnp.asarray(rates)[step], b1=0.9, b2=0.98, weight_decay=0.1),
     )
     expected, moments = tree, reference.init(tree)
+    gradient_of = jax.jit(jax.grad(lambda t, tokens, learned: mean_loss(CONFIG, t, tokens, learned)))
     for batch in batches(len(rows.tokens), options):
-        gradient = jax.grad(lambda t, b=batch: mean_loss(CONFIG, t, rows.tokens[b], rows.learned[b]))(expected)
+        gradient = gradient_of(expected, rows.tokens[batch], rows.learned[batch])
         direction, moments = reference.update(gradient, moments, expected)
         expected = optax.apply_updates(expected, direction)
     trained, _ = train(CONFIG, tree, rows, options)
