@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -156,8 +156,11 @@ def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
     return DTYPES[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
 
 
-def check_compatible(base: Source, experts: Mapping[str, Source]) -> Mapping[str, TensorSpec]:
-    """The tensors to merge: the base's. Experts must have them all, in the base's shapes but for added vocabulary."""
+def check_compatible(base: Any, experts: Mapping[str, Any]) -> Mapping[str, TensorSpec]:
+    """The tensors to merge: the base's. Experts must have them all, in the base's shapes but for added vocabulary.
+
+    Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
+    """
     for name, expert in experts.items():
         layers, wanted = expert.config["num_hidden_layers"], base.config["num_hidden_layers"]
         if layers != wanted:

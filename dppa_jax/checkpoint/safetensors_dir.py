@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -203,7 +204,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _entry(file: Path, name: str, entry: dict) -> tuple[str, tuple[np.dtype, tuple[int, ...]] | None, int, int]:
+def _entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[np.dtype, tuple[int, ...]] | None, int, int]:
     """Name, (dtype, shape), begin and end of a header's entry; nothing in place of the dtype of a buffer we ignore."""
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
