@@ -7,19 +7,30 @@ import threading
 
 PAUSE = 0.1  # seconds until a dropped signal is sent again
 
+_received: list[BaseException] = []
+
 
 def end_on_signals() -> None:
     """SIGTERM raises SystemExit, as SIGINT raises KeyboardInterrupt, and neither gets lost.
 
     Python drops an exception that a signal raises within a callback of the garbage collector. JAX has such a callback,
-    and a signal that arrives during a long compilation is often delivered there.
+    and a signal that arrives during a long compilation is often delivered there. So a signal is remembered until
+    `check` is next called, and one that Python reports as dropped is sent again.
     """
-    signal.signal(signal.SIGTERM, _exit)
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, _end)
     sys.unraisablehook = _unraisable
 
 
-def _exit(number: int, _) -> None:
-    sys.exit(128 + number)
+def check() -> None:
+    """End the run if a signal came and its exception did not get this far."""
+    if _received:
+        raise _received[0]
+
+
+def _end(number: int, _) -> None:
+    _received[:] = [KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)]
+    raise _received[0]
 
 
 def _unraisable(dropped) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from rich.table import Table
 
+from dppa_jax import interrupts
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, SafetensorsDirectory, SafetensorsWriter, locate, read_config
 from dppa_jax.checkpoint.names import LINEARS, CheckpointError, tensor_specs, with_dtype
 from dppa_jax.checkpoint.recipe import licence, model_card, recipe
@@ -89,6 +90,7 @@ def run_merge(job: JobConfig) -> Outcome:
             "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
         texts = _texts(job, base, experts, outcome, cost)
+        interrupts.check()
         for delta in writers.values():
             delta.commit(with_dtype(base.config, job.merge.delta_dtype), base.directory)
         tokenizer = base if job.tokenizer == "base" else experts[job.tokenizer]

@@ -16,6 +16,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from dppa_jax import interrupts
+
 
 def console() -> Console:
     """For tables: as wide as the terminal, or wide enough for all of them when there is none."""
@@ -36,7 +38,8 @@ class Stage:
         return self
 
     def advance(self, done: int) -> None:
-        """Report the bytes that the stream has read so far."""
+        """Report the bytes that the stream has read so far; ends the run where a signal asked for it."""
+        interrupts.check()
         if self._bar:
             self._bar.update(self._task, completed=min(done - (self._offset or 0), self.total))
 

@@ -34,3 +34,28 @@ def test_signal_within_a_garbage_collection_is_not_lost(name, status):
         said, errors = run.communicate(timeout=30)
     assert said == b"cleaned up\n", errors
     assert run.returncode == status
+
+
+SWALLOWING = """
+import time
+from dppa_jax import interrupts
+
+interrupts.end_on_signals()
+print("ready", flush=True)
+try:
+    time.sleep(10)
+except BaseException:  # as native code may, that calls back into Python
+    pass
+interrupts.check()
+print("not ended")
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", -signal.SIGINT)])
+def test_signal_that_was_swallowed_ends_the_run_at_the_next_check(name, status):
+    with subprocess.Popen([sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"ready\n", run.stderr.read()
+        run.send_signal(getattr(signal, name))
+        said, errors = run.communicate(timeout=30)
+    assert b"not ended" not in said, errors
+    assert run.returncode == status
