@@ -100,12 +100,16 @@ def merge_checkpoints(
         pending = []
         for _, loaded in stream():
             searches = [[searcher.submit(pruner.tables, x, e) for e in range(len(experts))] for x in loaded]
+            checks = []
             for x, found in zip(loaded, searches, strict=True):
                 chosen = kernels if x.part.linear is not None else dense
-                rows = _merge_part(x, [f.result() for f in found], chosen, pruner, base, config, delta_sinks)
-                pending.append(writer.submit(_write, sink, x, rows, base, config))
+                merged = _merge_part(x, [f.result() for f in found], chosen, pruner, base, config, delta_sinks)
+                checks.append(searcher.submit(_check_finite, x, merged, chosen, config))
+                pending.append(writer.submit(_write, sink, x, merged, base, config))
                 while len(pending) > WRITES_BEHIND:
                     pending.pop(0).result()
+            for check in checks:  # and with them the merges are done, so that the next block may be read over this one
+                check.result()
             progress.advance(stream.bytes_read)
         for future in pending:
             future.result()
@@ -114,7 +118,7 @@ def merge_checkpoints(
 
 def _merge_part(
     x: Loaded, tables: list[tuple], kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks
-) -> np.ndarray:
+) -> jax.Array:
     sides, bounds, weights = [], [], []
     for e, (name, (side, bound, weight)) in enumerate(zip(config.experts, tables, strict=True)):
         sides.append(side)
@@ -127,14 +131,17 @@ def _merge_part(
         weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
     dtypes = {_output_dtype(piece.name, base, config) for piece in x.part.pieces}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # of several, each piece is rounded when written
-    merged = kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
+    return kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
+
+
+def _check_finite(x: Loaded, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
+    jax.block_until_ready(merged)
     if not config.allow_nonfinite and kernels.nonfinite(merged):
         raise _locate_nonfinite(x, config)
-    return np.asarray(jax.block_until_ready(merged))
 
 
-def _write(sink: Sink, x: Loaded, rows: np.ndarray, base: Source, config: MergeConfig) -> None:
-    _write_pieces(sink, x, rows, lambda name: _output_dtype(name, base, config))
+def _write(sink: Sink, x: Loaded, merged: jax.Array, base: Source, config: MergeConfig) -> None:
+    _write_pieces(sink, x, np.asarray(merged), lambda name: _output_dtype(name, base, config))
 
 
 def _write_pieces(sink: Sink, x: Loaded, rows: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:
