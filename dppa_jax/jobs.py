@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dppa_jax import interrupts
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, SafetensorsDirectory, SafetensorsWriter, locate, read_config
-from dppa_jax.checkpoint.names import LINEARS, CheckpointError, tensor_specs, with_dtype
+from dppa_jax.checkpoint.names import CheckpointError, tensor_specs, with_dtype
 from dppa_jax.checkpoint.recipe import licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
@@ -248,6 +248,3 @@ def _texts(job: JobConfig, base, experts: Mapping[str, SafetensorsDirectory], ou
     licences = [licence(card.read_text(errors="replace")) if card.is_file() else "unknown" for card in cards]
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
     return {"recipe.json": recipe(job.flags, config, inputs, tables, cost), "README.md": card}
-
-
-__all__ = ["LINEARS", "JobConfig", "check_output", "open_models", "run_merge", "run_plan"]

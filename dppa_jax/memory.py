@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from dppa_jax import checkpoint
+from dppa_jax.blocks import Source
 from dppa_jax.checkpoint import load_tree, locate, save_tree, tensor_specs
 from dppa_jax.config import MergeConfig
-from dppa_jax.pipeline import Layout, Outcome, merge_checkpoints, output_tensors
+from dppa_jax.pipeline import Layout, Merger, Outcome, output_tensors
 from dppa_jax.sharding import make_mesh
 
 
@@ -66,8 +67,13 @@ def merge(base: Model, experts: Mapping[str, Model], method: str = "dppa", *, me
     (38, 384)
     """
     config = MergeConfig(experts=tuple(experts), method=method, **options)
-    merged = Model(base.config, _empty(base, config), base.directory)
-    merged.outcome = merge_checkpoints(base, experts, config, _Sink(merged), make_mesh(mesh), Layout(), quiet=True)
+    return merged_model(Merger(base, experts, config, make_mesh(mesh), Layout(), quiet=True), base.directory)
+
+
+def merged_model(merger: Merger, directory: Path | None, **numbers) -> Model:
+    """What `merger` makes with these factors and coefficients; `directory` has the tokenizer."""
+    merged = Model(dict(merger.base.config), _empty(merger.base, merger.config), directory)
+    merged.outcome = merger(_Sink(merged), **numbers)
     return merged
 
 
@@ -88,7 +94,7 @@ class _Sink:
             out[start : start + len(rows)] = rows
 
 
-def _empty(base: Model, config: MergeConfig) -> dict:
+def _empty(base: Source, config: MergeConfig) -> dict:
     """A tree of the merge's shapes and dtypes."""
     tree: dict = {}
     layers = base.config["num_hidden_layers"]

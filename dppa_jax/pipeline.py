@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,7 +15,6 @@ from dppa_jax.blocks import Loaded, Source, Stream, make_blocks
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.delta.score import SCORES
 from dppa_jax.kernels import Kernels
 from dppa_jax.progress import stage
 from dppa_jax.prune import Pruner, allocate
@@ -65,55 +64,112 @@ def merge_checkpoints(
     norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """merged = base + combine(λₖ · scaleₖ(keepₖ(expertₖ − base))), block by block, into `sink`.
+    """merged = base + combine(λₖ · scaleₖ(keepₖ(expertₖ − base))), block by block, into `sink`: see `Merger`."""
+    return Merger(base, experts, config, mesh, layout, norms, quiet)(sink, delta_sinks)
+
+
+class Merger:
+    """Merges the same checkpoints, again and again with other factors and coefficients.
+
+    The survey and the thresholds are made once, at the first merge. A further one is a fused pass over the weights,
+    which are read again unless they are resident.
 
     Args:
       base, experts: open checkpoints; experts in the order in which their deltas are added.
-      sink: receives the merged rows in the output dtype (`config.output_dtype`, or each base tensor's own).
-      delta_sinks: per expert, receives its pruned and scaled delta in `config.delta_dtype`.
+      config: what is computed.
       norms: per expert and linear, activation norms (layers, columns) for the score "wanda".
+      quiet: no progress, no log.
 
     Raises CheckpointError for experts that do not fit the base, and for NaN or Inf unless `config.allow_nonfinite`.
     """
-    specs = check_compatible(base, experts)
-    for rules, flag in ((config.tensor_rates, "--tensor_rate"), (config.tensor_coefficients, "--tensor_coefficient")):
-        check_patterns(rules, specs, flag)
-    stream = Stream(base, list(experts.values()), make_blocks(specs, layout.block_layers), mesh, layout.resident)
-    kernels, dense = (
-        shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
-        for score in (config.score or "magnitude", "magnitude")
-    )
-    pruner = Pruner(kernels, config, base.config["num_hidden_layers"], norms)
-    one_pass = pass_bytes(stream)
 
-    statistics = None
-    if config.score and ALLOCATIONS[config.allocate].outliers:
-        with stage("survey", one_pass, quiet=quiet) as progress:
-            statistics = survey(stream, dense, config, progress)
-    pruner.allocate(statistics or [_numel_only(base)] * len(experts))
-
-    with (
-        stage("merge", one_pass, stream.bytes_read, quiet) as progress,
-        ThreadPoolExecutor(1, "write") as writer,
-        ThreadPoolExecutor(SEARCHES, "threshold") as searcher,
+    def __init__(
+        self,
+        base: Source,
+        experts: Mapping[str, Source],
+        config: MergeConfig,
+        mesh: Mesh,
+        layout: Layout,
+        norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+        quiet: bool = False,
     ):
-        pending = []
-        for _, loaded in stream():
-            searches = [[searcher.submit(pruner.tables, x, e) for e in range(len(experts))] for x in loaded]
-            checks = []
-            for x, found in zip(loaded, searches, strict=True):
-                chosen = kernels if x.part.linear is not None else dense
-                merged = _merge_part(x, [f.result() for f in found], chosen, pruner, base, config, delta_sinks)
-                checks.append(searcher.submit(_check_finite, x, merged, chosen, config))
-                pending.append(writer.submit(_write, sink, x, merged, base, config))
-                while len(pending) > WRITES_BEHIND:
-                    pending.pop(0).result()
-            for check in checks:  # and with them the merges are done, so that the next block may be read over this one
-                check.result()
-            progress.advance(stream.bytes_read)
-        for future in pending:
-            future.result()
-    return Outcome(pruner.rates, pruner.thresholds, pruner.densities, pruner.weights, statistics, stream.bytes_read)
+        specs = check_compatible(base, experts)
+        for rules, flag in (
+            (config.tensor_rates, "--tensor_rate"),
+            (config.tensor_coefficients, "--tensor_coefficient"),
+        ):
+            check_patterns(rules, specs, flag)
+        self.base, self.config, self.quiet = base, config, quiet
+        blocks = make_blocks(specs, layout.block_layers)
+        self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident)
+        self._kernels, self._dense = (
+            shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
+            for score in (config.score or "magnitude", "magnitude")
+        )
+        self._pruner = Pruner(self._kernels, config, base.config["num_hidden_layers"], norms)
+        self._surveyed = False
+        self._statistics: list[Statistics] | None = None
+
+    def __call__(
+        self,
+        sink: Sink,
+        delta_sinks: Mapping[str, Sink] | None = None,
+        factors: Mapping[str, tuple[float, ...]] | None = None,
+        coefficients: Mapping[str, float] | None = None,
+    ) -> Outcome:
+        """Merge once.
+
+        Args:
+          sink: receives the merged rows in the output dtype (`config.output_dtype`, or each base tensor's own).
+          delta_sinks: per expert, receives its pruned and scaled delta in `config.delta_dtype`.
+          factors, coefficients: in place of the config's.
+        """
+        config = self.merge_config(factors, coefficients)
+        stream, pruner, one_pass = self._stream, self._pruner, pass_bytes(self._stream)
+        if not self._surveyed:
+            self._survey(one_pass)
+        pruner.weigh(config)
+        with (
+            stage("merge", one_pass, stream.bytes_read, self.quiet) as progress,
+            ThreadPoolExecutor(1, "write") as writer,
+            ThreadPoolExecutor(SEARCHES, "threshold") as searcher,
+        ):
+            pending = []
+            for _, loaded in stream():
+                searches = [[searcher.submit(pruner.tables, x, e) for e in range(len(config.experts))] for x in loaded]
+                checks = []
+                for x, found in zip(loaded, searches, strict=True):
+                    chosen = self._kernels if x.part.linear is not None else self._dense
+                    tables = [f.result() for f in found]
+                    merged = _merge_part(x, tables, chosen, pruner, self.base, config, delta_sinks)
+                    checks.append(searcher.submit(_check_finite, x, merged, chosen, config))
+                    pending.append(writer.submit(_write, sink, x, merged, self.base, config))
+                    while len(pending) > WRITES_BEHIND:
+                        pending.pop(0).result()
+                for check in checks:  # with them the merges are done: the next block may be read over this one
+                    check.result()
+                progress.advance(stream.bytes_read)
+            for future in pending:
+                future.result()
+        tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())
+        return Outcome(*tables, self._statistics, stream.bytes_read)
+
+    def merge_config(
+        self,
+        factors: Mapping[str, tuple[float, ...]] | None = None,
+        coefficients: Mapping[str, float] | None = None,
+    ) -> MergeConfig:
+        """The config of a merge with these factors and coefficients."""
+        chosen = {"factors": factors, "coefficients": coefficients}
+        return replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
+
+    def _survey(self, one_pass: int) -> None:
+        config = self.config
+        if config.score and ALLOCATIONS[config.allocate].outliers:
+            with stage("survey", one_pass, quiet=self.quiet) as progress:
+                self._statistics = survey(self._stream, self._dense, config, progress)
+        self._pruner.allocate(self._statistics or [_numel_only(self.base)] * len(config.experts))
+        self._surveyed = True
 
 
 def _merge_part(
@@ -233,6 +289,3 @@ def pass_bytes(stream: Stream) -> int:
         for piece in part.pieces
         for source in stream.sources
     )
-
-
-__all__ = ["SCORES", "Layout", "Outcome", "check_compatible", "merge_checkpoints", "output_tensors"]

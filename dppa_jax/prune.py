@@ -39,12 +39,17 @@ class Pruner:
         self.thresholds = np.zeros(shape)
         self.densities = np.ones(shape)
         self._starts: dict[tuple[int, int, int], jax.Array] = {}
+        self._found: dict[tuple, tuple] = {}  # side and bounds, by part and expert: no factor changes them
 
     def allocate(self, statistics: Sequence[Statistics]) -> None:
-        """Rates and weights of every linear from the survey's statistics."""
-        for e, (name, of_expert) in enumerate(zip(self.config.experts, statistics, strict=True)):
-            if self.config.score:
-                self.rates[e] = allocate(self.config, of_expert)
+        """Rates of every linear from the survey's statistics."""
+        if self.config.score:
+            self.rates[:] = [allocate(self.config, of_expert) for of_expert in statistics]
+
+    def weigh(self, config: MergeConfig) -> None:
+        """Weights of every linear, from the factors and coefficients of `config`, which may change between merges."""
+        self.config = config
+        for e, name in enumerate(config.experts):
             # At rate 1 one random number in 2³² is still at its bound: it weighs nothing.
             self.weights[e] = np.where(self.rates[e] < 1, self._scale(name, self.rates[e]), 0.0)
 
@@ -73,8 +78,10 @@ class Pruner:
             pieces = len(part.pieces)
             return None, np.full((pieces, 1), FIRST_BOUND, np.uint32), np.full((pieces, 1), dense)
         at = (slice(None), list(part.layers), part.linear)
-        side = self._side(x, e)
-        return side, self._bounds(x, e, side, at), self.weights[e][at].T
+        if (part, e) not in self._found:
+            side = self._side(x, e)
+            self._found[part, e] = side, self._bounds(x, e, side, at)
+        return *self._found[part, e], self.weights[e][at].T
 
     def on_rows(self, x: Loaded, per_piece: np.ndarray) -> jax.Array:
         return put_rows(self.kernels.mesh, x.part.per_row(per_piece))
