@@ -46,7 +46,7 @@ def run_benchmark(shape: str, workdir: str, peer: str, peer_python: str, repeats
     """Time every method, the peer's methods in turn with ours; print the table and write it to WORKDIR/benchmark."""
     choose("--shape", shape, SHAPES)
     if peer:
-        choose("--peer", peer, ("mergekit",))
+        choose("--peer", peer, ("mergekit", "restart"))
     root = Path(workdir) / "benchmark" / shape
     models = {name: make_model(root / name, shape, name) for name in ("base", *EXPERTS)}
     commands = {

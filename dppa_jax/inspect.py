@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from rich.table import Table
 
 from dppa_jax.blocks import Loaded, Stream, make_blocks
-from dppa_jax.checkpoint.names import LINEARS
+from dppa_jax.checkpoint import DTYPES, SafetensorsDirectory
+from dppa_jax.checkpoint.names import LINEARS, linear_name
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.threshold import sample_starts
@@ -17,6 +19,7 @@ from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels
 from dppa_jax.progress import console, stage
+from dppa_jax.report.figures import Remaining
 from dppa_jax.sharding import make_mesh, put_rows
 from dppa_jax.survey import survey
 
@@ -152,3 +155,28 @@ def _by_layer(title: str, values: np.ndarray, beside: np.ndarray | None = None) 
             cells = [f"{cell} ({share:.1%})" for cell, share in zip(cells, beside[layer], strict=True)]
         table.add_row(str(layer), *cells)
     return table
+
+
+def remaining(
+    base: SafetensorsDirectory,
+    expert: SafetensorsDirectory,
+    config: MergeConfig,
+    layer: int,
+    thresholds: Float[np.ndarray, "partitions linears"],
+) -> list[Remaining]:
+    """How many parameters of a layer are above the thresholds of the score "magnitude", by linear, rate and dimension.
+
+    Args:
+      config: of the merge that chose the thresholds.
+      layer: counted from 0.
+    """
+    found = []
+    dtype = DTYPES[config.delta_dtype]
+    for j, linear in enumerate(LINEARS):
+        name = linear_name(layer, j)
+        tuned, plain = (model.read(name).astype(np.float32) for model in (expert, base))
+        size = np.abs((tuned[: len(plain)] - plain).astype(dtype).astype(np.float32))
+        for rate, threshold in zip(config.rates, thresholds[:, j], strict=True):
+            kept = size > threshold
+            found.append(Remaining(linear, rate, kept.sum(axis=1), kept.sum(axis=0)))
+    return found

@@ -19,9 +19,11 @@ from dppa_jax.checkpoint.recipe import licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config import MergeConfig
+from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.pipeline import Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan
 from dppa_jax.progress import console
+from dppa_jax.search.factors import FactorSearch
 from dppa_jax.sharding import make_mesh, mesh_shape
 from dppa_jax.survey import NonfiniteError
 
@@ -48,6 +50,8 @@ class JobConfig:
     overwrite: bool = False
     allow_other_base: bool = False
     calibration: str = ""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    search: FactorSearch | None = None  # None where factors are given
     flags: Mapping = field(default_factory=dict)  # as resolved, for recipe.json
     command: str = ""  # that repeats the job, for the model card
 
@@ -63,15 +67,14 @@ class JobConfig:
 def run_merge(job: JobConfig) -> Outcome:
     """Merge into job.output: a Hugging Face directory with recipe.json and a model card."""
     started = time.perf_counter()
-    for directory in _outputs(job).values():
-        check_output(directory, job.overwrite)
+    check_outputs(job)
     base, experts = open_models(job)
     check_models(job, base, experts)
     mesh = make_mesh(job.mesh)
     plan = plan_of(job, [{**m.config, "dtype": m.dtype.name} for m in (base, *experts.values())], mesh.devices.shape)
     for what, value in plan.lines():
         logging.info("plan: %s: %s", what, value)
-    norms = _activation_norms(job, experts) if job.merge.score == "wanda" else None
+    norms = activation_norms(job, experts) if job.merge.score == "wanda" else None
 
     with ExitStack() as opened:
         for model in (base, *experts.values()):
@@ -126,10 +129,12 @@ def open_models(job: JobConfig) -> tuple[SafetensorsDirectory, dict[str, Safeten
     return base, {name: SafetensorsDirectory(locate(where, seed)) for name, where in job.experts.items()}
 
 
-def check_output(output: str, overwrite: bool) -> None:
-    if not output:
-        raise ValueError("--output is empty: give the directory of the merged model.")
-    output_directory(output, overwrite)
+def check_outputs(job: JobConfig) -> None:
+    """Refuse directories that cannot be written to."""
+    for directory in _outputs(job).values():
+        if not directory:
+            raise ValueError("--output is empty: give the directory of the merged model.")
+        output_directory(directory, job.overwrite)
 
 
 def check_models(job: JobConfig, base: SafetensorsDirectory, experts: Mapping[str, SafetensorsDirectory]) -> None:
@@ -222,14 +227,16 @@ def _damaged(error: NonfiniteError, models: Mapping[str, SafetensorsDirectory]) 
     return error
 
 
-def _activation_norms(job: JobConfig, experts: Mapping[str, SafetensorsDirectory]) -> dict:
-    from dppa_jax.model.calibrate import activation_norms, calibration_tokens
+def activation_norms(job: JobConfig, experts: Mapping[str, SafetensorsDirectory]) -> dict:
+    """Per expert and linear, what the score "wanda" weighs columns by."""
+    from dppa_jax.model import calibrate
 
     if not job.calibration:
         raise ValueError("--score=wanda needs --calibration=FILE, a text file whose lines the experts read.")
     norms = {}
     for name, expert in experts.items():
-        norms[name] = activation_norms(expert, calibration_tokens(expert.directory, Path(job.calibration)))
+        tokens = calibrate.calibration_tokens(expert.directory, Path(job.calibration))
+        norms[name] = calibrate.activation_norms(expert, tokens)
         logging.info("activation norms of %s on %s", name, job.calibration)
     return norms
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging as python_logging
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,13 +12,16 @@ from absl import app, flags, logging
 from dppa_jax.interrupts import end_on_signals
 
 FLAGS = flags.FLAGS
-JOBS = ("merge", "plan", "inspect", "report", "benchmark")
+JOBS = ("merge", "plan", "inspect", "evaluate", "search", "report", "benchmark")
+
+VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
+UNSET = -1.0
 
 # Groups of flags as --helpshort shows them: (name, kind, default, help).
 GROUPS = {
     "work": (
         ("job", "string", "merge", f"what to do: {', '.join(JOBS)}"),
-        ("workdir", "string", "runs", "scratch: benchmark models, reports"),
+        ("workdir", "string", "runs", "responses, searches, reports, benchmark models"),
         ("overwrite", "bool", False, "replace what is in --output"),
     ),
     "models": (
@@ -37,7 +41,7 @@ GROUPS = {
         ("combine", "string", "", "override: sum, ties"),
         ("rate", "float", 0.9, "share of each delta that is removed, in [0, 1]"),
         ("partitions", "list", [], "DPA: rates, highest first, ending at --rate; default every 0.1 from 0.9"),
-        ("factors", "multi", [], "DPA: one per partition, 1.8,1.3 or NAME=1.8,1.3 (repeat)"),
+        ("factors", "multi", [], "DPA: one per partition, 1.8,1.3 or NAME=1.8,1.3 (repeat), or search"),
         ("coefficient", "multi", [], "of the experts in the merge: 0.7 or NAME=0.7 (repeat); default 1"),
         ("q", "multi", [], "DAREx-q: kept parameters are divided by it: 0.2 or NAME=0.2 (repeat)"),
         ("max_fluctuation", "float", 0.08, "DP: greatest change of a rate by a layer, and by a linear"),
@@ -57,15 +61,48 @@ GROUPS = {
         ("residency", "string", "auto", "auto, resident (read once) or streamed"),
         ("device_memory", "float", 0.0, "GB of a device to plan for; 0: ask the device"),
     ),
+    "evaluation": (
+        ("evaluate", "list", [], "tasks, of the domains that experts are named after"),
+        ("evaluator", "string", "jax", "jax (in this process) or vllm"),
+        ("vllm_python", "string", "", "interpreter of an environment with vLLM; default: this one"),
+        ("data_dir", "string", "", "directory of TASK.jsonl files; default: the hub's datasets"),
+        ("limit", "int", 0, "items per task, the first ones; 0: all"),
+        ("prompt_choices", "string", "hidden", "finance, law: are the options in the prompt? hidden, listed"),
+        ("prompt_wrapper", "string", "none", "finance, law: none, llama2_chat, chat_template (the tokenizer's)"),
+        ("letter_case", "string", "ignore", "finance, law: of labels in responses: ignore, match"),
+        ("labels", "string", "exclusive", "finance, law: exclusive (a right label and no wrong one), any"),
+        ("max_new_tokens", "int", 0, "of a response; 0: the task's own, 2048"),
+        ("max_length", "int", 2048, "tokens of prompt and response together"),
+        ("batch_size", "int", 256, "prompts decoded together"),
+        ("evaluate_dtype", "string", "auto", "float32, bfloat16, float16; auto: the model's, float32 for jax on a CPU"),
+        ("tensor_parallel_size", "int", 1, "vllm: devices"),
+        ("gpu_memory_utilization", "float", 0.9, "vllm: share of a GPU's memory"),
+        ("vllm_timeout", "float", 1800.0, "vllm: seconds without an answer after which it is started again"),
+    ),
+    "search of factors": (
+        ("search_rule", "string", "parabola", "parabola, or reference (as the authors' code walks)"),
+        ("search_methods", "list", ["1", "2"], "1: partition after partition, 2: all from the start; the better wins"),
+        (
+            "search_start",
+            "list",
+            [],
+            "factors to begin with, one for all or each; default 1; DARE: 1/(1-rate)",
+        ),
+        ("search_step", "list", [], "smallest change of a factor; default 0.1; DARE: downwards, a share of the start"),
+        ("search_bounds", "list", [], "LOWEST,HIGHEST factor; default 0,4; DARE: from 0 to the start"),
+        ("search_evaluations", "int", 200, "candidates of an expert at most"),
+        ("search_split", "string", "validation", "validation, or test: chosen by what is reported, as the paper did"),
+        ("search_limit", "int", 0, "items per task; 0: all of the split"),
+        ("validation_share", "float", -1.0, "of a task's items, set aside for searches; -1: 0.2 in jobs that search"),
+        ("split_seed", "int", 0, "of which items are set aside"),
+    ),
     "report and benchmark": (
-        ("evaluate", "list", [], "tasks to evaluate"),
         ("methods", "list", [], "report: methods of the table of single experts"),
         ("merge_methods", "list", [], "report: methods of the table of merges"),
-        ("rates", "list", [], "report: rates of both tables"),
+        ("rates", "list", [], "report: rates of both tables; 0.1:0.9:0.1 is a range"),
         ("seeds", "list", ["0"], "report: seeds, of the demo family and of random scores"),
-        ("limit", "int", 0, "items per task; 0: all"),
         ("shape", "string", "0.3b", "benchmark: 0.3b, 1.1b, 3b or 7b"),
-        ("peer", "string", "", "benchmark: mergekit, to run it alternately"),
+        ("peer", "string", "", "benchmark: mergekit, run alternately; restart: of vLLM, beside a search's candidates"),
         ("peer_python", "string", "", "benchmark: interpreter of an environment with mergekit; default: this one"),
         ("repeats", "int", 1, "benchmark: runs of each; the fastest counts"),
     ),
@@ -104,26 +141,44 @@ def main(argv: list[str]) -> None:
 def _run(job: str) -> None:
     _keep_compilations()
     _keep_memory()
+    if FLAGS.evaluator == "vllm":  # JAX would take most of a GPU's memory, which vLLM needs
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if job == "benchmark" and FLAGS.peer == "restart":
+        from dppa_jax.search.benchmark import run_restart_benchmark
+
+        run_restart_benchmark(job_config())
+        return
     if job == "benchmark":
         from dppa_jax.benchmark import run_benchmark
 
         run_benchmark(FLAGS.shape, FLAGS.workdir, FLAGS.peer, FLAGS.peer_python, FLAGS.repeats)
         return
-    config = job_config()
-    from dppa_jax import jobs
+    if job == "evaluate":
+        from dppa_jax.experiments import run_evaluate
 
-    if job == "merge":
-        jobs.run_merge(config)
-    elif job == "plan":
-        jobs.run_plan(config)
+        run_evaluate(models(), evaluation(), FLAGS.workdir, FLAGS.seed, command())
+        return
+    config = job_config()
+    if job == "plan":
+        from dppa_jax.jobs import run_plan
+
+        run_plan(config)
     elif job == "inspect":
         from dppa_jax.inspect import run_inspect
 
         run_inspect(config)
-    else:
+    elif job == "report":
         from dppa_jax.report.sweep import run_report
 
         run_report(config, sweep())
+    elif job == "search":
+        from dppa_jax.experiments import run_search
+
+        run_search(config)
+    else:
+        from dppa_jax.experiments import run_merge
+
+        run_merge(config)
 
 
 def job_config():
@@ -144,7 +199,7 @@ def job_config():
         combine=FLAGS.combine or None,
         rate=FLAGS.rate,
         partitions=_numbers("--partitions", FLAGS.partitions),
-        factors=per_expert("--factors", FLAGS.factors, names, lambda text: _numbers("--factors", text.split(","))),
+        factors=_factors(names),
         coefficients=per_expert("--coefficient", FLAGS.coefficient, names, float),
         q=per_expert("--q", FLAGS.q, names, float),
         max_fluctuation=FLAGS.max_fluctuation,
@@ -175,9 +230,87 @@ def job_config():
         overwrite=FLAGS.overwrite,
         allow_other_base=FLAGS.allow_other_base,
         calibration=FLAGS.calibration,
+        evaluation=evaluation(),
+        search=factor_search(),
         flags=resolved_flags(),
         command=command(),
     )
+
+
+def models() -> dict[str, str]:
+    """What --job=evaluate evaluates: the base, the experts and, where it exists, the merge."""
+    named = {"base": FLAGS.base, **_experts(FLAGS.expert), "merge": FLAGS.output}
+    found = {name: where for name, where in named.items() if where}
+    if not found:
+        raise ValueError("--job=evaluate: give a model: --base=WHERE, --expert=NAME=WHERE or --output=DIR, or several.")
+    return found
+
+
+def evaluation():
+    """How models are evaluated."""
+    from dppa_jax.evaluate.evaluation import EvaluationConfig
+    from dppa_jax.evaluate.tasks import TaskOptions
+
+    share = FLAGS.validation_share
+    if share == UNSET:
+        share = VALIDATION_SHARE if searches() and FLAGS.search_split == "validation" else 0.0
+    options = TaskOptions(
+        data_dir=FLAGS.data_dir,
+        choices=FLAGS.prompt_choices,
+        wrapper=FLAGS.prompt_wrapper,
+        letter_case=FLAGS.letter_case,
+        labels=FLAGS.labels,
+        validation_share=share,
+        split_seed=FLAGS.split_seed,
+        limit=FLAGS.limit or None,
+        max_new_tokens=FLAGS.max_new_tokens or None,
+        max_length=FLAGS.max_length,
+    )
+    return EvaluationConfig(
+        tasks=tuple(FLAGS.evaluate),
+        evaluator=FLAGS.evaluator,
+        options=options,
+        batch_size=FLAGS.batch_size,
+        dtype=FLAGS.evaluate_dtype,
+        vllm_python=FLAGS.vllm_python,
+        vllm_timeout=FLAGS.vllm_timeout,
+        tensor_parallel_size=FLAGS.tensor_parallel_size,
+        gpu_memory_utilization=FLAGS.gpu_memory_utilization,
+    )
+
+
+def searches() -> bool:
+    return FLAGS.job == "search" or FLAGS.factors == ["search"]
+
+
+def factor_search():
+    """How factors are searched; None where they are given."""
+    from dppa_jax.search.job import FactorSearch
+
+    if not searches():
+        return None
+    bounds = _numbers("--search_bounds", FLAGS.search_bounds)
+    if len(bounds) not in (0, 2):
+        raise ValueError(f"--search_bounds={','.join(FLAGS.search_bounds)}: give LOWEST,HIGHEST, for example 0,4.")
+    return FactorSearch(
+        rule=FLAGS.search_rule,
+        methods=tuple(int(method) for method in _numbers("--search_methods", FLAGS.search_methods)),
+        start=_numbers("--search_start", FLAGS.search_start),
+        step=_numbers("--search_step", FLAGS.search_step),
+        lower=bounds[:1],
+        upper=bounds[1:],
+        max_evaluations=FLAGS.search_evaluations,
+        split=FLAGS.search_split,
+        limit=FLAGS.search_limit or None,
+    )
+
+
+def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    from dppa_jax.config import per_expert
+
+    if searches():
+        return {}
+    return per_expert("--factors", FLAGS.factors, names, lambda text: _numbers("--factors", text.split(",")))
 
 
 def sweep():
@@ -185,16 +318,33 @@ def sweep():
     from dppa_jax.report.sweep import Sweep
 
     if len(FLAGS.factors) > 1:
-        raise ValueError("--job=report: give --factors once, for all experts.")
+        raise ValueError("--job=report: give --factors once, for all experts, or --factors=search.")
     return Sweep(
-        tasks=tuple(FLAGS.evaluate),
         methods=tuple(FLAGS.methods),
         merge_methods=tuple(FLAGS.merge_methods),
-        rates=_numbers("--rates", FLAGS.rates) or (FLAGS.rate,),
-        factors=_numbers("--factors", FLAGS.factors[0].split(",")) if FLAGS.factors else (),
+        rates=_rates(FLAGS.rates) or (FLAGS.rate,),
+        factors=_numbers("--factors", FLAGS.factors[0].split(",")) if FLAGS.factors and not searches() else (),
         seeds=tuple(int(seed) for seed in _numbers("--seeds", FLAGS.seeds)),
-        limit=FLAGS.limit or None,
     )
+
+
+def _rates(given: list[str]) -> tuple[float, ...]:
+    """Numbers, or FIRST:LAST:STEP with both ends.
+
+    >>> _rates(["0.7:0.9:0.1", "0.95"])
+    (0.7, 0.8, 0.9, 0.95)
+    """
+    found = []
+    for text in given:
+        numbers = _numbers("--rates", text.split(":"))
+        if len(numbers) == 1:
+            found += numbers
+        elif len(numbers) == 3 and numbers[2] > 0:
+            first, last, step = numbers
+            found += [round(first + i * step, 10) for i in range(int((last - first) / step + 1.5))]
+        else:
+            raise ValueError(f"--rates={text}: give rates, or FIRST:LAST:STEP such as 0.1:0.9:0.1.")
+    return tuple(found)
 
 
 def resolved_flags() -> Mapping:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from absl import logging
 from rich.console import Console
@@ -59,12 +59,31 @@ def stage(name: str, total: int, already: int = 0, quiet: bool = False):
         logging.info("%s: %.1f s, %.2f GB, %.2f GB/s", name, seconds, total / 1e9, total / 1e9 / max(seconds, 1e-9))
 
 
+_shown: list[Progress] = []  # the bars on the screen, of which there can be one set: steps within steps join it
+
+
 @contextmanager
-def steps(name: str, total: int):
-    """Progress of `total` equal steps; yields the function that reports one of them."""
-    started = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(name, total=total)
-        yield lambda: bar.advance(task)
-    logging.info("%s: %d models in %.1f s", name, total, time.perf_counter() - started)
+def steps(name: str, total: int | None, unit: str = "models"):
+    """Progress of equal steps, `total` if it is known; yields the function that reports one of them, or several.
+
+    Within other steps only the bar is shown, else the time goes to the log, too.
+    """
+    started, taken, within = time.perf_counter(), 0, bool(_shown)
+    with ExitStack() as stack:
+        if not within:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            bars = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+            _shown.append(stack.enter_context(bars))
+            stack.callback(_shown.clear)
+        task = _shown[-1].add_task(name, total=total)
+        stack.callback(_shown[-1].remove_task, task)
+
+        def advance(done: int = 1) -> None:
+            nonlocal taken
+            interrupts.check()
+            taken += done
+            _shown[-1].advance(task, done)
+
+        yield advance
+    if not within:
+        logging.info("%s: %d %s in %.1f s", name, taken, unit, time.perf_counter() - started)

@@ -1,5 +1,6 @@
 """Fixtures that tests of several folders share."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import jax
 import pytest
 from command import Merge
 from families import write_family
+
+from dppa_jax import demo
 
 jax.config.update("jax_num_cpu_devices", 8)  # fake ones, for meshes; a subprocess does not inherit them
 
@@ -25,6 +28,23 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """Outputs of the official PyTorch code; its README.md says how each was made."""
     return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The demo family of seed 0, trained once for all processes of the run."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPPA_JAX_CACHE", str(root / "cache"))
+        return demo.directory("base").parent
+
+
+@pytest.fixture
+def family(trained: Path, monkeypatch) -> list[str]:
+    """Flags of the demo family's models."""
+    monkeypatch.setenv("DPPA_JAX_CACHE", str(trained.parent))
+    return ["--base=demo:base", *(f"--expert={name}=demo:{name}" for name in ("math", "finance", "law"))]
 
 
 @pytest.fixture(scope="session")

@@ -1,57 +1,104 @@
 """Evaluation with the in-process JAX model."""
 
-from collections.abc import Sequence
-from itertools import groupby
-from typing import NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
-from dppa_jax.demo.text import Split
-from dppa_jax.evaluate.tasks import Task
+from dppa_jax.checkpoint import load_tree
+from dppa_jax.memory import Model
 from dppa_jax.model import LlamaConfig, generate
 
-
-class Result(NamedTuple):
-    accuracy: float
-    responses: list[str]  # in the order of the task's items
+BATCH_SIZE = 256
 
 
-def evaluate(
-    config: LlamaConfig,
-    tree: dict,
-    tokenizer,
-    tasks: Sequence[Task],
-    *,
-    split: Split = "test",
-    limit: int | None = None,
-    batch_size: int = 256,
-) -> dict[str, Result]:
-    """Answers the tasks' items by greedy decoding and judges the answers.
+class JaxEvaluator:
+    """Greedy generation by the in-process model (see `Evaluator`).
 
-    Other weights of the same shapes need no new compilation: the weights are arguments of what is compiled.
+    New weights of the same shapes need no new compilation: the weights are arguments of what is compiled.
 
     Args:
-      config: of the model.
-      tree: its weights.
-      tokenizer: the model's, as transformers loads it.
-      tasks: what to answer.
-      split: "test" for what is reported, "validation" for what is chosen by.
-      limit: items per task; None for all.
-      batch_size: prompts decoded together.
-
-    Returns:
-      Accuracy and responses by the name of the task.
+      dtype: of weights and activations; "auto" is the weights' own, and float32 on CPUs, where decoding is faster in
+        it than in bfloat16 and no weight is rounded.
+      batch_size: prompts decoded together, which bounds the memory of keys and values.
+      max_length: most tokens of prompt and answer together; never more than the model's positions.
     """
-    tree = jax.tree.map(jnp.asarray, tree)  # onto the device once, not for every batch
-    results = {}
-    budget = lambda task: task.max_new_tokens  # noqa: E731
-    for max_new_tokens, group in groupby(sorted(tasks, key=budget), key=budget):
-        items = {task: task.items(split, limit) for task in group}
-        prompts = tokenizer([item.prompt for part in items.values() for item in part])["input_ids"]
-        tokens = generate((config, tree), prompts, max_new_tokens, batch_size=batch_size)
-        texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))
-        for task, part in items.items():
-            responses = [next(texts) for _ in part]
-            results[task.name] = Result(task.accuracy(responses, part), responses)
-    return {task.name: results[task.name] for task in tasks}
+
+    name = "jax"
+
+    def __init__(self, *, dtype: str = "auto", batch_size: int = BATCH_SIZE, max_length: int = 2048):
+        self.batch_size, self.max_length = batch_size, max_length
+        self._dtype = "float32" if dtype == "auto" and jax.default_backend() == "cpu" else dtype
+        self._config: LlamaConfig | None = None
+        self._tree: dict = {}
+
+    @property
+    def decoding(self) -> dict[str, str | int | float]:
+        return {
+            "evaluator": self.name,
+            "version": f"jax {jax.__version__} {jax.default_backend()}",
+            "dtype": self._dtype,
+            "max_length": self.max_length,
+        }
+
+    def use(self, weights: Path | Model) -> None:
+        """Answer with these weights from now on."""
+        self.close()  # before the new ones take memory
+        if isinstance(weights, Model):
+            config, tree, origin = weights.config, weights.tree, weights.directory
+        else:
+            config, tree = load_tree(weights)
+            origin = weights
+        parsed = LlamaConfig.from_hf(config)
+        self._end = end_tokens(config, origin)
+        dtype = None if self._dtype == "auto" else self._dtype
+        self._tree = jax.tree.map(lambda array: jnp.array(array, dtype), tree)
+        self._config = parsed
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int) -> list[list[int]]:
+        """The answers to prompts of token ids; see `Evaluator`."""
+        if self._config is None:
+            raise ValueError("no weights yet: call use() first.")
+        budgets = room_for(prompts, max_new_tokens, min(self.max_length, self._config.max_position_embeddings))
+        asked = [index for index, budget in enumerate(budgets) if budget > 0]
+        found = generate(
+            (self._config, self._tree),
+            [prompts[index] for index in asked],
+            [budgets[index] for index in asked],
+            self._end,
+            batch_size=self.batch_size,
+        )
+        answers: list[list[int]] = [[] for _ in prompts]
+        for index, answer in zip(asked, found, strict=True):
+            answers[index] = answer
+        return answers
+
+    def close(self) -> None:
+        """Free the weights."""
+        self._config, self._tree = None, {}
+
+
+def room_for(prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int, max_length: int) -> list[int]:
+    """How many new tokens each prompt gets: what is asked for, but no more than fit behind it.
+
+    >>> room_for([[1, 2, 3], [1] * 8, [1] * 12], 5, 10)
+    [5, 2, 0]
+    """
+    wanted = np.broadcast_to(max_new_tokens, len(prompts))
+    budgets = [min(int(most), max_length - len(prompt)) for most, prompt in zip(wanted, prompts, strict=True)]
+    if too_long := sum(budget < min(1, int(most)) for budget, most in zip(budgets, wanted, strict=True)):
+        logging.warning("%d prompts have %d tokens or more and get no answer", too_long, max_length)
+    return [max(0, budget) for budget in budgets]
+
+
+def end_tokens(config: Mapping, directory: Path | None) -> tuple[int, ...]:
+    """The ids that end an answer: those of config.json and those of generation_config.json, as transformers has it."""
+    found = set(LlamaConfig.from_hf(config).eos_token_id)
+    if directory and (file := Path(directory) / "generation_config.json").is_file():
+        given = json.loads(file.read_text()).get("eos_token_id")
+        found |= set() if given is None else {given} if isinstance(given, int) else set(given)
+    return tuple(sorted(found))

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-from scipy.stats import binomtest
-
 
 class Score(NamedTuple):
     correct: int
@@ -22,6 +20,8 @@ class Score(NamedTuple):
         >>> round(low, 4), round(high, 4)
         (0.1552, 0.2761)
         """
+        from scipy.stats import binomtest  # half a second, which a merge should not cost
+
         found = binomtest(self.correct, self.total).proportion_ci(0.95, method="wilson")
         return float(found.low), float(found.high)
 

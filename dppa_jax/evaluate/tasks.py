@@ -1,18 +1,134 @@
-"""The tasks, one row each: where the items come from and how a response is judged."""
+"""The tasks, one row each: where the items come from, how they are asked, and how a response is judged."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any
 
+from absl import logging
+
+from dppa_jax.config import choose
 from dppa_jax.demo import text
 from dppa_jax.demo.text import Split
 from dppa_jax.evaluate import answers
+from dppa_jax.evaluate.paper_tasks import SOURCES
+from dppa_jax.evaluate.sources import Item, read, set_aside
+
+CHOICES = ("hidden", "listed")
+WRAPPERS = ("none", "llama2_chat", "chat_template")
+LETTER_CASES = ("ignore", "match")
+LABELS = ("exclusive", "any")
+SPLITS = ("test", "validation")
 
 
-class Item(NamedTuple):
-    prompt: str
-    answers: tuple[str, ...]  # any of which is right
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is open about items, prompts and scoring; printed with the results by `Task.describe`.
+
+    Attributes:
+      data_dir: of JSON lines, {task}.jsonl or {task}_test.jsonl and, if there is one, {task}_validation.jsonl; empty
+        for the data sets of the hub.
+      choices: whether the prompt lists what the answer is one of; as in AdaptLLM's templates, it does not. Of the
+        finance and law tasks, as all below.
+      wrapper: of the prompt: "none"; "llama2_chat", the template and system prompt of LLaMA-2-Chat as the model cards
+        of finance-chat and law-chat give them; "chat_template", the tokenizer's own, with one message of the user.
+      letter_case: whether a label in other letter case is the same label.
+      labels: "exclusive", where a response with a wrong label is wrong, or "any", where a right one is enough.
+      validation_share: of a task's questions, taken out of "test" for a task without a file of validation items.
+      split_seed: of that choice.
+      limit: of the items of a split, the first ones; None for all.
+      max_new_tokens: of a response, in place of the task's own limit.
+      max_length: of prompt and response together, in tokens.
+
+    Raises:
+      ValueError: names the flag.
+    """
+
+    data_dir: str = ""
+    choices: str = "hidden"
+    wrapper: str = "none"
+    letter_case: str = "ignore"
+    labels: str = "exclusive"
+    validation_share: float = 0.0
+    split_seed: int = 0
+    limit: int | None = None
+    max_new_tokens: int | None = None
+    max_length: int = 2048
+
+    def __post_init__(self):
+        choose("--prompt_choices", self.choices, CHOICES)
+        choose("--prompt_wrapper", self.wrapper, WRAPPERS)
+        choose("--letter_case", self.letter_case, LETTER_CASES)
+        choose("--labels", self.labels, LABELS)
+        if not 0.0 <= self.validation_share < 1.0:
+            raise ValueError(f"--validation_share={self.validation_share}: it must be 0 or more, and less than 1.")
+        for flag, value, least in (
+            ("limit", self.limit, 1),
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("max_length", self.max_length, 2),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"--{flag}={value}: it must be {least} or more.")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How tasks of one kind ask and judge.
+
+    Attributes:
+      ask: the prompt of an item, before any wrapper.
+      judge: whether a response answers an item.
+      prompt, scoring: the variants in force, in words.
+      wrapped: whether `--prompt_wrapper` applies.
+    """
+
+    ask: Callable[[TaskOptions, Item], str]
+    judge: Callable[[TaskOptions, str, Item], bool]
+    prompt: Callable[[TaskOptions], str]
+    scoring: Callable[[TaskOptions], str]
+    wrapped: bool = False
+
+
+EXACT = Kind(
+    ask=lambda options, item: item.prompt,
+    judge=lambda options, response, item: answers.exact(response, item.answers),
+    prompt=lambda options: "as it is",
+    scoring=lambda options: "exact",
+)
+
+MATH = Kind(
+    ask=lambda options, item: f"Question:\n{item.prompt}\nAnswer:\nLet's think step by step.\n",
+    judge=lambda options, response, item: answers.math(response, item.answers),
+    prompt=lambda options: "Abel's",
+    scoring=lambda options: "Abel's: text after the last ####, equal as text or to sympy",
+)
+
+
+def list_choices(options: TaskOptions, item: Item) -> str:
+    """The prompt, with `--prompt_choices=listed` with its choices above its last line."""
+    if options.choices == "hidden":
+        return item.prompt
+    question, _, cue = item.prompt.rpartition("\n")
+    return "\n".join([question, "Options:", *(f"- {choice}" for choice in item.choices), cue])
+
+
+def contains_label(options: TaskOptions, response: str, item: Item) -> bool:
+    return answers.contains(
+        response,
+        item.answers,
+        item.choices,
+        ignore_case=options.letter_case == "ignore",
+        exclusive=options.labels == "exclusive",
+    )
+
+
+CHOICE = Kind(
+    ask=list_choices,
+    judge=contains_label,
+    prompt=lambda options: f"AdaptLLM's, choices {options.choices}, wrapper {options.wrapper}",
+    scoring=lambda options: f"contains the label, labels {options.labels}, letter case {options.letter_case}",
+    wrapped=True,
+)
 
 
 @dataclass(frozen=True)
@@ -22,25 +138,111 @@ class Task:
     Attributes:
       name: what `--evaluate` calls it.
       domain: of the expert that it measures.
-      load: the items of a split; called again for every evaluation, so it should remember them.
-      correct: judges a response by an item's answers.
-      max_new_tokens: where a response is cut off.
+      load: all items of its splits.
+      kind: how it asks and judges.
+      max_new_tokens: where a response is cut off, without `--max_new_tokens`.
     """
 
     name: str
     domain: str
-    load: Callable[[Split], Sequence[Item]]
-    correct: Callable[[str, Sequence[str]], bool] = answers.exact
+    load: Callable[[TaskOptions], Mapping[str, Sequence[Item]]]
+    kind: Kind = EXACT
     max_new_tokens: int = 2048
 
-    def items(self, split: Split = "test", limit: int | None = None) -> Sequence[Item]:
-        """The items of a split, or the first `limit` of them."""
-        return self.load(split)[:limit]
+    def items(self, options: TaskOptions, split: Split = "test") -> tuple[Item, ...]:
+        """The items of a split, or the first `--limit` of them.
 
-    def accuracy(self, responses: Sequence[str], items: Sequence[Item]) -> float:
-        """The share of the items that are answered correctly, in [0, 1]."""
-        verdicts = [self.correct(response, item.answers) for response, item in zip(responses, items, strict=True)]
-        return sum(verdicts) / len(verdicts)
+        The source is read at every call.
+
+        Raises:
+          ValueError: a bad item, named with its file and line; a validation split that there is not.
+          OSError: no file or no network.
+        """
+        choose("the split", split, SPLITS)
+        splits = self.load(options)
+        if split not in splits:
+            raise ValueError(
+                f"the task {self.name!r} has no validation items: set a share of its items aside with "
+                f"--validation_share=0.2, or put {self.name}_validation.jsonl into --data_dir."
+            )
+        items = [item._replace(prompt=self.kind.ask(options, item)) for item in splits[split][: options.limit]]
+        return tuple(items)
+
+    def sizes(self, options: TaskOptions) -> dict[str, int]:
+        """How many items each split has, before `--limit`."""
+        return {split: len(items) for split, items in self.load(options).items()}
+
+    def correct(self, options: TaskOptions, response: str, item: Item) -> bool:
+        """The verdict on a response; an empty one is never right."""
+        return self.kind.judge(options, response, item)
+
+    def prompt_variant(self, options: TaskOptions) -> str:
+        """How the items are asked, as far as that is a choice."""
+        return self.kind.prompt(options)
+
+    def scoring_variant(self, options: TaskOptions) -> str:
+        """How responses are judged."""
+        return self.kind.scoring(options)
+
+    def describe(self, options: TaskOptions) -> dict[str, str]:
+        """What is printed with the results: the choices in force for this task."""
+        most = options.max_new_tokens or self.max_new_tokens
+        return {
+            "prompt": self.prompt_variant(options),
+            "scoring": self.scoring_variant(options),
+            "tokens": f"at most {most} new, {options.max_length} with the prompt",
+        }
+
+    def encode(self, options: TaskOptions, items: Sequence[Item], tokenizer: Any) -> list[list[int]]:
+        """The items' prompts as token ids, wrapped where `--prompt_wrapper` applies.
+
+        The token that begins a sequence is there once, be it added by the tokenizer or written by the wrapper. A prompt
+        that leaves no room for an answer in `--max_length` is empty: it is not to be asked, its response is "", which
+        no task takes for right. How many there are is logged.
+
+        Raises:
+          ValueError: `--prompt_wrapper=chat_template` and a tokenizer without a template.
+        """
+        wrapper = options.wrapper if self.kind.wrapped else "none"
+        if wrapper == "chat_template" and not tokenizer.chat_template:
+            raise ValueError(
+                "--prompt_wrapper=chat_template: the model's tokenizer has no chat template; use llama2_chat or none."
+            )
+        texts = [WRAP[wrapper](item.prompt, tokenizer) for item in items]
+        begun = bool(tokenizer.bos_token and texts and texts[0].startswith(tokenizer.bos_token))
+        prompts = tokenizer(texts, add_special_tokens=not begun)["input_ids"] if texts else []
+        prompts = [prompt if len(prompt) < options.max_length else [] for prompt in prompts]
+        if [] in prompts:
+            logging.warning(
+                "%s: %d of %d prompts leave no room for an answer in --max_length=%d tokens and count as wrong",
+                self.name,
+                prompts.count([]),
+                len(items),
+                options.max_length,
+            )
+        return prompts
+
+    def budget(self, options: TaskOptions, prompt: Sequence[int]) -> int:
+        """How many new tokens the answer to a prompt may have: the task's limit, or what `--max_length` leaves."""
+        return min(options.max_new_tokens or self.max_new_tokens, options.max_length - len(prompt)) if prompt else 0
+
+
+# The system prompt of LLaMA-2-Chat, with the blanks and ends of line of the model cards.
+SYSTEM_PROMPT = """
+You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your \
+answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure \
+that your responses are socially unbiased and positive in nature.
+
+If a question does not make any sense, or is not factually coherent, explain why instead of answering something not \
+correct. If you don't know the answer to a question, please don't share false information.
+"""
+WRAP: dict[str, Callable[[str, Any], str]] = {
+    "none": lambda prompt, tokenizer: prompt,
+    "llama2_chat": lambda prompt, tokenizer: f"[INST] <<SYS>>{SYSTEM_PROMPT}<</SYS>>\n\n{prompt} [/INST]",
+    "chat_template": lambda prompt, tokenizer: tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    ),
+}
 
 
 DEMO_ITEMS = 200  # per split
@@ -49,14 +251,37 @@ DEMO_ANSWER_TOKENS = 4  # the longest right answer has three with the token that
 
 @cache
 def demo_items(name: str, split: Split) -> tuple[Item, ...]:
-    return tuple(Item(sample.prompt, (sample.answer,)) for sample in text.held_out(name, split, DEMO_ITEMS))
+    samples = text.held_out(name, split, DEMO_ITEMS)
+    return tuple(Item(f"{name}-{split}-{i:03d}", sample.prompt, (sample.answer,)) for i, sample in enumerate(samples))
+
+
+def from_demo(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
+    """Splits of their own, whatever the options say."""
+    return {split: demo_items(name, split) for split in SPLITS}
+
+
+def from_source(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
+    """What the files or the hub give; where that is no validation split, a share of it, if one is asked for."""
+    items = read(name, SOURCES[name], options.data_dir)
+    if "validation" in items or not options.validation_share:
+        return items
+    found = set_aside(items["test"], options.validation_share, f"{name} {options.split_seed}")
+    if not found["test"]:
+        raise ValueError(f"--validation_share={options.validation_share}: leaves {name!r} without test items.")
+    return found
 
 
 TASKS = {
     task.name: task
     for task in (
+        Task("gsm8k", "math", partial(from_source, "gsm8k"), MATH),
+        Task("math", "math", partial(from_source, "math"), MATH),
+        Task("fiqa_sa", "finance", partial(from_source, "fiqa_sa"), CHOICE),
+        Task("fpb", "finance", partial(from_source, "fpb"), CHOICE),
+        Task("scotus", "law", partial(from_source, "scotus"), CHOICE),
+        Task("unfair_tos", "law", partial(from_source, "unfair_tos"), CHOICE),
         *(
-            Task(name, domain, partial(demo_items, name), max_new_tokens=DEMO_ANSWER_TOKENS)
+            Task(name, domain, partial(from_demo, name), max_new_tokens=DEMO_ANSWER_TOKENS)
             for domain, names in text.TASKS.items()
             for name in names
         ),
@@ -72,7 +297,6 @@ def by_domain(names: Iterable[str]) -> dict[str, list[Task]]:
     """
     found: dict[str, list[Task]] = {}
     for name in names:
-        if name not in TASKS:
-            raise ValueError(f"no task is called {name!r}; there are {', '.join(TASKS)}.")
-        found.setdefault(TASKS[name].domain, []).append(TASKS[name])
+        task = TASKS[choose("--evaluate", name, TASKS)]
+        found.setdefault(task.domain, []).append(task)
     return found

@@ -18,7 +18,7 @@ SMALLEST_BUCKET = 16  # below it, a compilation costs more than the padding
 def generate(
     model: Llama | tuple[LlamaConfig, Tree],
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     eos_token_id: int | Sequence[int] | None = None,
     *,
     batch_size: int = 32,
@@ -31,7 +31,7 @@ def generate(
     Args:
       model: a `Llama`, or its config and stacked tree; new weights of the same shapes need no new compilation.
       prompts: token ids, at least one per prompt.
-      max_new_tokens: where an answer is cut off.
+      max_new_tokens: where an answer is cut off, for all prompts or for each.
       eos_token_id: one or several ids that end an answer; None takes the config's, () never ends one early.
       batch_size: prompts decoded together, which bounds the memory of the cache.
 
@@ -41,21 +41,24 @@ def generate(
     """
     config, tree = (model.config, model.tree) if isinstance(model, Llama) else model
     check_prompts(prompts, config.vocab_size)
-    if not prompts or max_new_tokens <= 0:
-        return [[] for _ in prompts]
-    needed = max(map(len, prompts)) + max_new_tokens
+    limits = [int(limit) for limit in np.broadcast_to(max_new_tokens, len(prompts))]
+    needed = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
     if needed > config.max_position_embeddings:
         logging.warning("generating up to position %d, the model knows %d", needed, config.max_position_embeddings)
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     eos = np.atleast_1d(np.asarray(eos, np.int32))
     answers: list[list[int]] = [[] for _ in prompts]
     rows = min(batch_size, bucket(len(prompts), smallest=1))
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))  # equal lengths pad least
+    # Together: answers that may grow as long, which share a cache, and prompts of like length, which pad least.
+    order = sorted(range(len(prompts)), key=lambda index: (bucket(limits[index]), len(prompts[index])))
     for start in range(0, len(prompts), rows):
-        indices = by_length[start : start + rows]
+        indices = order[start : start + rows]
         tokens, lengths = pad([prompts[index] for index in indices], rows)
-        new = decode(config, tree, tokens, lengths, max_new_tokens, eos, answer_slots=bucket(max_new_tokens))
-        for index, row in zip(indices, np.asarray(new)[:, :max_new_tokens], strict=False):
+        limit = np.zeros(rows, np.int32)
+        limit[: len(indices)] = [limits[index] for index in indices]
+        new = decode(config, tree, tokens, lengths, limit, eos, answer_slots=bucket(int(limit.max())))
+        for index, row in zip(indices, np.asarray(new), strict=False):
+            row = row[: max(0, limits[index])]
             ends = np.flatnonzero(np.isin(row, eos))
             answers[index] = row[: ends[0] + 1 if len(ends) else None].tolist()
     return answers
@@ -96,12 +99,13 @@ def decode(
     tree: Tree,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-    limit: Int[Array, ""] | int,
+    limit: Int[Array, "B"],
     eos: Int[Array, "E"],
     *,
     answer_slots: int,
 ) -> Int[Array, "B answer_slots"]:
-    """The first `limit` new tokens of each row; what follows a row's end-of-sequence token is meaningless.
+    """The first `limit` new tokens of each row, at most as many as there are slots; what follows them or
+    a row's end-of-sequence token is meaningless.
 
     The weights are an argument, not a constant of the compiled program, so that a changed model reuses it.
     """
@@ -113,17 +117,17 @@ def decode(
 
     def unfinished(state):
         step, _, done, *_ = state
-        return (step < limit) & ~jnp.all(done)
+        return (step < answer_slots) & ~jnp.all(done)
 
     def advance(state):
         step, token, done, new, cache = state
         new = new.at[:, step].set(token)
-        done |= jnp.isin(token, eos)
+        done |= jnp.isin(token, eos) | (step + 1 >= limit)
         token, cache = predict(token[:, None], (lengths + step)[:, None], cache)
         return step + 1, token, done, new, cache
 
     positions = jnp.arange(time) - (time - lengths)[:, None]
     cache = Cache.empty(config, batch, time + answer_slots, tree["embed_tokens"].dtype)
     token, cache = predict(tokens, positions, cache)
-    state = (0, token, lengths == 0, jnp.zeros((batch, answer_slots), jnp.int32), cache)
+    state = (0, token, (lengths == 0) | (limit <= 0), jnp.zeros((batch, answer_slots), jnp.int32), cache)
     return jax.lax.while_loop(unfinished, advance, state)[3]

@@ -1,27 +1,37 @@
-"""--job=report: methods against rates, single experts and merges, as the paper's tables 1 and 5."""
+"""--job=report: methods against rates, single experts and merges, as the paper's tables and figures."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import logging
-from transformers import AutoTokenizer
-
+from dppa_jax.candidates import Candidates
 from dppa_jax.config import MergeConfig, choose, default_partitions
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.demo import families
-from dppa_jax.evaluate.local import evaluate
-from dppa_jax.evaluate.ratios import domain_ratio
-from dppa_jax.evaluate.tasks import Task, by_domain
-from dppa_jax.jobs import JobConfig, run_merge
-from dppa_jax.memory import Model, load, merge
-from dppa_jax.model import LlamaConfig
-from dppa_jax.progress import console, steps
-from dppa_jax.report.tables import Cell, ResultTable
+from dppa_jax.evaluate.scores import Scores
+from dppa_jax.evaluate.tasks import Task
+from dppa_jax.experiments import (
+    announce,
+    domains_of,
+    evaluation_of,
+    finish,
+    illustration,
+    run_merge,
+    run_of,
+    search_figures,
+    search_notes,
+)
+from dppa_jax.jobs import JobConfig
+from dppa_jax.progress import steps
+from dppa_jax.report import figures, published
+from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.paper import paper_tables, raw
+from dppa_jax.report.tables import ResultTable
+from dppa_jax.search.dpa import Factors
+from dppa_jax.search.job import Searched, search_expert
 
-Accuracies = dict[str, float]  # by task
+Domains = Mapping[str, Sequence[Task]]
 
 
 @dataclass(frozen=True)
@@ -29,21 +39,19 @@ class Sweep:
     """What the report compares.
 
     Attributes:
-      tasks: names; their domains must be names of experts.
-      methods: of the table of single experts.
+      methods: of the tables of single experts.
       merge_methods: of the table of merges of all experts.
       rates: of both; methods that prune nothing appear once.
-      factors: DPA's, of the partitions from 0.9 down; a rate takes as many as it has partitions.
+      factors: DPA's, of the partitions from 0.9 down; a rate takes as many as it has partitions, and 1 for those that
+        are not given. Empty where they are searched, for every method, rate and expert.
       seeds: of the demo family and of random scores; cells are means over them.
     """
 
-    tasks: tuple[str, ...]
     methods: tuple[str, ...]
     merge_methods: tuple[str, ...]
     rates: tuple[float, ...]
-    factors: tuple[float, ...] = ()
+    factors: Factors = ()
     seeds: tuple[int, ...] = (0,)
-    limit: int | None = None
 
     def __post_init__(self):
         for flag, names in (("--methods", self.methods), ("--merge_methods", self.merge_methods)):
@@ -52,76 +60,119 @@ class Sweep:
         for rate in self.rates:
             if not 0.0 <= rate <= 1.0:
                 raise ValueError(f"--rates: {rate} is outside [0, 1]; it is the share that is removed.")
-        if not self.tasks:
-            raise ValueError("--evaluate is empty: name the tasks, for example --evaluate=addition,sentiment.")
         if not self.seeds or not (self.methods or self.merge_methods):
             raise ValueError("--job=report needs --methods or --merge_methods, and at least one of --seeds.")
 
 
-class Measured(NamedTuple):
-    """Accuracies with one seed: of the dense models, and of every pruned expert and merge."""
+class Compared(NamedTuple):
+    """A model of the report; `expert` is None for the merge of all."""
 
-    base: Accuracies
-    experts: Accuracies
-    single: dict[tuple[str, float, str], Accuracies]  # (method, rate, expert)
-    merged: dict[tuple[str, float], Accuracies]
+    method: str
+    rate: float
+    expert: str | None
+
+
+@dataclass
+class Measuring:
+    """The models of one seed, and what has been found about them."""
+
+    job: JobConfig
+    sweep: Sweep
+    domains: Domains
+    candidates: Candidates
+    searched: dict[Compared, Searched] = field(default_factory=dict)
+
+    def measure(self, advance) -> Measurements:
+        every = self.job.evaluation.every_task
+        found = Measurements(self.candidates.dense("base", every), {}, {}, {})
+        for domain, tasks in self.domains.items():
+            found.experts.update(self.candidates.dense(domain, tasks))
+        for model in compared(self.sweep, self.domains):
+            if model.expert is None:
+                found.merged[model.method, model.rate] = self.scores(model, tuple(self.job.experts), every)
+            else:
+                found.single[model] = self.scores(model, (model.expert,), self.domains[model.expert])
+            advance()
+        return found
+
+    def scores(self, model: Compared, experts: tuple[str, ...], tasks: Sequence[Task]) -> Scores:
+        config = self.config(model, experts)
+        if METHODS[model.method].scale == "partition":
+            config = replace(config, factors={name: self.factors(model, name) for name in experts})
+        name = f"{model.expert or 'merge'}, {model.method} {model.rate:g}"
+        return self.candidates.merged(name, self.candidates.merger(config), tasks)
+
+    def config(self, model: Compared, experts: tuple[str, ...]) -> MergeConfig:
+        """A single expert has coefficient 1; a merge has those of the command line."""
+        given = self.job.merge
+        coefficients = given.coefficients if model.expert is None else {}
+        kept = ("max_fluctuation", "significance_multiple", "dpa_combine", "delta_dtype", "output_dtype", "seed")
+        return MergeConfig(
+            experts=experts,
+            method=model.method,
+            rate=model.rate,
+            coefficients=coefficients,
+            q={name: q for name, q in given.q.items() if name in experts and METHODS[model.method].scale == "q"},
+            allow_nonfinite=given.allow_nonfinite,
+            **{name: getattr(given, name) for name in kept},
+        )
+
+    def factors(self, model: Compared, expert: str) -> Factors:
+        if not self.job.search:
+            if METHODS[model.method].score == "random":
+                return ()  # MergeConfig's, which are of another size than those of magnitudes
+            partitions = len(default_partitions(model.rate))
+            return (*self.sweep.factors, *[1.0] * partitions)[:partitions]
+        alone = Compared(model.method, model.rate, expert)
+        if alone not in self.searched:
+            place = Path(self.job.workdir) / f"{model.method}-{model.rate:g}-seed{self.job.merge.seed}"
+            config = self.config(alone, (expert,))
+            self.searched[alone] = search_expert(
+                self.candidates, expert, self.domains[expert], self.job.search, config, place
+            )
+        return self.searched[alone].result.factors
 
 
 def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
-    """Measure, print and write the tables to --workdir; with --output also the merge that the flags describe."""
-    domains = by_domain(sweep.tasks)
-    for domain in domains:
-        choose("--evaluate: expert of the domain", domain, job.experts)
+    """Measure, print and write the report to --workdir; with --output also the merge that the flags describe."""
+    domains = domains_of(job)
     if any(where.startswith("demo:") for where in (job.base, *job.experts.values())):
         families(sweep.seeds)  # trained side by side where they are missing
     if job.output:
-        run_merge(job)
-    total = len(sweep.seeds) * sum(1 for _ in _candidates(sweep, domains))
-    with steps("evaluate", total) as advance:
-        measured = {seed: _measure(job, sweep, domains, seed, advance) for seed in sweep.seeds}
-    tables = [_dense(measured, domains)]
-    tables += [_singles(measured, sweep, domains)] if sweep.methods else []
-    tables += [_merges(measured, sweep, domains)] if sweep.merge_methods else []
-    _write(Path(job.workdir), tables, measured)
-    for table in tables:
-        console().print(table.printed())
-    logging.info("tables as JSON, CSV and markdown: %s", job.workdir)
+        run_merge(replace(job, workdir=str(Path(job.workdir) / "merge")))
+    searched: dict[int, dict[Compared, Searched]] = {}
+    measured: dict[int, Measurements] = {}
+    with evaluation_of(job) as evaluation:
+        announce(evaluation, job.evaluation, job.search)
+        total = len(sweep.seeds) * sum(1 for _ in compared(sweep, domains))
+        with steps("evaluate", total) as advance:
+            for seed in sweep.seeds:
+                of_seed = replace(job, merge=replace(job.merge, seed=seed))
+                with Candidates(of_seed, evaluation) as candidates:
+                    measuring = Measuring(of_seed, sweep, domains, candidates)
+                    measured[seed], searched[seed] = measuring.measure(advance), measuring.searched
+        models = {"base": job.base, **job.experts}
+        tables = paper_tables(measured, domains, published.is_papers(job.base, job.experts))
+        run = run_of("Methods and rates", job.command, models, job.evaluation, evaluation, tables)
+    first = {f"{m.method}-{m.rate:g}-{m.expert}": one for m, one in searched[sweep.seeds[0]].items()}
+    everything = {str(s): {"-".join(map(str, m)): one.as_dict() for m, one in of.items()} for s, of in searched.items()}
+    run = replace(
+        run,
+        figures=[*_rate_figures(measured, domains, sweep), *search_figures(first)],
+        data={"measured": raw(measured), "searches": everything},
+        notes=search_notes(first),
+    )
+    finish(Path(job.workdir), run)
     return tables
 
 
-def _measure(job: JobConfig, sweep: Sweep, domains: Mapping[str, list[Task]], seed: int, advance) -> Measured:
-    base = load(job.base, seed)
-    experts = {name: load(where, seed) for name, where in job.experts.items()}
-    tokenizer = AutoTokenizer.from_pretrained(base.directory)
-    config = LlamaConfig.from_hf(base.config)
-    every = [task for tasks in domains.values() for task in tasks]
-
-    def accuracies(model: Model, tasks: Sequence[Task]) -> Accuracies:
-        found = evaluate(config, model.tree, tokenizer, tasks, limit=sweep.limit)
-        return {name: result.accuracy for name, result in found.items()}
-
-    measured = Measured(accuracies(base, every), {}, {}, {})
-    for domain, tasks in domains.items():
-        measured.experts.update(accuracies(experts[domain], tasks))
-    for method, rate, expert in _candidates(sweep, domains):
-        chosen = experts if expert is None else {expert: experts[expert]}
-        options = _options(method, rate, tuple(chosen), sweep, job.merge if expert is None else None, seed)
-        merged = merge(base, chosen, method, mesh=job.mesh, **options)
-        if expert is None:
-            measured.merged[method, rate] = accuracies(merged, every)
-        else:
-            measured.single[method, rate, expert] = accuracies(merged, domains[expert])
-        advance()
-    return measured
-
-
-def _candidates(sweep: Sweep, domains: Mapping) -> Iterator[tuple[str, float, str | None]]:
-    """(method, rate, expert) of every model to measure; expert None is the merge of all."""
+def compared(sweep: Sweep, domains: Domains) -> Iterator[Compared]:
+    """Every model to measure."""
     for method, rate in _rows(sweep.methods, sweep.rates):
         for expert in domains:
-            yield method, rate, expert
+            yield Compared(method, rate, expert)
     for method, rate in _rows(sweep.merge_methods, sweep.rates):
-        yield method, rate, None
+        yield Compared(method, rate, None)
 
 
 def _rows(methods: Sequence[str], rates: Sequence[float]) -> Iterator[tuple[str, float]]:
@@ -130,78 +181,12 @@ def _rows(methods: Sequence[str], rates: Sequence[float]) -> Iterator[tuple[str,
             yield method, rate
 
 
-def _options(method: str, rate: float, experts: tuple[str, ...], sweep: Sweep, given: MergeConfig | None, seed: int):
-    """A single expert has coefficient 1; a merge has those of the command line."""
-    options = {"rate": rate, "seed": seed}
-    if METHODS[method].scale == "partition" and sweep.factors:
-        factors = sweep.factors[: len(default_partitions(rate))]
-        options["factors"] = dict.fromkeys(experts, factors)
-    if given:
-        options["coefficients"] = given.coefficients
-    return options
-
-
-def _dense(measured: Mapping[int, Measured], domains: Mapping[str, list[Task]]) -> ResultTable:
-    rows = {
-        f"{domain}: {task.name}": [
-            Cell(tuple(m.base[task.name] for m in measured.values())),
-            Cell(tuple(m.experts[task.name] for m in measured.values())),
-        ]
-        for domain, tasks in domains.items()
-        for task in tasks
-    }
-    return ResultTable("Accuracy of the dense models (%)", "task", ("base", "its expert"), rows)
-
-
-def _singles(measured: Mapping[int, Measured], sweep: Sweep, domains: Mapping[str, list[Task]]) -> ResultTable:
-    rows = {}
-    for domain, tasks in domains.items():
-        for rate in sweep.rates:
-            rows[f"{domain} {100 * rate:g} %"] = [
-                Cell(
-                    tuple(
-                        _ratio(m.single[method, rate if METHODS[method].score else 0.0, domain], m.experts, tasks)
-                        for m in measured.values()
-                    )
-                )
-                for method in sweep.methods
-            ]
-    return ResultTable("Domain ratios of single experts, pruned (%)", "domain, rate", sweep.methods, rows)
-
-
-def _merges(measured: Mapping[int, Measured], sweep: Sweep, domains: Mapping[str, list[Task]]) -> ResultTable:
-    rows = {}
-    for method, rate in _rows(sweep.merge_methods, sweep.rates):
-        name = f"{method} {100 * rate:g} %" if METHODS[method].score else method
-        rows[name] = [
-            Cell(tuple(_ratio(m.merged[method, rate], m.experts, tasks) for m in measured.values()))
-            for tasks in domains.values()
-        ]
-    return ResultTable("Domain ratios of the merge of all experts (%)", "method, rate", tuple(domains), rows)
-
-
-def _ratio(found: Accuracies, experts: Accuracies, tasks: Sequence[Task]) -> float:
-    return domain_ratio([found[task.name] for task in tasks], [experts[task.name] for task in tasks])
-
-
-def _write(workdir: Path, tables: Sequence[ResultTable], measured: Mapping[int, Measured]) -> None:
-    workdir.mkdir(parents=True, exist_ok=True)
-    names = {table.title: f"table_{i}" for i, table in enumerate(tables)}
-    for table in tables:
-        (workdir / f"{names[table.title]}.csv").write_text(table.csv())
-    (workdir / "tables.md").write_text("\n".join(f"{table.title}\n\n{table.markdown()}" for table in tables))
-    content = {"tables": {names[table.title]: table.as_dict() for table in tables}}
-    content["accuracies"] = {
-        seed: {
-            "base": m.base,
-            "experts": m.experts,
-            "single": [_named(key, found) for key, found in m.single.items()],
-            "merged": [_named(key, found) for key, found in m.merged.items()],
-        }
-        for seed, m in measured.items()
-    }
-    (workdir / "tables.json").write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _named(key: tuple, found: Accuracies) -> dict:
-    return {**dict(zip(("method", "rate", "expert"), key, strict=False)), "accuracies": found}
+def _rate_figures(measured: Mapping[int, Measurements], domains: Domains, sweep: Sweep):
+    if len(sweep.rates) < 2 or not sweep.methods:
+        return []
+    accuracy = figures.against_rate(figures.accuracy_panels(measured, domains), "accuracy")
+    ratio = figures.against_rate(figures.ratio_panels(measured, domains), "domain ratio")
+    return [
+        illustration("accuracy", accuracy, "Accuracy of single experts against the share removed."),
+        illustration("ratio", ratio, "Domain ratio of single experts against the share removed."),
+    ]

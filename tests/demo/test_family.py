@@ -10,33 +10,25 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from dppa_jax import demo
-from dppa_jax.checkpoint import load_tree
 from dppa_jax.demo import family
 from dppa_jax.demo.text import TASKS as TASKS_OF
-from dppa_jax.evaluate.local import evaluate
-from dppa_jax.evaluate.tasks import TASKS
-from dppa_jax.model import LlamaConfig
+from dppa_jax.evaluate.evaluation import Evaluation
+from dppa_jax.evaluate.local import JaxEvaluator
+from dppa_jax.evaluate.tasks import TASKS, TaskOptions
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
-    """The family of seed 0, trained once for the session."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPPA_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        return demo.directory("base").parent
-
-
-@pytest.fixture(scope="session")
-def accuracies(trained) -> dict[str, dict[str, float]]:
+def accuracies(trained, tmp_path_factory) -> dict[str, dict[str, float]]:
     """By member and task."""
+    evaluator, options = JaxEvaluator(), TaskOptions()
     tokenizer = AutoTokenizer.from_pretrained(trained / "base")
+    tasks = [TASKS[name] for names in TASKS_OF.values() for name in names]
     found = {}
     for member in demo.MEMBERS:
-        config, tree = load_tree(trained / member)
-        results = evaluate(
-            LlamaConfig.from_hf(config), tree, tokenizer, [TASKS[name] for names in TASKS_OF.values() for name in names]
-        )
-        found[member] = {name: result.accuracy for name, result in results.items()}
+        directory = trained / member
+        evaluation = Evaluation(evaluator, tokenizer, options, tmp_path_factory.mktemp(member))
+        scores = evaluation.scores(member, member, lambda at=directory: at, tasks)
+        found[member] = {name: score.accuracy for name, score in scores.items()}
     return found
 
 

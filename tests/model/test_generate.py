@@ -102,6 +102,22 @@ def test_a_shorter_limit_cuts_the_answer_and_changes_nothing_else(tree):
         assert generate((CONFIG, tree), prompts, limit, ()) == [answer[:limit] for answer in long]
 
 
+def test_each_prompt_may_have_a_limit_of_its_own(tree):
+    prompts = random_prompts([4, 30, 9, 17])
+    long = generate((CONFIG, tree), prompts, 20, ())
+    for limits in ([20, 3, 0, 17], [1, 20, 20, 1]):
+        wanted = [answer[:limit] for answer, limit in zip(long, limits, strict=True)]
+        assert generate((CONFIG, tree), prompts, limits, ()) == wanted
+        assert generate((CONFIG, tree), prompts, limits, (), batch_size=2) == wanted
+
+
+def test_decoding_stops_when_every_row_has_reached_its_limit(tree):
+    (prompt,) = random_prompts([4])
+    tokens = np.asarray([prompt, prompt], np.int32)
+    new = decode(CONFIG, tree, tokens, np.array([4, 4]), np.array([2, 5]), np.array([], np.int32), answer_slots=64)
+    assert not np.any(new[:, 5:])  # slots that no step has written
+
+
 def test_an_answer_ends_with_the_end_of_sequence_token(tree):
     prompts = random_prompts([4, 9, 12, 6])
     endless = generate((CONFIG, tree), prompts, 20, ())
@@ -125,7 +141,7 @@ def test_decoding_stops_when_every_row_has_ended(tree):
     (prompt,) = random_prompts([4])
     first = generate((CONFIG, tree), [prompt], 1, ())[0][0]
     tokens = np.asarray([prompt], np.int32)
-    new = decode(CONFIG, tree, tokens, np.array([4]), 64, np.array([first], np.int32), answer_slots=64)
+    new = decode(CONFIG, tree, tokens, np.array([4]), np.array([64]), np.array([first], np.int32), answer_slots=64)
     assert new[0, 0] == first
     assert not np.any(new[0, 1:])  # slots that no step has written
 

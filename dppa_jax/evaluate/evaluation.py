@@ -1,0 +1,277 @@
+"""Scores of models on tasks: an evaluator is asked only for responses that are not on disk yet."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from dppa_jax.config import choose
+from dppa_jax.evaluate.scores import Score, Scores
+from dppa_jax.evaluate.tasks import Item, Split, Task, TaskOptions, by_domain
+from dppa_jax.memory import Model
+from dppa_jax.progress import steps
+
+Weights = Path | Model
+EVALUATORS = ("jax", "vllm")
+BATCHES_AT_A_TIME = 2  # between two writes of responses: little is lost, and vLLM's batch seldom runs empty
+
+
+@runtime_checkable
+class Evaluator(Protocol):
+    """Generates greedily, from one model at a time.
+
+    Attributes:
+      decoding: what decides the responses beside weights and prompts.
+      batch_size: prompts that are decoded together.
+    """
+
+    decoding: Mapping[str, str | int | float]
+    batch_size: int
+
+    def use(self, weights: Weights) -> None: ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[list[int]]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Which tasks, by which evaluator; `options` says how items, prompts and verdicts are made."""
+
+    tasks: tuple[str, ...] = ()
+    evaluator: str = "jax"
+    options: TaskOptions = field(default_factory=TaskOptions)
+    batch_size: int = 256
+    dtype: str = "auto"
+    vllm_python: str = ""
+    vllm_timeout: float = 1800.0
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+
+    def __post_init__(self):
+        choose("--evaluator", self.evaluator, EVALUATORS)
+        choose("--evaluate_dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        by_domain(self.tasks)
+        positive = {"--batch_size": self.batch_size, "--tensor_parallel_size": self.tensor_parallel_size}
+        positive |= {"--vllm_timeout": self.vllm_timeout, "--gpu_memory_utilization": self.gpu_memory_utilization}
+        for flag, value in positive.items():
+            if value <= 0:
+                raise ValueError(f"{flag}={value:g}: it must be above 0.")
+
+    @property
+    def domains(self) -> dict[str, list[Task]]:
+        return by_domain(self.tasks)
+
+    @property
+    def every_task(self) -> list[Task]:
+        return [task for tasks in self.domains.values() for task in tasks]
+
+
+@dataclass
+class Cost:
+    """Seconds spent on one model, and the responses that they gave."""
+
+    apply: float = 0.0  # making the weights
+    hand_over: float = 0.0  # giving them to the evaluator
+    generate: float = 0.0
+    responses: int = 0
+
+
+class Question(NamedTuple):
+    """An item that has no response yet."""
+
+    task: Task
+    item: Item
+    prompt: Sequence[int]
+    budget: int
+
+
+class Evaluation:
+    """Asks, judges and remembers.
+
+    Responses are kept in `directory` as JSON lines, a file for each model and task, keyed by the fingerprint of the
+    weights and by what else decides a response: prompt, decoding, number of tokens. So nothing is asked twice, and an
+    interrupted evaluation goes on where it was. Verdicts are kept beside them with the rules they were made by.
+    """
+
+    def __init__(self, evaluator: Evaluator, tokenizer, options: TaskOptions, directory: Path):
+        self.evaluator, self.tokenizer, self.options, self.directory = evaluator, tokenizer, options, directory
+        self.costs: dict[str, Cost] = {}  # by fingerprint
+        self._in_use = ""
+        self._known_items: dict[tuple, tuple[Item, ...]] = {}
+
+    def scores(
+        self,
+        name: str,
+        fingerprint: str,
+        weights: Callable[[], Weights],
+        tasks: Sequence[Task],
+        split: Split = "test",
+        options: TaskOptions | None = None,
+    ) -> Scores:
+        """The scores of a model.
+
+        Args:
+          name: of the model, for the log.
+          fingerprint: of its weights.
+          weights: makes or finds them; called when a response is missing and the evaluator has others.
+          tasks: what to answer.
+          split: "test" for what is reported, "validation" for what is chosen by.
+          options: in place of the evaluation's own.
+        """
+        options = options or self.options
+        cost = self.costs.setdefault(fingerprint, Cost())
+        items = {task.name: self.items(task, split, options) for task in tasks}
+        logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
+        questions = [q for task in tasks for q in self._unanswered(task, items[task.name], logs[task.name], options)]
+        if questions:
+            self._hand_over(fingerprint, weights, cost)
+            self._ask(name, questions, logs, cost)
+        return {
+            task.name: Score(
+                sum(logs[task.name].verdict(task, item, options) for item in items[task.name]), len(items[task.name])
+            )
+            for task in tasks
+        }
+
+    def items(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> tuple[Item, ...]:
+        """The items of a task, read once."""
+        key = task.name, split, options or self.options
+        if key not in self._known_items:
+            self._known_items[key] = task.items(key[2], split)
+        return self._known_items[key]
+
+    def _log(self, fingerprint: str, task: Task, options: TaskOptions) -> "ResponseLog":
+        decides = {
+            "task": task.name,
+            "prompt": task.prompt_variant(options),
+            "decoding": dict(self.evaluator.decoding),
+            "max_new_tokens": options.max_new_tokens or task.max_new_tokens,
+            "max_length": options.max_length,
+        }
+        name = f"{task.name}-{digest(decides)[:8]}.jsonl"
+        return ResponseLog(self.directory / fingerprint[:16] / name, {"weights": fingerprint, **decides})
+
+    def _unanswered(
+        self, task: Task, items: Sequence[Item], log: "ResponseLog", options: TaskOptions
+    ) -> Iterator[Question]:
+        missing = [item for item in items if not log.has(item)]
+        for item, prompt in zip(missing, task.encode(options, missing, self.tokenizer), strict=True):
+            if prompt:
+                yield Question(task, item, prompt, task.budget(options, prompt))
+            else:
+                log.add(item, "")  # longer than the model may read
+
+    def _hand_over(self, fingerprint: str, weights: Callable[[], Weights], cost: Cost) -> None:
+        if self._in_use == fingerprint:
+            return
+        self._in_use = ""
+        started = time.perf_counter()
+        made = weights()
+        cost.apply += time.perf_counter() - started
+        started = time.perf_counter()
+        self.evaluator.use(made)
+        cost.hand_over += time.perf_counter() - started
+        self._in_use = fingerprint
+
+    def _ask(self, name: str, questions: list[Question], logs: Mapping[str, "ResponseLog"], cost: Cost) -> None:
+        started = time.perf_counter()
+        at_a_time = BATCHES_AT_A_TIME * self.evaluator.batch_size
+        with steps(f"evaluate {name}", len(questions), "responses") as advance:
+            for start in range(0, len(questions), at_a_time):
+                asked = questions[start : start + at_a_time]
+                tokens = self.evaluator.generate([q.prompt for q in asked], [q.budget for q in asked])
+                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                for question, text in zip(asked, texts, strict=True):
+                    logs[question.task.name].add(question.item, text)
+                advance(len(asked))
+        cost.generate += time.perf_counter() - started
+        cost.responses += len(questions)
+
+
+class ResponseLog:
+    """The responses of one model to one task: a line that says whose they are, then one line each, as they come."""
+
+    def __init__(self, file: Path, about: Mapping):
+        self._file, self._about = file, about
+        self._lines: dict[tuple[str, str], dict] = {}
+        if not file.is_file():
+            return
+        text = file.read_text()
+        if not text.endswith("\n"):  # a run was killed within a line
+            with file.open("a") as out:
+                out.write("\n")
+        for found in text.split("\n"):
+            try:
+                line = json.loads(found)
+                self._lines[line["id"], line["prompt"]] = line
+            except (ValueError, KeyError):  # such a line, or the first one
+                continue
+
+    def has(self, item: Item) -> bool:
+        return (item.id, item.prompt) in self._lines
+
+    def add(self, item: Item, response: str) -> None:
+        self._write({"id": item.id, "prompt": item.prompt, "answers": item.answers, "response": response})
+
+    def verdict(self, task: Task, item: Item, options: TaskOptions) -> bool:
+        """Is the response to an item right? Judged once for every way of judging."""
+        line = self._lines[item.id, item.prompt]
+        scoring = digest([task.scoring_variant(options), item.answers])[:8]
+        if line.get("scoring") != scoring:
+            line = {**line, "scoring": scoring, "correct": task.correct(options, line["response"], item)}
+            self._write(line)
+        return line["correct"]
+
+    def _write(self, line: dict) -> None:
+        """A later line of an item counts."""
+        self._lines[line["id"], line["prompt"]] = line
+        new = not self._file.is_file()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as out:
+            if new:
+                out.write(json.dumps(self._about) + "\n")
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def digest(content) -> str:
+    """A short name for something that JSON can say."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir: Path) -> Iterator[Evaluation]:
+    """An evaluation with its evaluator, whose memory is free when the block ends."""
+    from transformers import AutoTokenizer  # takes seconds, which other jobs should not cost
+
+    evaluator = make_evaluator(config, workdir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+        yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses")
+    finally:
+        evaluator.close()
+
+
+def make_evaluator(config: EvaluationConfig, workdir: Path) -> Evaluator:
+    if config.evaluator == "vllm":
+        from dppa_jax.evaluate.vllm import VllmEvaluator
+
+        return VllmEvaluator(
+            config.vllm_python or sys.executable,
+            workdir,
+            dtype=config.dtype,
+            max_model_len=config.options.max_length,
+            max_num_seqs=config.batch_size,
+            tensor_parallel_size=config.tensor_parallel_size,
+            gpu_memory_utilization=config.gpu_memory_utilization,
+            timeout=config.vllm_timeout,
+        )
+    from dppa_jax.evaluate.local import JaxEvaluator
+
+    return JaxEvaluator(dtype=config.dtype, batch_size=config.batch_size, max_length=config.options.max_length)

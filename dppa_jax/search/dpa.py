@@ -1,0 +1,410 @@
+"""The DPA search: the amplification factors of an expert's partitions that score highest.
+
+A candidate is a tuple of factors, one per partition, highest rate first; its score is the domain ratio of the expert
+with these factors, and scoring it is what costs. The paper moves one partition after the other, from the highest rate
+down, in two ways: Method 1 begins with the first partition alone (the others have factor 0 until their turn), Method 2
+with all of them present; the better result is taken. Two rules walk them: "parabola", the default, described at
+`_parabola`, and "reference", the authors' own, described at `_reference`.
+
+    result = search(score, partitions=2, config=search_defaults((0.9, 0.8)))
+    result.factors, result.score, result.evaluations
+
+`python -m dppa_jax.search.simulate` compares the rules on random score functions.
+Source: Zhu et al. 2024, section 3.3.2; the authors' `python_contral`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import NamedTuple
+
+import numpy as np
+
+from dppa_jax.config import choose
+
+Factors = tuple[float, ...]
+
+STRIDES = (8, 3)  # first move along a line, in steps, by round: 8 tell a slope from the noise of some hundred items
+FLOOR = 0.05  # of a line's highest score; lower ones count as this, as a score of 0 has no logarithm
+CLEAR = 0.03  # of a score: differences are noise where the fit misses a score near the top by more
+NEAR = 0.8  # of a line's highest score: what is near the top; farther down a bump need not be a bell
+
+
+class Visit(NamedTuple):
+    """A candidate that a rule looked at.
+
+    Attributes:
+      method: 1 or 2, whose walk it belongs to.
+      partition: the one that was being moved, 0 for the highest rate.
+      factors: what was scored.
+      score: measured now, or remembered.
+      raw: the factors before rounding; they differ where rule "reference" adds up its steps.
+    """
+
+    method: int
+    partition: int
+    factors: Factors
+    score: float
+    raw: Factors
+
+
+class Range(NamedTuple):
+    """The factors that one partition may take."""
+
+    start: float
+    step: float
+    lower: float
+    upper: float
+
+    @property
+    def decimals(self) -> int:
+        """Decimal places of the step, to which factors are rounded.
+
+        >>> Range(1.0, 0.25, 0.0, 4.0).decimals
+        2
+        """
+        return max(0, -int(Decimal(repr(self.step)).normalize().as_tuple().exponent))
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """Whole steps from the start within the bounds, in the direction of the step.
+
+        >>> Range(1.0, -0.25, 0.5, 1.3).grid
+        (1.25, 1.0, 0.75, 0.5)
+        """
+        first, last = sorted(((self.lower - self.start) / self.step, (self.upper - self.start) / self.step))
+        steps = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
+        return tuple(round(self.start + k * self.step, self.decimals) for k in steps)
+
+    def allows(self, factor: float) -> bool:
+        """Within the bounds, or 0: the partition is left out."""
+        return factor == 0 or self.lower <= round(factor, self.decimals) <= self.upper
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How factors are searched. A tuple has one number per partition, highest rate first, or one for all of them.
+
+    Attributes:
+      rule: a key of RULES.
+      methods: the paper's methods that may be used.
+      start: the factor with which a partition comes in.
+      step: the smallest change of a factor; negative looks below the start first, and "reference" only there.
+      lower, upper: the bounds of a factor, both included. A partition that is absent has factor 0 whatever they are.
+      max_evaluations: how many candidates may be scored.
+      starts: by method, where its walk begins, if not at `start`; 0 for a partition that is absent.
+
+    >>> SearchConfig().begin(1, 3), SearchConfig().begin(2, 3)
+    ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    """
+
+    rule: str = "parabola"
+    methods: tuple[int, ...] = (1, 2)
+    start: Factors = (1.0,)
+    step: Factors = (0.1,)
+    lower: Factors = (0.0,)
+    upper: Factors = (4.0,)
+    max_evaluations: int = 200
+    starts: Mapping[int, Factors] = field(default_factory=dict)
+
+    def __post_init__(self):
+        choose("--search_rule", self.rule, RULES)
+        for method in (*self.methods, *self.starts):
+            choose("--search_methods", str(method), ("1", "2"))
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"--search_methods={self.methods}: give 1, 2 or both, each once.")
+        if self.max_evaluations < 1:
+            raise ValueError(f"--search_evaluations={self.max_evaluations}: at least one candidate must be scored.")
+        self.ranges(max(map(len, (self.start, self.step, self.lower, self.upper))))
+
+    def ranges(self, partitions: int) -> list[Range]:
+        """Of every partition, checked."""
+        columns = []
+        for name in Range._fields:
+            numbers = getattr(self, name)
+            if len(numbers) not in (1, partitions):
+                raise ValueError(
+                    f"--search_{name}={numbers}: give one number, or one for each of {partitions} partitions."
+                )
+            columns.append([float(number) for number in numbers] * (partitions // len(numbers)))
+        ranges = [Range(*row) for row in zip(*columns, strict=True)]
+        for one in ranges:
+            if not all(map(math.isfinite, one)) or one.step == 0:
+                raise ValueError(
+                    f"--search_step={one.step}: it must not be 0, and start and bounds must be finite: {one}."
+                )
+            if one.start == 0 or not one.allows(one.start):
+                raise ValueError(f"--search_start={one.start}: not 0, and within [{one.lower}, {one.upper}].")
+        return ranges
+
+    def begin(self, method: int, partitions: int) -> Factors:
+        """Where the walk of `method` begins."""
+        ranges = self.ranges(partitions)
+        present = partitions if method == 2 else 1
+        default = [one.start if i < present else 0.0 for i, one in enumerate(ranges)]
+        factors = tuple(map(float, self.starts.get(method, default)))
+        if len(factors) != partitions or not all(one.allows(f) for one, f in zip(ranges, factors, strict=True)):
+            raise ValueError(
+                f"starts of method {method}: {factors} does not fit {partitions} partitions within bounds."
+            )
+        return factors
+
+
+def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes) -> SearchConfig:
+    """The configuration for partitions of these rates, highest first, and this score of delta parameters.
+
+    Pruning by magnitude leaves a partition at factor 1, and factors are raised from there. DARE has multiplied what it
+    keeps by 1/(1 − rate) already, so the factors are reduced: they start there, which is also their upper bound, and
+    step down by a twentieth of it. `changes` are fields that replace these.
+
+    Raises:
+      ValueError: a random score with rate 1, which has no 1/(1 − rate).
+
+    Source: Zhu et al. 2024, section 4.5 ("we modified the approach to dynamic reduction"); the paper gives no step.
+
+    >>> config = search_defaults((0.9, 0.8), "random")
+    >>> config.start, config.step, config.upper
+    ((10.0, 5.0), (-0.5, -0.25), (10.0, 5.0))
+    """
+    if score != "random":
+        return SearchConfig(**changes)
+    if max(rates) >= 1:
+        raise ValueError(
+            f"--partitions={tuple(rates)}: with random scores a rate must be below 1, as 1/(1-rate) is used."
+        )
+    start = tuple(round(1 / (1 - rate), 2) for rate in rates)
+    step = tuple(-round(0.05 / (1 - rate), 2) for rate in rates)
+    return SearchConfig(**({"start": start, "step": step, "upper": start} | changes))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+      factors, score, method: the answer, its score, and the method that found it.
+      visits: everything the rule looked at, in order; a candidate that came up again is in it again.
+      evaluations: how many distinct candidates were scored.
+      finals: by method, where its walk ended, not rounded: with rule "reference" the alpha that the authors return.
+        Empty when max_evaluations ended the search.
+    """
+
+    factors: Factors
+    score: float
+    method: int
+    visits: tuple[Visit, ...]
+    evaluations: int
+    finals: Mapping[int, Factors]
+
+    @property
+    def best(self) -> Visit:
+        """The highest score that was seen, the first of equals. The answer may be another one, see the rules."""
+        return max(self.visits, key=lambda visit: visit.score)
+
+
+def search(
+    score: Callable[[Factors], float],
+    partitions: int,
+    config: SearchConfig,
+    report: Callable[[Visit], None] = lambda visit: None,
+) -> SearchResult:
+    """Factors for which `score` is high, one for each of `partitions` partitions.
+
+    A candidate is rounded to the decimals of its steps and scored once, whichever method asks for it again; `report` is
+    called as soon as it is. Equal scores give an equal search: one that was killed goes on where it was if `score`
+    remembers what it has measured.
+
+    The answer is where the better method's walk ended; if max_evaluations ended it earlier, the highest visit.
+
+    Raises:
+      ValueError: a score is not a finite number.
+
+    >>> search(lambda f: 1 - (f[0] - 1.9) ** 2 / 9 - (f[1] - 0.7) ** 2 / 9, 2, SearchConfig()).factors
+    (1.9, 0.7)
+    """
+    if partitions < 1:
+        raise ValueError(f"{partitions} partitions: at least one is needed to have a factor to search.")
+    trials = _Trials(score, config, partitions, report)
+    try:
+        finals = RULES[config.rule](trials)
+    except _Spent:
+        finals = {}
+    ends = {method: trials.rounded(raw) for method, raw in finals.items()}
+    scored_ends = [(method, factors) for method, factors in ends.items() if factors in trials.scored]
+    if not scored_ends:
+        best = max(trials.visits, key=lambda visit: visit.score)
+        scored_ends = [(best.method, best.factors)]
+    method, factors = max(scored_ends, key=lambda end: trials.scored[end[1]])
+    return SearchResult(factors, trials.scored[factors], method, tuple(trials.visits), len(trials.scored), finals)
+
+
+def _reference(trials: "_Trials") -> dict[int, Factors]:
+    """The authors' rule: each method raises its factors by one step while the score rises.
+
+    One partition after the other. The score must exceed the best one so far, which is carried from partition to
+    partition; the step that did not is taken back, unless that would go below the start. A later partition enters at
+    the start if it was absent, else one step beyond where it is, as the score there is known. Steps are summed in
+    floating point (0.1 + 0.1 + 0.1) and scored rounded.
+
+    The authors return where this ends. It is not always the best visit: a later partition that comes in stays at its
+    start even if every score with it is lower than without it. `SearchResult.finals` has the former as they have it,
+    unrounded, `SearchResult.best` the latter.
+
+    Differs from the authors' code in what it does not say: any number of partitions, bounds (outside them no score is
+    an improvement), negative steps, and the choice between the methods.
+    """
+    return {method: _stepwise(trials, method) for method in trials.config.methods}
+
+
+def _stepwise(trials: "_Trials", method: int) -> Factors:
+    alpha, best = list(trials.begin(method)), 0.0
+    for i, (start, step, _, _) in enumerate(trials.ranges):
+        if i > 0:
+            alpha[i] = start if abs(alpha[i]) < abs(step) else alpha[i] + step
+        while (score := trials(method, i, tuple(alpha))) > best:
+            best = score
+            alpha[i] += step
+        if (alpha[i] - start) * step > 0:
+            alpha[i] -= step
+    return tuple(alpha)
+
+
+def _parabola(trials: "_Trials") -> dict[int, Factors]:
+    """The default rule: wide strides to enclose the top of each partition's curve, then a jump to a parabola's vertex.
+
+    Method 2 is walked first, one partition after the other from the highest rate down. A factor takes growing strides
+    until its best score has a lower one on either side, a parabola fitted to the logarithms of all scores on this line
+    names the next candidate, and the partition gets the factor that the fit, renewed, puts highest among those scored,
+    not the luckiest score. Where every fit passes close to the scores near its top, these are clear of noise, and a
+    second round with shorter strides settles how the partitions act on each other. Method 1 follows only if it can win:
+    the scores are clear of noise, and leaving the later partitions out, at the first factor found, scores higher than
+    what Method 2 found. An answer that scores below its start gives way to the highest visit.
+    """
+    finals: dict[int, Factors] = {}
+    clear = True
+    for method in sorted(trials.config.methods, reverse=True):
+        begin = trials.rounded(trials.begin(method))
+        if finals:
+            begin = (finals[2][0], *begin[1:])
+            if not clear or trials(method, 0, begin) <= trials.scored[finals[2]]:
+                break
+        finals[method], clear = _walk(trials, method, begin)
+    return finals
+
+
+def _walk(trials: "_Trials", method: int, begin: Factors) -> tuple[Factors, bool]:
+    """Where a method's walk ends, and whether all fits passed close to the scores."""
+    low, at = trials(method, 0, begin), list(begin)
+    for stride in STRIDES:
+        before, clear = list(at), True
+        for i, (start, *_) in enumerate(trials.ranges):
+            absent = stride == STRIDES[0] and at[i] == 0
+            at[i], agree = _climb(trials, method, at, i, start if absent else at[i], stride)
+            clear = clear and agree
+        if at == before or not clear:
+            break
+    factors = tuple(at)
+    if trials.scored[factors] < low:
+        factors = max(trials.scored, key=trials.scored.__getitem__)
+    return factors, clear
+
+
+def _climb(trials: "_Trials", method: int, at: list[float], i: int, start: float, stride: int) -> tuple[float, bool]:
+    """The best factor of partition i, the others staying where they are, and whether the fit is close to the scores."""
+    grid = trials.ranges[i].grid
+    candidates = [(*at[:i], factor, *at[i + 1 :]) for factor in grid]
+    scores = {p: trials.scored[c] for p, c in enumerate(candidates) if c in trials.scored}
+    here = min(range(len(grid)), key=lambda p: abs(grid[p] - start))
+    scores[here] = trials(method, i, candidates[here])
+    while True:
+        top = _highest(scores)
+        if top == max(scores) and top < len(grid) - 1:
+            new = min(top + stride, len(grid) - 1)
+        elif top == min(scores) and top > 0:
+            new = max(top - stride, 0)
+        else:
+            break
+        scores[new] = trials(method, i, candidates[new])
+        if scores[new] > scores[top]:
+            stride *= 2
+    if len(scores) == 2:  # the top is at a bound
+        between = sum(scores) // 2
+        scores[between] = trials(method, i, candidates[between])
+    fitted = _fit(scores, range(min(scores), max(scores) + 1))
+    vertex = max(fitted, key=fitted.__getitem__)
+    if vertex not in scores:
+        scores[vertex] = trials(method, i, candidates[vertex])
+    top = _highest(scores)
+    fitted = _fit(scores, scores)
+    answer = max(fitted, key=fitted.__getitem__)
+    near = [p for p in fitted if scores[p] > NEAR * scores[top]]
+    agree = all(abs(math.log(scores[p] / scores[top]) - fitted[p]) <= CLEAR for p in near)
+    return grid[answer], agree
+
+
+def _highest(scores: Mapping[int, float]) -> int:
+    """The position with the highest score; of equals the last, so that a level stretch does not end a climb."""
+    return max(scores, key=lambda p: (scores[p], p))
+
+
+def _fit(scores: Mapping[int, float], positions: Iterable[int]) -> dict[int, float]:
+    """A parabola through the logarithms of the scores, at these positions; the highest alone if it does not bend down.
+
+    By least squares: in logarithms, as scores fall off from their top like a bell; weighted by the scores, as the
+    logarithm of a share of correct answers is the less certain the lower it is.
+    """
+    top = _highest(scores)
+    if len(scores) < 3 or scores[top] <= 0:
+        return {top: 0.0}
+    heights = np.maximum(np.array(list(scores.values())) / scores[top], FLOOR)
+    curve = np.polyfit(list(scores), np.log(heights), 2, w=heights)
+    return {p: float(np.polyval(curve, p)) for p in positions} if curve[0] < 0 else {top: 0.0}
+
+
+class _Spent(Exception):
+    """max_evaluations candidates are scored and another one is wanted."""
+
+
+class _Trials:
+    """Candidates as the rules ask for them: rounded, within bounds, scored once, counted."""
+
+    def __init__(self, score: Callable, config: SearchConfig, partitions: int, report: Callable):
+        self.config = config
+        self.ranges = config.ranges(partitions)
+        self.scored: dict[Factors, float] = {}
+        self.visits: list[Visit] = []
+        self._score, self._report = score, report
+
+    def __call__(self, method: int, partition: int, raw: Factors) -> float:
+        """The score; minus infinity outside the bounds, where nothing is scored."""
+        factors = self.rounded(raw)
+        if not all(one.allows(factor) for one, factor in zip(self.ranges, factors, strict=True)):
+            return -math.inf
+        new = factors not in self.scored
+        if new:
+            if len(self.scored) == self.config.max_evaluations:
+                raise _Spent
+            self.scored[factors] = self._measure(factors)
+        self.visits.append(Visit(method, partition, factors, self.scored[factors], raw))
+        if new:
+            self._report(self.visits[-1])
+        return self.scored[factors]
+
+    def begin(self, method: int) -> Factors:
+        return self.config.begin(method, len(self.ranges))
+
+    def rounded(self, raw: Factors) -> Factors:
+        return tuple(round(factor, one.decimals) for factor, one in zip(raw, self.ranges, strict=True))
+
+    def _measure(self, factors: Factors) -> float:
+        value = float(self._score(factors))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"factors {factors}: the score is {value}, not a number to compare. A domain ratio is undefined when "
+                f"the unpruned expert solves no item of a task: search on more items, or without that task."
+            )
+        return value
+
+
+RULES: dict[str, Callable[[_Trials], dict[int, Factors]]] = {"parabola": _parabola, "reference": _reference}

@@ -1,0 +1,42 @@
+"""What the flags of a search of factors say."""
+
+from dataclasses import dataclass
+
+from dppa_jax.config import MergeConfig, choose
+from dppa_jax.demo.text import Split
+from dppa_jax.search.dpa import Factors, SearchConfig, search_defaults
+
+
+@dataclass(frozen=True)
+class FactorSearch:
+    """What the flags of a search say; empty tuples stand for what suits the score: see `search_config`.
+
+    Attributes:
+      split: "validation", or "test" to choose by what is reported, as the paper did.
+      limit: items per task; None for all of the split.
+    """
+
+    rule: str = "parabola"
+    methods: tuple[int, ...] = (1, 2)
+    start: Factors = ()
+    step: Factors = ()
+    lower: Factors = ()
+    upper: Factors = ()
+    max_evaluations: int = 200
+    split: Split = "validation"
+    limit: int | None = None
+
+    def __post_init__(self):
+        choose("--search_split", self.split, ("validation", "test"))
+
+    def config(self, merge: MergeConfig) -> SearchConfig:
+        """With what suits the score where the flags are silent."""
+        given = {"start": self.start, "step": self.step, "lower": self.lower, "upper": self.upper}
+        return search_defaults(
+            merge.partitions,
+            merge.score,
+            rule=self.rule,
+            methods=self.methods,
+            max_evaluations=self.max_evaluations,
+            **{name: value for name, value in given.items() if value},
+        )

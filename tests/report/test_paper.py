@@ -1,0 +1,148 @@
+"""The paper's tables, in its layout, from scores."""
+
+import json
+import math
+
+import pytest
+from report_runs import DOMAINS, PAIR, as_the_paper, two_seeds
+
+from dppa_jax.evaluate.scores import Score
+from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.paper import evaluated, paper_tables, raw
+from dppa_jax.report.published import published
+
+SMALL = {table.name: table for table in paper_tables(two_seeds(), PAIR)}
+AS_THE_PAPER = {table.name: table for table in paper_tables({0: as_the_paper()}, DOMAINS, papers=True)}
+
+
+def body(table) -> list[str]:
+    """The lines of rows, without the heading and the notes."""
+    return [line for line in table.markdown().splitlines()[2:] if line.startswith("|")]
+
+
+def test_table_1_has_a_section_per_domain_and_means_over_seeds():
+    """Math: (40/160 · 50/200)^½ = 25 % with the first seed, (60/160 · 70/200)^½ = 36.2 % with the second."""
+    assert SMALL["table_1"].columns == ("Magnitude", "DARE")
+    assert body(SMALL["table_1"]) == [
+        "| **Math** |  |  |",
+        "| 80 % | 30.6 ± 7.9 | 50.0 ± 0.0 |",
+        "| **Finance** |  |  |",
+        "| 80 % | 50.0 ± 0.0 | 100.0 ± 0.0 |",
+    ]
+
+
+def test_a_merge_of_two_experts_is_table_6_with_every_method_measured():
+    table = SMALL["table_6"]
+    assert table.columns == ("Math", "Finance")
+    assert body(table) == [
+        "| Task arithmetic | 100.0 ± 0.0 | 100.0 ± 0.0 |",
+        "| DARE 80 % | 25.0 ± 0.0 | 50.0 ± 0.0 |",
+        "| TIES 80 % | 50.0 ± 0.0 | 55.9 ± 8.3 |",
+    ]
+
+
+def test_only_tables_whose_methods_were_measured_appear():
+    assert list(SMALL) == ["dense", "table_1", "table_6", "merge_accuracies", "table_7"]
+    assert {"table_1", "table_2", "table_3", "table_5", "table_7"} < set(AS_THE_PAPER)
+    only_dense = Measurements(two_seeds()[0].base, two_seeds()[0].experts, {}, {})
+    assert [table.name for table in paper_tables({0: only_dense}, PAIR)] == ["dense"]
+
+
+def test_appendix_has_accuracies_with_intervals():
+    first = paper_tables({0: two_seeds()[0]}, PAIR)[-1]
+    assert first.name == "table_7"
+    assert body(first)[:2] == [
+        "| **addition** |  |  |",
+        "| 80 % | 20.0 [15.0, 26.1] | 40.0 [33.5, 46.9] |",
+    ]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 7])
+def test_every_published_value_stands_beside_the_measured_one(number):
+    """The measured values are the published ones, up to the rounding to whole answers."""
+    table = AS_THE_PAPER[f"table_{number}"]
+    shown = {}
+    for section, rows in table.sections():
+        for row, cells in rows:
+            for column, cell in zip(table.columns, cells, strict=True):
+                if cell.published is not None:
+                    shown[section, row, column] = cell.published
+                    assert cell.mean == pytest.approx(cell.published, abs=0.02)
+    assert sorted(shown.values()) == sorted(p.value for p in published() if p.table == number)
+
+
+def test_published_values_stand_in_their_places():
+    eighty = "| 80 % | 80.1 (80.12) | 77.1 (77.11) | 87.4 (87.41) | 97.1 (97.08) | 77.3 |  |"
+    assert AS_THE_PAPER["table_1"].columns == ("Magnitude", "OWL", "DARE", "DPPA", "DP", "DARE+DPA")
+    assert eighty in body(AS_THE_PAPER["table_1"])
+    assert body(AS_THE_PAPER["table_2"])[0] == "| Math | 53.4 (53.41) | 54.1 (54.09) | 55.0 (54.97) |"
+    assert body(AS_THE_PAPER["table_3"])[0] == "| Math | 73.4 (73.44) | 83.7 (83.63) | 86.9 (86.85) |"
+    assert [line.split("|")[1].strip() for line in body(AS_THE_PAPER["table_5"])] == [
+        "DARE 90 %",
+        "DPPA 90 %",
+        "DARE 80 %",
+        "DPPA 80 %",
+    ]
+    assert "| 90 % | 15.0 [8.1, 26.1] (15.00) |" in AS_THE_PAPER["table_7"].markdown()
+
+
+def test_other_models_have_no_published_values_beside_them():
+    for table in paper_tables({0: as_the_paper()}, DOMAINS, papers=False):
+        assert all(cell.published is None for cells in table.rows.values() for cell in cells)
+
+
+def test_table_6_is_published_for_math_and_finance_only():
+    def published_in(names: tuple[str, str]) -> list[float]:
+        domains = {name: DOMAINS[name] for name in names}
+        tables = {table.name: table for table in paper_tables({0: as_the_paper()}, domains, papers=True)}
+        cells = [cell for cells in tables["table_6"].rows.values() for cell in cells]
+        return [cell.published for cell in cells if cell.published is not None]
+
+    assert sorted(published_in(("math", "finance"))) == sorted(p.value for p in published() if p.table == 6)
+    assert published_in(("math", "law")) == []
+
+
+def test_dense_accuracies_beside_ours_are_said_to_be_deduced():
+    assert "not printed in the paper" in AS_THE_PAPER["dense"].markdown()
+    assert "published by" not in AS_THE_PAPER["dense"].markdown()
+
+
+def test_one_evaluated_merge():
+    m = two_seeds()[0]
+    experts = m.experts | {"trend": Score(0, 200)}
+    table = evaluated(m.base, experts, m.merged["ties", 0.8], PAIR)
+    assert body(table) == [
+        "| **Math** |  |  |  |  |",
+        "| addition | 10.0 [6.6, 14.9] | 80.0 [73.9, 85.0] | 40.0 [33.5, 46.9] | 50.0 |",
+        "| comparison | 40.0 [33.5, 46.9] | 100.0 [98.1, 100.0] | 50.0 [43.1, 56.9] | 50.0 |",
+        "| domain ratio |  |  |  | 50.0 |",
+        "| **Finance** |  |  |  |  |",
+        "| sentiment | 30.0 [24.1, 36.7] | 90.0 [85.1, 93.4] | 45.0 [38.3, 51.9] | 50.0 |",
+        "| trend | 20.0 [15.0, 26.1] | 0.0 [0.0, 1.9] | 40.0 [33.5, 46.9] | – |",
+        "| domain ratio |  |  |  | – |",
+    ]
+    assert "–: no ratio, because the dense expert answers nothing of a task correctly." in table.footnotes()
+
+
+def test_raw_scores_are_json():
+    found = json.loads(json.dumps(raw(two_seeds()), allow_nan=False))
+    assert found["1"]["merged"][1] == {
+        "method": "ties",
+        "rate": 0.8,
+        "scores": {
+            "addition": {"correct": 80, "total": 200},
+            "comparison": {"correct": 100, "total": 200},
+            "sentiment": {"correct": 110, "total": 200},
+            "trend": {"correct": 100, "total": 200},
+        },
+    }
+    assert found["0"]["single"][0]["expert"] == "math"
+
+
+def test_a_seed_without_a_ratio_leaves_no_mean():
+    measured = two_seeds()
+    measured[1].experts["trend"] = Score(0, 200)
+    table = next(t for t in paper_tables(measured, PAIR) if t.name == "table_6")
+    cell = table.rows["DARE 80 %"][1]
+    assert math.isnan(cell.values[1])
+    assert str(cell) == "–"

@@ -1,0 +1,172 @@
+"""Jobs that evaluate and search, on the demo family: what they find, print, write and remember."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from command import launch
+from families import read_json
+
+from dppa_jax.evaluate.local import JaxEvaluator
+
+TASKS = "--evaluate=addition,sentiment,clause_type"
+SMALL = (TASKS, "--limit=40", "--search_limit=40", "--method=dppa", "--rate=0.8")
+EXPERTS = ("math", "finance", "law")
+
+
+@pytest.fixture
+def job(family, tmp_path):
+    """Runs the command line over the family; its --workdir."""
+
+    def job(*flags: str, workdir: str = "work") -> Path:
+        launch(*family, f"--workdir={tmp_path / workdir}", *flags)
+        return tmp_path / workdir
+
+    return job
+
+
+@pytest.fixture
+def refusal(job):
+    def refusal(*flags: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            job(*flags)
+        assert str(error.value.code).startswith("error: ")
+        return error.value.code
+
+    return refusal
+
+
+def without_seconds(file: Path) -> dict:
+    content = read_json(file)
+    for candidate in content["candidates"]:
+        del candidate["seconds"]
+    return content
+
+
+@pytest.mark.slow
+def test_a_merge_with_searched_factors_is_the_merge_with_what_was_found(job, tmp_path, capsys):
+    output = tmp_path / "merged"
+    work = job(*SMALL, "--factors=search", f"--output={output}")
+    printed = capsys.readouterr().out
+    recipe = read_json(output / "recipe.json")
+    for name in EXPERTS:
+        found = read_json(work / f"search-{name}.json")
+        answer = found["answer"]
+        assert recipe["config"]["factors"][name] == answer["factors"]
+        assert re.search(rf"--factors={name}={','.join(f'{f:g}' for f in answer['factors'])}\b", printed)
+        assert len(found["candidates"]) == answer["evaluations"]
+        assert {tuple(v["factors"]) for v in found["visits"]} == {tuple(c["factors"]) for c in found["candidates"]}
+        assert all(score["total"] == 40 for c in found["candidates"] for score in c["scores"].values())
+        begin = next(v["score"] for v in found["visits"] if v["factors"] == [1.0, 1.0])
+        assert answer["domain_ratio"] >= begin
+    given = [f"--factors={n}={','.join(map(str, recipe['config']['factors'][n]))}" for n in EXPERTS]
+    job("--method=dppa", "--rate=0.8", *given, f"--output={tmp_path / 'again'}")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_an_evaluated_merge_ends_with_a_report(job, tmp_path, capsys):
+    work = job(*SMALL, "--factors=1.3,1.1", "--coefficient=0.6", f"--output={tmp_path / 'merged'}")
+    printed = capsys.readouterr().out
+    scores = read_json(work / "tables.json")["tables"]["evaluated"]
+    page = (work / "report.html").read_text()
+    assert scores
+    for what in ("addition", "sentiment", "clause_type", "domain ratio", "[95 % interval", "dense expert"):
+        assert what.strip("[") in page, what
+    assert "40 test" in printed
+    assert page.count("<svg") == 4  # rates, and for each expert what remains
+    assert len(list((work / "responses").rglob("*.jsonl"))) == 3 + 3 + 3  # base, experts, merge
+    before = {file: file.stat().st_mtime_ns for file in (work / "responses").rglob("*.jsonl")}
+    job(*SMALL, "--factors=1.3,1.1", "--coefficient=0.6", f"--output={tmp_path / 'merged'}", "--overwrite")
+    assert {file: file.stat().st_mtime_ns for file in (work / "responses").rglob("*.jsonl")} == before
+
+
+@pytest.mark.slow
+def test_a_search_that_was_killed_goes_on_where_it_was(job, monkeypatch):
+    one = ("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8")
+    undisturbed = job(*one, workdir="undisturbed")
+    wanted = without_seconds(undisturbed / "search-finance.json")
+    generate, calls = JaxEvaluator.generate, []
+
+    def mortal(self, *given):
+        calls.append(given)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(self, *given)
+
+    monkeypatch.setattr(JaxEvaluator, "generate", mortal)
+    with pytest.raises(SystemExit, match="interrupted"):
+        job(*one)
+    work = job(*one)
+    assert without_seconds(work / "search-finance.json") == wanted
+    assert len(calls) - 1 == wanted["answer"]["evaluations"] + 1  # of each candidate and of the dense expert once
+
+
+@pytest.mark.slow
+def test_dare_with_dpa_is_searched_downwards_from_its_own_factors(job):
+    work = job("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8", "--method=dare_dpa")
+    found = read_json(work / "search-finance.json")
+    factors = [candidate["factors"] for candidate in found["candidates"]]
+    assert [10.0, 5.0] in factors
+    assert all(nine <= 10.0 and eight <= 5.0 for nine, eight in factors)
+
+
+@pytest.mark.slow
+def test_a_search_by_what_is_reported_says_so(job, tmp_path, capsys):
+    flags = ("--evaluate=sentiment", "--search_limit=10", "--limit=10", "--search_evaluations=3")
+    work = job("--job=search", *flags, "--search_split=test", "--rate=0.8")
+    assert "--search_split=test" in capsys.readouterr().out
+    assert read_json(work / "search-finance.json")["split"] == "test"
+
+
+@pytest.mark.slow
+def test_every_given_model_is_evaluated_on_every_task(job):
+    work = job("--job=evaluate", "--evaluate=addition,sentiment", "--limit=20")
+    rows = json.dumps(read_json(work / "tables.json"))
+    assert all(name in rows for name in ("base", *EXPERTS, "addition", "sentiment"))
+    assert len(list((work / "responses").rglob("*.jsonl"))) == 8
+
+
+@pytest.mark.slow
+def test_a_report_has_the_papers_tables_and_figures(job):
+    work = job(
+        "--job=report",
+        TASKS,
+        "--limit=20",
+        "--search_limit=20",
+        "--methods=magnitude,owl,dare,dp,dppa,dare_dpa",
+        "--merge_methods=dare,dppa",
+        "--rates=0.8:0.9:0.1",
+        "--factors=search",
+        "--search_evaluations=4",
+    )
+    tables = read_json(work / "tables.json")["tables"]
+    assert {"dense", "table_1", "table_2", "table_3", "table_5", "table_7"} <= set(tables)
+    assert {file.stem for file in (work / "figures").glob("*.svg")} >= {"accuracy", "ratio", "search-dppa-0.9-math"}
+    assert len(list((work / "tables").glob("*.csv"))) == len(tables)
+    assert (work / "tables.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--factors=search"], "--evaluate is empty"),
+        (["--job=search", "--evaluate=adition"], "Did you mean 'addition'?"),
+        (["--evaluate=gsm8k", "--data_dir=nowhere"], "nowhere"),
+        (["--factors=search", "--evaluate=addition,sentiment"], "expert 'law' has no tasks"),
+        (["--factors=search", TASKS, "--method=magnitude"], "--scale=partition"),
+        ([TASKS, "--evaluator=vllm", "--vllm_python=/bin/true"], "--vllm_python=/bin/true"),
+        ([TASKS, "--search_bounds=1", "--factors=search"], "--search_bounds=1"),
+        ([TASKS, "--validation_share=1.5"], "--validation_share=1.5"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_written(refusal, tmp_path, flags, said):
+    assert said in refusal("--rate=0.8", f"--output={tmp_path / 'out'}", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_needs_the_expert_of_its_domain(family, tmp_path):
+    with pytest.raises(SystemExit) as error:
+        launch(*family[:2], "--evaluate=sentiment", f"--output={tmp_path / 'out'}", f"--workdir={tmp_path}")
+    assert "give --expert=finance=WHERE" in error.value.code
