@@ -62,6 +62,7 @@ def run_search(job: JobConfig) -> dict[str, Searched]:
         run = run_of(
             "Search of factors", job.command, {"base": job.base, **experts}, job.evaluation, candidates.evaluation
         )
+        run = replace(run, facts={**run.facts, **_search_facts(found)}, notes=search_notes(found))
         finish(Path(job.workdir), replace(run, figures=search_figures(found), data=_search_data(found)))
     return found
 
@@ -164,6 +165,7 @@ def _report_merge(
     run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, [table])
     run = replace(
         run,
+        facts={**run.facts, **_search_facts(searched)},
         figures=[*search_figures(searched), *merge_figures(candidates, job.merge, outcome)],
         recipe={"config": job.merge.as_dict(), "fingerprints": candidates.fingerprints},
         data=_search_data(searched),
@@ -197,6 +199,10 @@ def search_figures(found: Mapping[str, Searched]) -> list[Illustration]:
         )
         for name, one in found.items()
     ]
+
+
+def _search_facts(found: Mapping[str, Searched]) -> dict[str, str]:
+    return {f"factors of {name}": one.in_words() for name, one in found.items()}
 
 
 def _search_data(found: Mapping[str, Searched]) -> dict:

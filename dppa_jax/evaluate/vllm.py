@@ -93,10 +93,11 @@ class VllmEvaluator:
         timeout: float = 1800.0,
         log: Path | None = None,
     ):
-        self.version = installed_version(python)
+        self._python = interpreter(python)
+        self.version = installed_version(self._python)
         self.batch_size, self.max_model_len = max_num_seqs, max_model_len
         self.seconds: dict[str, list[float]] = {what: [] for what in ("start", "write", "replace", "check", "generate")}
-        self._python, self._workdir, self._dtype, self._timeout = str(python), Path(workdir), dtype, timeout
+        self._workdir, self._dtype, self._timeout = Path(workdir), dtype, timeout
         self._log = log or self._workdir / "vllm.log"
         self._options = {
             "max_num_seqs": max_num_seqs,
@@ -226,16 +227,22 @@ class VllmEvaluator:
             yield parent / "model"
 
 
-def installed_version(python: str | Path) -> str:
+def interpreter(given: str | Path) -> str:
+    """A command stays what it is, a path becomes absolute; links stay, since a virtual environment's Python is one."""
+    text = os.path.expanduser(given)
+    return os.path.abspath(text) if os.sep in text else text
+
+
+def installed_version(python: str) -> str:
     """The version of vLLM in an environment, without importing it."""
     try:
         found = subprocess.run(
-            [str(python), "-c", PROBE],
+            [python, "-c", PROBE],
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,
             env=environment(0),
-            cwd="/",
+            cwd="/",  # a vllm.py here is not vLLM
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"--vllm_python={python} is not a Python interpreter: {error}.") from None

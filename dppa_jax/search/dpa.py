@@ -155,8 +155,9 @@ def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes)
     """The configuration for partitions of these rates, highest first, and this score of delta parameters.
 
     Pruning by magnitude leaves a partition at factor 1, and factors are raised from there. DARE has multiplied what it
-    keeps by 1/(1 − rate) already, so the factors are reduced: they start there, which is also their upper bound, and
-    step down by a twentieth of it. `changes` are fields that replace these.
+    keeps by 1/(1 − rate) already, so the factors are reduced: a partition by itself starts there, which is also its
+    upper bound, and steps down by a twentieth of it. Method 2, where all are present, starts from plain DARE at the
+    target, 1/(1 − rate) of the last partition for all. `changes` are fields that replace these.
 
     Raises:
       ValueError: a random score with rate 1, which has no 1/(1 − rate).
@@ -166,6 +167,8 @@ def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes)
     >>> config = search_defaults((0.9, 0.8), "random")
     >>> config.start, config.step, config.upper
     ((10.0, 5.0), (-0.5, -0.25), (10.0, 5.0))
+    >>> config.begin(1, 2), config.begin(2, 2)
+    ((10.0, 0.0), (5.0, 5.0))
     """
     if score != "random":
         return SearchConfig(**changes)
@@ -175,7 +178,8 @@ def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes)
         )
     start = tuple(round(1 / (1 - rate), 2) for rate in rates)
     step = tuple(-round(0.05 / (1 - rate), 2) for rate in rates)
-    return SearchConfig(**({"start": start, "step": step, "upper": start} | changes))
+    starts = {} if "start" in changes else {2: (start[-1],) * len(start)}
+    return SearchConfig(**({"start": start, "step": step, "upper": start, "starts": starts} | changes))
 
 
 @dataclass(frozen=True)

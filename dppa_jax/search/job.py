@@ -31,6 +31,15 @@ class Searched:
     scores: dict[Factors, Scores] = field(default_factory=dict)
     costs: dict[Factors, Cost] = field(default_factory=dict)
 
+    def in_words(self) -> str:
+        found = self.result
+        if found is None:
+            return "not found yet"
+        return (
+            f"{_join(found.factors)} of the partitions {_join(self.partitions)}, by method {found.method} of "
+            f"{found.evaluations} candidates: domain ratio {100 * found.score:.2f} % on the {self.split} split"
+        )
+
     def as_dict(self) -> dict:
         visits = self.result.visits if self.result else ()
         return {

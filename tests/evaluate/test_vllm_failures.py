@@ -78,6 +78,12 @@ def test_what_decides_the_answers_is_known_before_the_engine_starts(interpreter,
     assert evaluator.decoding != VllmEvaluator(interpreter("hang"), tmp_path, dtype="float16").decoding
 
 
+def test_a_relative_path_is_that_from_where_the_command_was_given(interpreter, tmp_path, monkeypatch):
+    interpreter("hang")
+    monkeypatch.chdir(tmp_path)
+    assert VllmEvaluator("./python", tmp_path).version == "vllm 9.9"
+
+
 def test_answers_need_weights(interpreter, tmp_path):
     with pytest.raises(ValueError, match="call use"):
         VllmEvaluator(interpreter("hang"), tmp_path).generate([[1]], 1)
