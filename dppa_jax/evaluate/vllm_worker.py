@@ -144,7 +144,7 @@ def main() -> None:
     try:
         serve(answers)
     except BaseException:
-        traceback.print_exc()
+        traceback.print_exc(limit=-1)  # short: what an engine process said before is among the last lines, too
         sys.stderr.flush()
         os._exit(1)  # an ordinary exit waits for vLLM's threads
 
