@@ -159,6 +159,7 @@ def _report_merge(
             advance()
         found = candidates.evaluation.scores("merge", merged.fingerprint(), lambda: merged.directory, every)
         advance()
+    fingerprints = {**candidates.fingerprints, "merge": merged.fingerprint()}
     merged.close()
     table = evaluated(base, experts, found, domains)
     models = {"base": job.base, **job.experts, "merge": job.output}
@@ -167,8 +168,8 @@ def _report_merge(
         run,
         facts={**run.facts, **_search_facts(searched)},
         figures=[*search_figures(searched), *merge_figures(candidates, job.merge, outcome)],
-        recipe={"config": job.merge.as_dict(), "fingerprints": candidates.fingerprints},
-        data=_search_data(searched),
+        recipe={"config": job.merge.as_dict(), "fingerprints": fingerprints},
+        data={"fingerprints": fingerprints, **_search_data(searched)},
         notes=search_notes(searched),
     )
     finish(Path(job.workdir), run)

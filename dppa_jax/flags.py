@@ -1,0 +1,124 @@
+"""The flags of the command line, defined when this is imported, and what --help says of them."""
+
+import textwrap
+
+from absl import flags
+
+JOBS = ("merge", "plan", "inspect", "evaluate", "search", "report", "benchmark")
+NAMED_ONLY = ("evaluation", "search of factors", "report and benchmark")
+INDENT = {"subsequent_indent": "  ", "break_on_hyphens": False}
+
+# Groups of flags as --helpshort shows them: (name, kind, default, help).
+GROUPS = {
+    "work": (
+        ("job", "string", "merge", f"what to do: {', '.join(JOBS)}"),
+        ("workdir", "string", "runs", "responses, searches, reports, benchmark models"),
+        ("overwrite", "bool", False, "replace what is in --output"),
+    ),
+    "models": (
+        ("base", "string", "", "directory, hub id (owner/name[@revision]), or demo:base"),
+        ("expert", "multi", [], "NAME=WHERE, repeated; demo:math, demo:finance, demo:law"),
+        ("output", "string", "", "directory of the merged model"),
+        ("output_dtype", "string", "", "float32, bfloat16 or float16; default: each base tensor's own"),
+        ("max_shard_size", "int", 2_000_000_000, "bytes of a safetensors file"),
+        ("save_delta", "string", "", "also write each expert's pruned and scaled delta to DIR/NAME"),
+        ("tokenizer", "string", "base", "whose tokenizer and chat template to copy: base or an expert's name"),
+    ),
+    "method": (
+        ("method", "string", "dppa", "preset; see the README's table"),
+        ("score", "string", "", "override of the preset: magnitude, random, wanda, row, column"),
+        ("allocate", "string", "", "override: uniform, owl, dp, dp_reference"),
+        ("scale", "string", "", "override: none, dare, q, partition"),
+        ("combine", "string", "", "override: sum, ties"),
+        ("rate", "float", 0.9, "share of each delta that is removed, in [0, 1]"),
+        ("partitions", "list", [], "DPA: rates, highest first, ending at --rate; default every 0.1 from 0.9"),
+        ("factors", "multi", [], "DPA: one per partition, 1.8,1.3 or NAME=1.8,1.3 (repeat), or search"),
+        ("coefficient", "multi", [], "of the experts in the merge: 0.7 or NAME=0.7 (repeat); default 1"),
+        ("q", "multi", [], "DAREx-q: kept parameters are divided by it: 0.2 or NAME=0.2 (repeat)"),
+        ("max_fluctuation", "float", 0.08, "DP: greatest change of a rate by a layer, and by a linear"),
+        ("significance_multiple", "float", 5.0, "DP, OWL: |delta| above this times the mean is an outlier"),
+        ("dpa_combine", "string", "highest", "factor of an element in several partitions: highest (rate) or max"),
+        ("tensor_rate", "multi", [], "REGEX=RATE, first match wins; 0 keeps a linear dense"),
+        ("tensor_coefficient", "multi", [], "REGEX=COEFFICIENT, first match wins"),
+        ("calibration", "string", "", "text file for --score=wanda, a sample a line"),
+        ("seed", "int", 0, "of random scores and of the demo family"),
+        ("delta_dtype", "string", "float32", "the delta is formed in it; all after it is float32"),
+        ("allow_nonfinite", "bool", False, "let a NaN or Inf delta count as 0"),
+        ("allow_other_base", "bool", False, "merge experts whose delta is as large as the weights"),
+    ),
+    "devices": (
+        ("mesh", "string", "", "layer=2,row=4; default: all local devices on row"),
+        ("block_layers", "int", 0, "layers on the devices at a time; 0: from the memory there is"),
+        ("residency", "string", "auto", "auto, resident (read once) or streamed"),
+        ("device_memory", "float", 0.0, "GB of a device to plan for; 0: ask the device"),
+    ),
+    "evaluation": (
+        ("evaluate", "list", [], "tasks, of the domains that experts are named after"),
+        ("evaluator", "string", "jax", "jax (in this process) or vllm"),
+        ("vllm_python", "string", "", "interpreter of an environment with vLLM; default: this one"),
+        ("data_dir", "string", "", "directory of TASK.jsonl files; default: the hub's datasets"),
+        ("limit", "int", 0, "items per task, the first ones; 0: all"),
+        ("prompt_choices", "string", "hidden", "finance, law: are the options in the prompt? hidden, listed"),
+        ("prompt_wrapper", "string", "none", "finance, law: none, llama2_chat, chat_template (the tokenizer's)"),
+        ("letter_case", "string", "ignore", "finance, law: of labels in responses: ignore, match"),
+        ("labels", "string", "exclusive", "finance, law: exclusive (a right label and no wrong one), any"),
+        ("max_new_tokens", "int", 0, "of a response; 0: the task's own, 2048"),
+        ("max_length", "int", 2048, "tokens of prompt and response together"),
+        ("batch_size", "int", 256, "prompts decoded together"),
+        ("evaluate_dtype", "string", "auto", "float32, bfloat16, float16; auto: the model's, float32 for jax on a CPU"),
+        ("tensor_parallel_size", "int", 1, "vllm: devices"),
+        ("gpu_memory_utilization", "float", 0.9, "vllm: share of a GPU's memory"),
+        ("vllm_timeout", "float", 1800.0, "vllm: seconds without an answer after which it is started again"),
+    ),
+    "search of factors": (
+        ("search_rule", "string", "parabola", "parabola, or reference (as the authors' code walks)"),
+        ("search_methods", "list", ["1", "2"], "1: partition after partition, 2: all from the start; the better wins"),
+        (
+            "search_start",
+            "list",
+            [],
+            "factors to begin with, one for all or each; default 1; DARE: 1/(1-rate)",
+        ),
+        ("search_step", "list", [], "smallest change of a factor; default 0.1; DARE: downwards, a share of the start"),
+        ("search_bounds", "list", [], "LOWEST,HIGHEST factor; default 0,4; DARE: from 0 to the start"),
+        ("search_evaluations", "int", 200, "candidates of an expert at most"),
+        ("search_split", "string", "validation", "validation, or test: chosen by what is reported, as the paper did"),
+        ("search_limit", "int", 0, "items per task; 0: all of the split"),
+        ("validation_share", "float", -1.0, "of a task's items, set aside for searches; -1: 0.2 in jobs that search"),
+        ("split_seed", "int", 0, "of which items are set aside"),
+    ),
+    "report and benchmark": (
+        ("methods", "list", [], "report: methods of the table of single experts"),
+        ("merge_methods", "list", [], "report: methods of the table of merges"),
+        ("rates", "list", [], "report: rates of both tables; 0.1:0.9:0.1 is a range"),
+        ("seeds", "list", ["0"], "report: seeds, of the demo family and of random scores"),
+        ("shape", "string", "0.3b", "benchmark: 0.3b, 1.1b, 3b or 7b"),
+        ("peer", "string", "", "benchmark: mergekit, run alternately; restart: of vLLM, beside a search's candidates"),
+        ("peer_python", "string", "", "benchmark: interpreter of an environment with mergekit; default: this one"),
+        ("repeats", "int", 1, "benchmark: runs of each; the fastest counts"),
+    ),
+}
+
+_DEFINE = {
+    "string": flags.DEFINE_string,
+    "bool": flags.DEFINE_boolean,
+    "int": flags.DEFINE_integer,
+    "float": flags.DEFINE_float,
+    "list": flags.DEFINE_list,
+    "multi": flags.DEFINE_multi_string,
+}
+for _group in GROUPS.values():
+    for _name, _kind, _default, _help in _group:
+        _DEFINE[_kind](_name, _default, _help)
+
+
+def usage(short: bool) -> str:
+    """What --help prints, a flag on a line; short, for one screen, the flags of some groups are only named."""
+    lines = ["python -m dppa_jax.launch [--flagfile=FILE] [--FLAG=VALUE ...]"]
+    for group, members in GROUPS.items():
+        if short and group in NAMED_ONLY:
+            names = " ".join(f"--{name}" for name, *_ in members)
+            lines += [f"\n{group} (--help explains)", *textwrap.wrap(names, 110, initial_indent="  ", **INDENT)]
+        else:
+            lines += [f"\n{group}", *(f"  --{name:<24}{text}" for name, _, _, text in members)]
+    return "\n".join(lines)
