@@ -3,16 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from importlib.metadata import version
+from pathlib import Path
 
+import jax
+
+from dppa_jax.cache import digest, sources_digest
+from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.config import MergeConfig
-from dppa_jax.evaluate.evaluation import Cost, Evaluation, digest
+from dppa_jax.evaluate.evaluation import Cost, Evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.jobs import JobConfig, activation_norms, check_models, open_models, plan_of
 from dppa_jax.memory import merged_model
 from dppa_jax.pipeline import Layout, Merger
 from dppa_jax.sharding import make_mesh
+
+CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "sharding.py")
+ARITHMETIC = sources_digest(Path(__file__).parent, *CODE)
 
 
 class Candidates:
@@ -37,12 +44,12 @@ class Candidates:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        return {name: model.fingerprint() for name, model in (("base", self.base), *self.experts.items())}
+        return {name: model.content_digest() for name, model in (("base", self.base), *self.experts.items())}
 
-    def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", **options) -> Scores:
+    def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
         """The scores of the base or of an expert as it is."""
         model = self.base if name == "base" else self.experts[name]
-        return self.evaluation.scores(name, self.fingerprints[name], lambda: model.directory, tasks, split, **options)
+        return self.evaluation.scores(name, self.fingerprints[name], lambda: model.directory, tasks, split, options)
 
     def merger(self, config: MergeConfig) -> Merger:
         """Of the experts that `config` names."""
@@ -58,7 +65,7 @@ class Candidates:
     ) -> Scores:
         """The scores of what `merger` makes with these factors and coefficients."""
         fingerprint = self.fingerprint(merger.merge_config(**numbers))
-        make = lambda: merged_model(merger, self.base.directory, **numbers)  # noqa: E731
+        make = lambda: merged_model(merger, self.companion.directory, **numbers)  # noqa: E731
         return self.evaluation.scores(name, fingerprint, make, tasks, split, options)
 
     def cost(self, config: MergeConfig) -> Cost:
@@ -66,5 +73,14 @@ class Candidates:
         return self.evaluation.costs[self.fingerprint(config)]
 
     def fingerprint(self, config: MergeConfig) -> str:
+        """Of a merge: its inputs, what is computed, the code that computes it, and whose tokenizer files it gets."""
         inputs = [self.fingerprints[name] for name in ("base", *config.experts)]
-        return digest([version("dppa_jax"), inputs, config.as_dict()])
+        seed = config.seed if config.score == "random" else None
+        calibration = Path(self.job.calibration).read_text() if config.score == "wanda" else None
+        code = [jax.__version__, ARITHMETIC]
+        return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])
+
+    @property
+    def companion(self) -> SafetensorsDirectory:
+        """The model whose tokenizer and generation config a merge gets."""
+        return self.base if self.job.tokenizer == "base" else self.experts[self.job.tokenizer]

@@ -14,7 +14,7 @@ from dppa_jax.checkpoint import SafetensorsDirectory, locate
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import Evaluation, EvaluationConfig, open_evaluation
 from dppa_jax.evaluate.scores import Scores
-from dppa_jax.evaluate.tasks import Split, Task
+from dppa_jax.evaluate.tasks import Task
 from dppa_jax.inspect import remaining
 from dppa_jax.jobs import JobConfig
 from dppa_jax.pipeline import Outcome
@@ -30,19 +30,28 @@ Domains = Mapping[str, Sequence[Task]]
 
 
 def run_evaluate(
-    models: Mapping[str, str], config: EvaluationConfig, workdir: str, seed: int = 0, command: str = ""
+    models: Mapping[str, str],
+    config: EvaluationConfig,
+    workdir: str,
+    seed: int = 0,
+    command: str = "",
+    tokenizer: str = "base",
 ) -> dict[str, Scores]:
-    """Every model on every task: a table of accuracies, printed and as a report in `workdir`."""
+    """Every model on every task: a table of accuracies, printed and as a report in `workdir`.
+
+    All are asked with the tokenizer of one of them; of the first where there is no `tokenizer` among them.
+    """
     check_tasks(config)
     opened = {name: SafetensorsDirectory(locate(where, seed)) for name, where in models.items()}
     directories = {name: model.directory for name, model in opened.items()}
-    with open_evaluation(config, next(iter(directories.values())), Path(workdir)) as evaluation:
+    reader = directories.get(tokenizer) or next(iter(directories.values()))
+    with open_evaluation(config, reader, Path(workdir)) as evaluation:
         announce(evaluation, config)
         with steps("evaluate", len(opened)) as advance:
             found = {}
             for name, model in opened.items():
                 weights = directories[name]
-                fingerprint = model.fingerprint()
+                fingerprint = model.content_digest()
                 model.close()
                 found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, config.every_task)
                 advance()
@@ -75,18 +84,19 @@ def run_merge(job: JobConfig) -> Outcome:
     domains = domains_of(job)
     if job.search:
         check_search(job)
-        for expert in set(job.experts) - set(domains):
-            raise ValueError(
-                f"--factors=search: expert {expert!r} has no tasks in --evaluate, which has those of "
-                f"{', '.join(domains)}; an expert is searched by the tasks of the domain it is named after."
-            )
+        check_searched(job, domains)
     with opened(job) as candidates:
-        found: dict[str, Searched] = {}
-        if job.search:
-            found = _search(job, candidates, domains)
-            job = replace(job, merge=replace(job.merge, factors={n: one.result.factors for n, one in found.items()}))
-        outcome = jobs.run_merge(job)
-        _report_merge(job, candidates, domains, outcome, found)
+        return merge_and_report(job, candidates, domains)
+
+
+def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -> Outcome:
+    """The same of models that are open."""
+    found: dict[str, Searched] = {}
+    if job.search:
+        found = _search(job, candidates, domains)
+        job = replace(job, merge=replace(job.merge, factors={n: one.result.factors for n, one in found.items()}))
+    outcome = jobs.run_merge(job)
+    _report_merge(job, candidates, domains, outcome, found)
     return outcome
 
 
@@ -96,19 +106,31 @@ def check_tasks(config: EvaluationConfig) -> None:
 
 
 def check_search(job: JobConfig) -> None:
+    """Refuse a search that cannot be made."""
     if job.merge.scale != "partition":
         raise ValueError(
             f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
             f"--method={job.merge.method} with scale {job.merge.scale!r}."
+        )
+    job.search.config(job.merge).ranges(len(job.merge.partitions))
+
+
+def check_searched(job: JobConfig, domains: Domains) -> None:
+    """Refuse a merge with an expert whose factors nothing can tell."""
+    for expert in set(job.experts) - set(domains):
+        raise ValueError(
+            f"--factors=search: expert {expert!r} has no tasks in --evaluate, which has those of {', '.join(domains)}; "
+            f"an expert is searched by the tasks of the domain it is named after."
         )
 
 
 @contextmanager
 def opened(job: JobConfig) -> Iterator[Candidates]:
     """The job's models, and what evaluates them; all that can be refused before the work begins is."""
-    with evaluation_of(job) as evaluation, Candidates(job, evaluation) as candidates:
+    with evaluation_of(job) as evaluation:
         announce(evaluation, job.evaluation, job.search)
-        yield candidates
+        with Candidates(job, evaluation) as candidates:
+            yield candidates
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
@@ -117,11 +139,13 @@ def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
 
 
 def announce(evaluation: Evaluation, config: EvaluationConfig, search: FactorSearch | None = None) -> None:
-    """Read the items, so that bad ones are refused now, and print how they are asked and judged."""
-    splits: tuple[Split, ...] = ("test", "validation") if search and search.split == "validation" else ("test",)
+    """Read and encode the items, so that bad ones are refused now, and print how they are asked and judged."""
     table = Table("task", "items", "prompt", "scoring", "tokens", title="how the tasks are asked and judged")
     for task in config.every_task:
-        counts = [f"{len(evaluation.items(task, split))} {split}" for split in splits]
+        counts = [f"{len(evaluation.questions(task))} test"]
+        if search and search.split == "validation":
+            limited = replace(config.options, limit=search.limit)
+            counts.append(f"{len(evaluation.questions(task, 'validation', limited))} validation")
         table.add_row(task.name, ", ".join(counts), *task.describe(config.options).values())
     console().print(table)
 
@@ -141,7 +165,7 @@ def domains_of(job: JobConfig) -> dict[str, list[Task]]:
 
 def _search(job: JobConfig, candidates: Candidates, domains: Domains) -> dict[str, Searched]:
     found = search_factors(candidates, domains, job.search, job.merge, Path(job.workdir))
-    print_searches(found)
+    print_searches(found, job.evaluation.options)
     return found
 
 
@@ -157,13 +181,14 @@ def _report_merge(
         for domain, tasks in domains.items():
             experts |= candidates.dense(domain, tasks)
             advance()
-        found = candidates.evaluation.scores("merge", merged.fingerprint(), lambda: merged.directory, every)
+        fingerprints = {**candidates.fingerprints, "merge": merged.content_digest()}
+        found = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
         advance()
-    fingerprints = {**candidates.fingerprints, "merge": merged.fingerprint()}
     merged.close()
     table = evaluated(base, experts, found, domains)
     models = {"base": job.base, **job.experts, "merge": job.output}
-    run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, [table])
+    tables = [table, *search_tables(searched)]
+    run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, tables)
     run = replace(
         run,
         facts={**run.facts, **_search_facts(searched)},
@@ -189,6 +214,22 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
             caption = f"Parameters of {name} that are left in layer {layer}, by dimension (figure 3 of the paper)."
             found.append(illustration(f"remaining-{name}", figures.remaining(left), caption))
     return found
+
+
+def search_tables(found: Mapping[str, Searched]) -> list[ResultTable]:
+    """Every candidate of every expert."""
+    tables = []
+    for name, one in found.items():
+        rows = {
+            ",".join(f"{factor:g}" for factor in factors): [
+                *(Cell.of_scores([score]) for score in scores.values()),
+                Cell((one.ratio(factors),)),
+            ]
+            for factors, scores in one.scores.items()
+        }
+        title = f"Factors of {name}: accuracy on the {one.split} split and domain ratio (%)"
+        tables.append(ResultTable(title, "factors", (*one.dense, "domain ratio"), rows, name=f"search-{name}"))
+    return tables
 
 
 def search_figures(found: Mapping[str, Searched]) -> list[Illustration]:
@@ -231,7 +272,7 @@ def run_of(
     tables: Sequence[ResultTable] = (),
 ) -> Run:
     choices = {
-        task.name: {"items": str(len(evaluation.items(task))), **task.describe(config.options)}
+        task.name: {"items": str(len(evaluation.questions(task))), **task.describe(config.options)}
         for task in config.every_task
     }
     decoding = ", ".join(f"{name} {value}" for name, value in evaluation.evaluator.decoding.items())

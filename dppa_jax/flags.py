@@ -68,7 +68,7 @@ GROUPS = {
         ("evaluate_dtype", "string", "auto", "float32, bfloat16, float16; auto: the model's, float32 for jax on a CPU"),
         ("tensor_parallel_size", "int", 1, "vllm: devices"),
         ("gpu_memory_utilization", "float", 0.9, "vllm: share of a GPU's memory"),
-        ("vllm_timeout", "float", 1800.0, "vllm: seconds without an answer after which it is started again"),
+        ("vllm_timeout", "float", 1800.0, "vllm: seconds without a response after which it is started again"),
     ),
     "search of factors": (
         ("search_rule", "string", "parabola", "parabola, or reference (as the authors' code walks)"),

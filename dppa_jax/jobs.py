@@ -120,6 +120,8 @@ def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int]) -> Pl
     memory, platform = device_memory(job.device_memory)
     if job.device_memory:
         platform = "accelerator"  # an imagined device: plan for its memory, not for this machine's page cache
+    elif platform != "cpu" and job.evaluation.tasks and job.evaluation.evaluator == "vllm":
+        memory = int(memory * (1 - job.evaluation.gpu_memory_utilization))  # vLLM has the rest from its start on
     return make_plan(configs, job.merge, tuple(mesh), job.block_layers, job.residency, memory, platform)
 
 

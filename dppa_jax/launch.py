@@ -2,6 +2,7 @@
 
 import ctypes
 import logging as python_logging
+import math
 import os
 import shlex
 import sys
@@ -53,7 +54,7 @@ def _run(job: str) -> None:
     if job == "evaluate":
         from dppa_jax.experiments import run_evaluate
 
-        run_evaluate(models(), evaluation(), FLAGS.workdir, FLAGS.seed, command())
+        run_evaluate(models(), evaluation(), FLAGS.workdir, FLAGS.seed, command(), FLAGS.tokenizer)
         return
     config = job_config()
     if job == "plan":
@@ -98,7 +99,7 @@ def job_config():
         partitions=_numbers("--partitions", FLAGS.partitions),
         factors=_factors(names),
         coefficients=per_expert("--coefficient", FLAGS.coefficient, names, float),
-        q=per_expert("--q", FLAGS.q, names, float),
+        q={} if FLAGS.job == "report" else per_expert("--q", FLAGS.q, names, float),
         max_fluctuation=FLAGS.max_fluctuation,
         significance_multiple=FLAGS.significance_multiple,
         dpa_combine=FLAGS.dpa_combine,
@@ -177,7 +178,8 @@ def evaluation():
 
 
 def searches() -> bool:
-    return FLAGS.job == "search" or FLAGS.factors == ["search"]
+    """Is there a search? A --factors after that of a flagfile counts."""
+    return FLAGS.job == "search" or FLAGS.factors[-1:] == ["search"]
 
 
 def factor_search():
@@ -207,7 +209,8 @@ def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 
     if searches():
         return {}
-    return per_expert("--factors", FLAGS.factors, names, lambda text: _numbers("--factors", text.split(",")))
+    given = [text for text in FLAGS.factors if text != "search"]
+    return per_expert("--factors", given, names, lambda text: _numbers("--factors", text.split(",")))
 
 
 def sweep():
@@ -216,7 +219,13 @@ def sweep():
 
     if len(FLAGS.factors) > 1:
         raise ValueError("--job=report: give --factors once, for all experts, or --factors=search.")
+    for name in ("score", "allocate", "scale", "combine", "partitions"):
+        if FLAGS[name].value:
+            raise ValueError(f"--{name}: --job=report compares --methods as they are; leave it out.")
+    from dppa_jax.config import per_expert
+
     return Sweep(
+        q=per_expert("--q", FLAGS.q, tuple(_experts(FLAGS.expert)), float),
         methods=tuple(FLAGS.methods),
         merge_methods=tuple(FLAGS.merge_methods),
         rates=_rates(FLAGS.rates) or (FLAGS.rate,),
@@ -228,17 +237,17 @@ def sweep():
 def _rates(given: list[str]) -> tuple[float, ...]:
     """Numbers, or FIRST:LAST:STEP with both ends.
 
-    >>> _rates(["0.7:0.9:0.1", "0.95"])
-    (0.7, 0.8, 0.9, 0.95)
+    >>> _rates(["0.7:0.9:0.1", "0.95"]), _rates(["0.5:1:0.2"])
+    ((0.7, 0.8, 0.9, 0.95), (0.5, 0.7, 0.9))
     """
     found = []
     for text in given:
         numbers = _numbers("--rates", text.split(":"))
         if len(numbers) == 1:
             found += numbers
-        elif len(numbers) == 3 and numbers[2] > 0:
+        elif len(numbers) == 3 and numbers[2] > 0 and numbers[0] <= numbers[1]:
             first, last, step = numbers
-            found += [round(first + i * step, 10) for i in range(int((last - first) / step + 1.5))]
+            found += [round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-9) + 1)]
         else:
             raise ValueError(f"--rates={text}: give rates, or FIRST:LAST:STEP such as 0.1:0.9:0.1.")
     return tuple(found)

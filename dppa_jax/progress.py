@@ -59,6 +59,7 @@ def stage(name: str, total: int, already: int = 0, quiet: bool = False):
         logging.info("%s: %.1f s, %.2f GB, %.2f GB/s", name, seconds, total / 1e9, total / 1e9 / max(seconds, 1e-9))
 
 
+TELL_SECONDS = 60  # between lines of a log that shows no bar
 _shown: list[Progress] = []  # the bars on the screen, of which there can be one set: steps within steps join it
 
 
@@ -69,6 +70,7 @@ def steps(name: str, total: int | None, unit: str = "models"):
     Within other steps only the bar is shown, else the time goes to the log, too.
     """
     started, taken, within = time.perf_counter(), 0, bool(_shown)
+    told = started
     with ExitStack() as stack:
         if not within:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -79,10 +81,14 @@ def steps(name: str, total: int | None, unit: str = "models"):
         stack.callback(_shown[-1].remove_task, task)
 
         def advance(done: int = 1) -> None:
-            nonlocal taken
+            nonlocal taken, told
             interrupts.check()
             taken += done
             _shown[-1].advance(task, done)
+            if time.perf_counter() > told + TELL_SECONDS and not sys.stderr.isatty():
+                told = time.perf_counter()
+                of = f" of {total}" if total else ""
+                logging.info("%s: %d%s %s in %.0f s", name, taken, of, unit, told - started)
 
         yield advance
     if not within:

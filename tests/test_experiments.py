@@ -9,6 +9,7 @@ from command import launch
 from families import read_json
 
 from dppa_jax.evaluate.local import JaxEvaluator
+from dppa_jax.evaluate.tasks import demo_items
 
 TASKS = "--evaluate=addition,sentiment,clause_type"
 SMALL = (TASKS, "--limit=40", "--search_limit=40", "--method=dppa", "--rate=0.8")
@@ -44,6 +45,15 @@ def without_seconds(file: Path) -> dict:
     return content
 
 
+def share_right(work: Path, fingerprint: str, task: str) -> float:
+    """By the verdicts that are kept."""
+    (file,) = (work / "responses" / fingerprint[:16]).glob(f"{task}-*.jsonl")
+    verdicts = {
+        line["id"]: line["correct"] for line in map(json.loads, file.read_text().splitlines()) if "correct" in line
+    }
+    return sum(verdicts.values()) / len(verdicts)
+
+
 @pytest.mark.slow
 def test_a_merge_with_searched_factors_is_the_merge_with_what_was_found(job, tmp_path, capsys):
     output = tmp_path / "merged"
@@ -69,9 +79,13 @@ def test_a_merge_with_searched_factors_is_the_merge_with_what_was_found(job, tmp
 def test_an_evaluated_merge_ends_with_a_report(job, tmp_path, capsys):
     work = job(*SMALL, "--factors=1.3,1.1", "--coefficient=0.6", f"--output={tmp_path / 'merged'}")
     printed = capsys.readouterr().out
-    scores = read_json(work / "tables.json")["tables"]["evaluated"]
+    scores = read_json(work / "tables.json")["tables"]["evaluated"]["rows"]
+    fingerprints = read_json(work / "tables.json")["fingerprints"]
     page = (work / "report.html").read_text()
-    assert scores
+    for task, domain in (("addition", "math"), ("sentiment", "finance"), ("clause_type", "law")):
+        row = next(cells for name, cells in scores.items() if task in name)
+        for column, model in (("base", "base"), ("dense expert", domain), ("merge", "merge")):
+            assert row[column]["values"] == [share_right(work, fingerprints[model], task)], (task, column)
     for what in ("addition", "sentiment", "clause_type", "domain ratio", "[95 % interval", "dense expert"):
         assert what.strip("[") in page, what
     assert "40 test" in printed
@@ -148,6 +162,31 @@ def test_a_report_has_the_papers_tables_and_figures(job):
     assert (work / "tables.md").is_file()
 
 
+@pytest.mark.slow
+def test_items_that_a_search_chose_by_are_not_reported(job, tmp_path):
+    """With the default share; the rows are the demo's, as the data of a task of the paper."""
+    rows = [
+        {"id": item.id, "question": item.prompt.removesuffix("\nAnswer:"), "answer": item.answers[0]}
+        | {"choices": ["negative", "neutral", "positive"]}
+        for item in demo_items("sentiment", "test")
+    ]
+    (tmp_path / "fpb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--evaluate=fpb", f"--data_dir={tmp_path}", "--max_new_tokens=4", "--search_evaluations=2", "--rate=0.8")
+    launched = ("--expert=finance=demo:finance", "--factors=search", f"--output={tmp_path / 'out'}")
+    launch("--base=demo:base", *launched, f"--workdir={tmp_path / 'work'}", *flags)
+    asked = {}
+    for file in (tmp_path / "work/responses").rglob("fpb-*.jsonl"):
+        about, *lines = map(json.loads, file.read_text().splitlines())
+        asked[about["weights"]] = {line["id"] for line in lines}
+    fingerprints = read_json(tmp_path / "work/tables.json")["fingerprints"]
+    reported = asked[fingerprints["base"]]
+    assert asked[fingerprints["merge"]] == reported
+    assert len(reported) == 160
+    searched = [ids for weights, ids in asked.items() if weights not in fingerprints.values()]
+    assert len(searched) == 2
+    assert all(len(ids) == 40 and not ids & reported for ids in searched)
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -159,6 +198,12 @@ def test_a_report_has_the_papers_tables_and_figures(job):
         ([TASKS, "--evaluator=vllm", "--vllm_python=/bin/true"], "--vllm_python=/bin/true"),
         ([TASKS, "--search_bounds=1", "--factors=search"], "--search_bounds=1"),
         ([TASKS, "--validation_share=1.5"], "--validation_share=1.5"),
+        ([TASKS, "--factors=search", "--search_rule=parabol"], "Did you mean 'parabola'?"),
+        ([TASKS, "--factors=search", "--search_start=1,1,1"], "--search_start"),
+        ([TASKS, "--job=report", "--methods=darex_q"], "--q"),
+        ([TASKS, "--job=report", "--methods=dp", "--allocate=owl"], "--allocate"),
+        ([TASKS, "--job=report", "--methods=dp", "--rates=0.9:0.1:0.1"], "--rates=0.9:0.1:0.1"),
+        (["--evaluate=addition,addition"], "addition is given twice"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(refusal, tmp_path, flags, said):

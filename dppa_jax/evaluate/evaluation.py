@@ -1,6 +1,5 @@
 """Scores of models on tasks: an evaluator is asked only for responses that are not on disk yet."""
 
-import hashlib
 import json
 import sys
 import time
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from dppa_jax.cache import digest, sources_digest
 from dppa_jax.config import choose
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Item, Split, Task, TaskOptions, by_domain
@@ -18,6 +18,7 @@ from dppa_jax.progress import steps
 
 Weights = Path | Model
 EVALUATORS = ("jax", "vllm")
+SCORER = sources_digest(Path(__file__).parent, "answers.py", "equivalence.py")  # verdicts of other code are not kept
 BATCHES_AT_A_TIME = 2  # between two writes of responses: little is lost, and vLLM's batch seldom runs empty
 
 
@@ -84,12 +85,13 @@ class Cost:
 
 
 class Question(NamedTuple):
-    """An item that has no response yet."""
+    """An item as a model is asked: token ids, which `digest` names, and how long the response may be."""
 
     task: Task
     item: Item
-    prompt: Sequence[int]
+    prompt: list[int]
     budget: int
+    digest: str
 
 
 class Evaluation:
@@ -104,7 +106,7 @@ class Evaluation:
         self.evaluator, self.tokenizer, self.options, self.directory = evaluator, tokenizer, options, directory
         self.costs: dict[str, Cost] = {}  # by fingerprint
         self._in_use = ""
-        self._known_items: dict[tuple, tuple[Item, ...]] = {}
+        self._questions: dict[tuple, list[Question]] = {}
 
     def scores(
         self,
@@ -127,25 +129,32 @@ class Evaluation:
         """
         options = options or self.options
         cost = self.costs.setdefault(fingerprint, Cost())
-        items = {task.name: self.items(task, split, options) for task in tasks}
+        questions = {task.name: self.questions(task, split, options) for task in tasks}
         logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
-        questions = [q for task in tasks for q in self._unanswered(task, items[task.name], logs[task.name], options)]
-        if questions:
+        missing = [q for task in tasks for q in questions[task.name] if not logs[task.name].has(q)]
+        for question in missing:
+            if not question.prompt:  # longer than the model may read
+                logs[question.task.name].add(question, "")
+        if missing := [question for question in missing if question.prompt]:
             self._hand_over(fingerprint, weights, cost)
-            self._ask(name, questions, logs, cost)
+            self._ask(name, missing, logs, cost)
         return {
-            task.name: Score(
-                sum(logs[task.name].verdict(task, item, options) for item in items[task.name]), len(items[task.name])
-            )
-            for task in tasks
+            name: Score(sum(logs[name].verdict(question, options) for question in asked), len(asked))
+            for name, asked in questions.items()
         }
 
-    def items(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> tuple[Item, ...]:
-        """The items of a task, read once."""
-        key = task.name, split, options or self.options
-        if key not in self._known_items:
-            self._known_items[key] = task.items(key[2], split)
-        return self._known_items[key]
+    def questions(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> list[Question]:
+        """A task's items as a model is asked; read and encoded once."""
+        options = options or self.options
+        key = task.name, split, options
+        if key not in self._questions:
+            items = task.items(options, split)
+            prompts = task.encode(options, items, self.tokenizer)
+            self._questions[key] = [
+                Question(task, item, prompt, task.budget(options, prompt), digest(prompt)[:16])
+                for item, prompt in zip(items, prompts, strict=True)
+            ]
+        return self._questions[key]
 
     def _log(self, fingerprint: str, task: Task, options: TaskOptions) -> "ResponseLog":
         decides = {
@@ -157,16 +166,6 @@ class Evaluation:
         }
         name = f"{task.name}-{digest(decides)[:8]}.jsonl"
         return ResponseLog(self.directory / fingerprint[:16] / name, {"weights": fingerprint, **decides})
-
-    def _unanswered(
-        self, task: Task, items: Sequence[Item], log: "ResponseLog", options: TaskOptions
-    ) -> Iterator[Question]:
-        missing = [item for item in items if not log.has(item)]
-        for item, prompt in zip(missing, task.encode(options, missing, self.tokenizer), strict=True):
-            if prompt:
-                yield Question(task, item, prompt, task.budget(options, prompt))
-            else:
-                log.add(item, "")  # longer than the model may read
 
     def _hand_over(self, fingerprint: str, weights: Callable[[], Weights], cost: Cost) -> None:
         if self._in_use == fingerprint:
@@ -189,7 +188,7 @@ class Evaluation:
                 tokens = self.evaluator.generate([q.prompt for q in asked], [q.budget for q in asked])
                 texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
                 for question, text in zip(asked, texts, strict=True):
-                    logs[question.task.name].add(question.item, text)
+                    logs[question.task.name].add(question, text)
                 advance(len(asked))
         cost.generate += time.perf_counter() - started
         cost.responses += len(questions)
@@ -200,7 +199,7 @@ class ResponseLog:
 
     def __init__(self, file: Path, about: Mapping):
         self._file, self._about = file, about
-        self._lines: dict[tuple[str, str], dict] = {}
+        self._lines: dict[tuple[str, str], dict] = {}  # by item and by the tokens that were asked
         if not file.is_file():
             return
         text = file.read_text()
@@ -210,39 +209,37 @@ class ResponseLog:
         for found in text.split("\n"):
             try:
                 line = json.loads(found)
-                self._lines[line["id"], line["prompt"]] = line
+                self._lines[line["id"], line["tokens"]] = line
             except (ValueError, KeyError):  # such a line, or the first one
                 continue
 
-    def has(self, item: Item) -> bool:
-        return (item.id, item.prompt) in self._lines
+    def has(self, question: Question) -> bool:
+        return (question.item.id, question.digest) in self._lines
 
-    def add(self, item: Item, response: str) -> None:
-        self._write({"id": item.id, "prompt": item.prompt, "answers": item.answers, "response": response})
+    def add(self, question: Question, response: str) -> None:
+        item = question.item
+        asked = {"id": item.id, "tokens": question.digest, "prompt": item.prompt, "answers": item.answers}
+        self._write({**asked, "response": response})
 
-    def verdict(self, task: Task, item: Item, options: TaskOptions) -> bool:
-        """Is the response to an item right? Judged once for every way of judging."""
-        line = self._lines[item.id, item.prompt]
-        scoring = digest([task.scoring_variant(options), item.answers])[:8]
+    def verdict(self, question: Question, options: TaskOptions) -> bool:
+        """Is the response to a question right? Judged once for every way of judging."""
+        task, item = question.task, question.item
+        line = self._lines[item.id, question.digest]
+        scoring = digest([SCORER, task.scoring_variant(options), item.answers, item.choices])[:8]
         if line.get("scoring") != scoring:
             line = {**line, "scoring": scoring, "correct": task.correct(options, line["response"], item)}
             self._write(line)
         return line["correct"]
 
     def _write(self, line: dict) -> None:
-        """A later line of an item counts."""
-        self._lines[line["id"], line["prompt"]] = line
+        """A later line of a question counts. JSON in ASCII, so that a line cut short is still text."""
+        self._lines[line["id"], line["tokens"]] = line
         new = not self._file.is_file()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as out:
             if new:
                 out.write(json.dumps(self._about) + "\n")
-            out.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def digest(content) -> str:
-    """A short name for something that JSON can say."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+            out.write(json.dumps(line) + "\n")
 
 
 @contextmanager

@@ -168,10 +168,6 @@ class Task:
         items = [item._replace(prompt=self.kind.ask(options, item)) for item in splits[split][: options.limit]]
         return tuple(items)
 
-    def sizes(self, options: TaskOptions) -> dict[str, int]:
-        """How many items each split has, before `--limit`."""
-        return {split: len(items) for split, items in self.load(options).items()}
-
     def correct(self, options: TaskOptions, response: str, item: Item) -> bool:
         """The verdict on a response; an empty one is never right."""
         return self.kind.judge(options, response, item)
@@ -298,5 +294,7 @@ def by_domain(names: Iterable[str]) -> dict[str, list[Task]]:
     found: dict[str, list[Task]] = {}
     for name in names:
         task = TASKS[choose("--evaluate", name, TASKS)]
-        found.setdefault(task.domain, []).append(task)
+        if task in found.setdefault(task.domain, []):
+            raise ValueError(f"--evaluate: {name} is given twice.")
+        found[task.domain].append(task)
     return found

@@ -69,7 +69,7 @@ class VllmEvaluator:
       gpu_memory_utilization: the share of a GPU's memory that vLLM takes.
       enforce_eager: compile nothing; None compiles on accelerators only.
       cpu_cache_gb: memory for keys and values where vLLM runs on a CPU.
-      timeout: seconds for any one request.
+      timeout: seconds without a sign of vLLM, be it a finished response, after which it counts as hanging.
       log: of the vLLM process; by default workdir/vllm.log.
 
     Raises:

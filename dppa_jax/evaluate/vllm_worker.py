@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -63,16 +63,24 @@ class Engine:
         wanted = directory_sums(Path(directory), dtype, len(workers))
         return {"used": modulo(used), "wanted": modulo(wanted)}
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: list[int], stop: list[int]) -> dict:
-        """Greedy; an answer ends with the first of the tokens `stop`."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: list[int], stop: list[int], tell: Callable[[dict], None]
+    ) -> dict:
+        """Greedy; an answer ends with the first of the tokens `stop`. `tell` is told of every one that is finished."""
+        from tqdm import tqdm
         from vllm import SamplingParams
+
+        class Finished(tqdm):
+            def update(self, n: float | None = 1) -> bool | None:
+                tell({"working": n})
+                return super().update(n)
 
         wanted = [
             SamplingParams(temperature=0.0, max_tokens=most, stop_token_ids=stop, ignore_eos=True, detokenize=False)
             for most in max_new_tokens
         ]
         given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(given, wanted, use_tqdm=False)
+        outputs = self.llm.generate(given, wanted, use_tqdm=Finished)
         return {"answers": [list(output.outputs[0].token_ids) for output in outputs]}
 
 
@@ -150,6 +158,10 @@ def main() -> None:
 
 
 def serve(answers: TextIO) -> None:
+    def tell(line: dict) -> None:
+        answers.write(json.dumps(line) + "\n")
+        answers.flush()
+
     engine = None
     for request in requests():
         began = time.perf_counter()
@@ -162,9 +174,8 @@ def serve(answers: TextIO) -> None:
             case "sums":
                 answer = engine.sums(**request)
             case "generate":
-                answer = engine.generate(**request)
-        answers.write(json.dumps({**answer, "seconds": time.perf_counter() - began}) + "\n")
-        answers.flush()
+                answer = engine.generate(**request, tell=tell)
+        tell({**answer, "seconds": time.perf_counter() - began})
 
 
 if __name__ == "__main__":

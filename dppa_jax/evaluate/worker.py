@@ -1,7 +1,8 @@
 """A child process that answers JSON lines: what may crash, hang or need another interpreter is kept out of ours.
 
 The child reads one request per line from its stdin, answers each with one line on its stdout, writes everything else
-to its stderr, and ends when its stdin does. Standard library only.
+to its stderr, and ends when its stdin does. During long work it shows that it lives by lines {"working": ...} before
+the answer. Standard library only.
 """
 
 import json
@@ -20,7 +21,7 @@ LOG_LINES = 15  # of its stderr, in an error
 CLEANUP_SECONDS = 5.0  # for multiprocessing's resource tracker to remove what the killed processes shared
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ChildProcessError):
     """The child died, took too long or answered nonsense; the message ends with the last lines that it wrote."""
 
 
@@ -73,7 +74,7 @@ class Worker:
 
         Args:
           message: anything that JSON can hold.
-          timeout: in seconds, for the message to be taken and answered.
+          timeout: in seconds, for the message to be taken, and from one line of the child to the next.
 
         Raises:
           WorkerError: there is no answer; the child and all that it started have been killed.
@@ -82,9 +83,8 @@ class Worker:
             raise WorkerError(f"{self.command[0]} has ended.")
         try:
             line = self._exchange(json.dumps(message).encode() + b"\n", time.monotonic() + timeout)
-            answer = json.loads(line)
-            if not isinstance(answer, dict):
-                raise ValueError
+            while "working" in (answer := _parsed(line)):
+                line = self._exchange(b"", time.monotonic() + timeout)
         except TimeoutError:
             raise self._failure(f"did not answer within {timeout:g} s") from None
         except (EOFError, BrokenPipeError):
@@ -113,7 +113,8 @@ class Worker:
         left = memoryview(message)
         with selectors.DefaultSelector() as ready:
             ready.register(stdout, selectors.EVENT_READ)
-            ready.register(stdin, selectors.EVENT_WRITE)
+            if left:
+                ready.register(stdin, selectors.EVENT_WRITE)
             while left or b"\n" not in self._unread:
                 events = ready.select(max(0.0, deadline - time.monotonic()))
                 if not events:
@@ -145,6 +146,13 @@ class Worker:
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return [line.decode(errors="replace").rstrip() for line in deque(log, count)]
+
+
+def _parsed(line: bytes) -> dict:
+    answer = json.loads(line)
+    if not isinstance(answer, dict):
+        raise ValueError
+    return answer
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:

@@ -21,7 +21,8 @@ from matplotlib.lines import Line2D
 from dppa_jax.checkpoint.names import LINEARS
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio
-from dppa_jax.evaluate.scores import Score
+from dppa_jax.evaluate.scores import Score, Scores
+from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report.measurements import Measurements
 from dppa_jax.report.paper import Domains, label, percent
 from dppa_jax.search.dpa import Visit
@@ -231,7 +232,7 @@ def accuracy_panels(measured: Mapping[int, Measurements], domains: Domains) -> l
             curves = [
                 _curve(
                     method,
-                    {rate: [m.single[method, rate, domain][task.name] for m in measured.values()] for rate in of},
+                    {rate: [scores[task.name] for scores in _singles(measured, method, rate, domain)] for rate in of},
                 )
                 for method, of in _rates_of(measured, domain).items()
             ]
@@ -246,18 +247,28 @@ def accuracy_panels(measured: Mapping[int, Measurements], domains: Domains) -> l
 def ratio_panels(measured: Mapping[int, Measurements], domains: Domains) -> list[Panel]:
     """Domain ratio of single experts by domain, with the standard deviation over seeds."""
 
-    def ratio(m: Measurements, key: tuple[str, float, str]) -> float:
-        names = [task.name for task in domains[key[2]]]
-        return domain_ratio([m.single[key][n].accuracy for n in names], [m.experts[n].accuracy for n in names])
-
     panels = []
     for domain in domains:
         curves = [
-            _curve(method, {rate: [ratio(m, (method, rate, domain)) for m in measured.values()] for rate in of})
+            _curve(method, {rate: _ratios(measured, domains[domain], (method, rate, domain)) for rate in of})
             for method, of in _rates_of(measured, domain).items()
         ]
         panels.append(Panel(label(domain), tuple(curves), {"dense expert": 1.0}))
     return panels
+
+
+def _singles(measured: Mapping[int, Measurements], *key) -> list[Scores]:
+    """Of every seed that measured this (method, rate, expert)."""
+    return [m.single[key] for m in measured.values() if key in m.single]
+
+
+def _ratios(measured: Mapping[int, Measurements], tasks: Sequence[Task], key: tuple[str, float, str]) -> list[float]:
+    names = [task.name for task in tasks]
+    return [
+        domain_ratio([m.single[key][n].accuracy for n in names], [m.experts[n].accuracy for n in names])
+        for m in measured.values()
+        if key in m.single
+    ]
 
 
 def _rates_of(measured: Mapping[int, Measurements], domain: str) -> dict[str, list[float]]:

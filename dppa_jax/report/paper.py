@@ -40,15 +40,19 @@ DEDUCED = "( ): not printed in the paper, but its tables 1 and 2 follow from the
 Domains = Mapping[str, Sequence[Task]]
 
 
-def paper_tables(measured: Mapping[int, Measurements], domains: Domains, papers: bool = False) -> list[ResultTable]:
+def paper_tables(
+    measured: Mapping[int, Measurements], domains: Domains, experts: int, papers: bool = False
+) -> list[ResultTable]:
     """Every table whose methods were measured.
 
     Args:
-      measured: by seed; all seeds measured the same models.
+      measured: by seed; a later seed may lack models that no seed changes, and then has the first one's dense scores.
       domains: the tasks of every domain, which has the name of its expert.
-      papers: whether the models are the paper's (`published.is_papers`), so that its values stand beside ours.
+      experts: how many were merged.
+      papers: whether the models are the paper's (`published.is_papers`), so that its values stand beside ours, if the
+        tasks are the paper's, too.
     """
-    made = _Tables(measured, domains, papers)
+    made = _Tables(measured, domains, experts, papers)
     found = [made.dense()]
     if made.singles:
         methods = made.methods(TABLE_1)
@@ -132,7 +136,13 @@ def _accuracies(scores: Scores, tasks: Sequence[Task]) -> list[float]:
 class _Tables:
     measured: Mapping[int, Measurements]
     domains: Domains
+    experts: int
     papers: bool
+
+    @property
+    def dense_seeds(self) -> list[Measurements]:
+        """Those with dense models of their own."""
+        return list({id(m.base): m for m in self.measured.values()}.values())
 
     @property
     def singles(self) -> list[tuple[str, float]]:
@@ -158,7 +168,7 @@ class _Tables:
         for domain, tasks in self.domains.items():
             for task in tasks:
                 known = published.DENSE.get(task.name) if self.papers else None
-                expert = Cell.of_scores([m.experts[task.name] for m in self.measured.values()], known)
+                expert = Cell.of_scores([m.experts[task.name] for m in self.dense_seeds], known)
                 rows[label(domain), task.name] = [self._base(task), expert]
         columns = ("base", "its expert")
         return ResultTable("Accuracy of the dense models (%)", "task", columns, rows, name="dense", beside=DEDUCED)
@@ -180,7 +190,7 @@ class _Tables:
         return ResultTable(title, "domain", tuple(map(label, chosen)), rows, (RATIOS,), f"table_{number}")
 
     def merge_ratios(self) -> ResultTable:
-        number = MERGED_TABLES.get(len(self.domains))
+        number = MERGED_TABLES.get(self.experts)
         rows = {
             self._merge_name(method, rate): [
                 Cell(
@@ -202,11 +212,12 @@ class _Tables:
         tasks = [task for tasks in self.domains.values() for task in tasks]
         rows = {
             "base": [self._base(task) for task in tasks],
-            "dense experts": [Cell.of_scores([m.experts[task.name] for m in self.measured.values()]) for task in tasks],
+            "dense experts": [Cell.of_scores([m.experts[task.name] for m in self.dense_seeds]) for task in tasks],
         }
         for key in self._merge_order():
             rows[self._merge_name(*key)] = [
-                Cell.of_scores([m.merged[key][task.name] for m in self.measured.values()]) for task in tasks
+                Cell.of_scores([m.merged[key][task.name] for m in self.measured.values() if key in m.merged])
+                for task in tasks
             ]
         title = "Accuracy of the merge of all experts (%)"
         columns = tuple(task.name for task in tasks)
@@ -224,7 +235,7 @@ class _Tables:
         return ResultTable(title, "sparse ratio", tuple(map(label, methods)), rows, name="table_7")
 
     def _base(self, task: Task) -> Cell:
-        return Cell.of_scores([m.base[task.name] for m in self.measured.values()])
+        return Cell.of_scores([m.base[task.name] for m in self.dense_seeds])
 
     def _ratio(self, number: int, domain: str, method: str, rate: float) -> Cell:
         tasks, key = self.domains[domain], (method, rate if METHODS[method].score else 0.0, domain)
@@ -240,7 +251,11 @@ class _Tables:
         return tuple(value for m in self.measured.values() if (value := of(m)) is not None)
 
     def _published(self, number: int | None, subject: str, method: str, rate: float) -> float | None:
-        if not self.papers or number is None or (number == 6 and set(self.domains) != {"math", "finance"}):
+        """A ratio only where it is over the paper's two tasks. `subject` is a domain, in table 7 a task."""
+        tasks = {task.name for task in self.domains.get(subject, ())}
+        if not self.papers or number is None or (number != 7 and tasks != published.TASKS[subject]):
+            return None
+        if number == 6 and "finance" not in self.domains:  # of the pairs, the paper merged math and finance
             return None
         return published.lookup(number, subject, method, rate)
 

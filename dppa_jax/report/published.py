@@ -18,6 +18,8 @@ URL = "https://arxiv.org/abs/2403.02799"
 BASE = "meta-llama/Llama-2-7b-hf"
 EXPERTS = {"math": "GAIR/Abel-7B-001", "finance": "AdaptLLM/finance-chat", "law": "AdaptLLM/law-chat"}
 
+TASKS = {"math": {"gsm8k", "math"}, "finance": {"fiqa_sa", "fpb"}, "law": {"scotus", "unfair_tos"}}
+
 # The paper prints no accuracy of its dense experts. These are the ones from which all of its tables 1 and 2 follow by
 # its appendix A: for math the accuracies as the authors rounded them, for the others numbers of right answers.
 DENSE = {

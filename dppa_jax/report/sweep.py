@@ -13,16 +13,17 @@ from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.experiments import (
     announce,
+    check_searched,
     domains_of,
     evaluation_of,
     finish,
     illustration,
-    run_merge,
+    merge_and_report,
     run_of,
     search_figures,
     search_notes,
 )
-from dppa_jax.jobs import JobConfig
+from dppa_jax.jobs import JobConfig, check_outputs
 from dppa_jax.progress import steps
 from dppa_jax.report import figures, published
 from dppa_jax.report.measurements import Measurements
@@ -44,6 +45,7 @@ class Sweep:
       rates: of both; methods that prune nothing appear once.
       factors: DPA's, of the partitions from 0.9 down; a rate takes as many as it has partitions, and 1 for those that
         are not given. Empty where they are searched, for every method, rate and expert.
+      q: by expert, for darex_q.
       seeds: of the demo family and of random scores; cells are means over them.
     """
 
@@ -51,6 +53,7 @@ class Sweep:
     merge_methods: tuple[str, ...]
     rates: tuple[float, ...]
     factors: Factors = ()
+    q: Mapping[str, float] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
 
     def __post_init__(self):
@@ -82,13 +85,19 @@ class Measuring:
     candidates: Candidates
     searched: dict[Compared, Searched] = field(default_factory=dict)
 
-    def measure(self, advance) -> Measurements:
+    def measure(self, advance, first: Measurements | None = None) -> Measurements:
+        """Of this seed; only of models with random scores where `first` has measured the same models with another."""
         every = self.job.evaluation.every_task
-        found = Measurements(self.candidates.dense("base", every), {}, {}, {})
-        for domain, tasks in self.domains.items():
-            found.experts.update(self.candidates.dense(domain, tasks))
+        if first:
+            found = Measurements(first.base, first.experts, {}, {})
+        else:
+            found = Measurements(self.candidates.dense("base", every), {}, {}, {})
+            for domain, tasks in self.domains.items():
+                found.experts.update(self.candidates.dense(domain, tasks))
         for model in compared(self.sweep, self.domains):
-            if model.expert is None:
+            if first and METHODS[model.method].score != "random":
+                pass
+            elif model.expert is None:
                 found.merged[model.method, model.rate] = self.scores(model, tuple(self.job.experts), every)
             else:
                 found.single[model] = self.scores(model, (model.expert,), self.domains[model.expert])
@@ -96,26 +105,11 @@ class Measuring:
         return found
 
     def scores(self, model: Compared, experts: tuple[str, ...], tasks: Sequence[Task]) -> Scores:
-        config = self.config(model, experts)
+        config = config_of(model, experts, self.job.merge, self.sweep)
         if METHODS[model.method].scale == "partition":
             config = replace(config, factors={name: self.factors(model, name) for name in experts})
         name = f"{model.expert or 'merge'}, {model.method} {model.rate:g}"
         return self.candidates.merged(name, self.candidates.merger(config), tasks)
-
-    def config(self, model: Compared, experts: tuple[str, ...]) -> MergeConfig:
-        """A single expert has coefficient 1; a merge has those of the command line."""
-        given = self.job.merge
-        coefficients = given.coefficients if model.expert is None else {}
-        kept = ("max_fluctuation", "significance_multiple", "dpa_combine", "delta_dtype", "output_dtype", "seed")
-        return MergeConfig(
-            experts=experts,
-            method=model.method,
-            rate=model.rate,
-            coefficients=coefficients,
-            q={name: q for name, q in given.q.items() if name in experts and METHODS[model.method].scale == "q"},
-            allow_nonfinite=given.allow_nonfinite,
-            **{name: getattr(given, name) for name in kept},
-        )
 
     def factors(self, model: Compared, expert: str) -> Factors:
         if not self.job.search:
@@ -126,33 +120,66 @@ class Measuring:
         alone = Compared(model.method, model.rate, expert)
         if alone not in self.searched:
             place = Path(self.job.workdir) / f"{model.method}-{model.rate:g}-seed{self.job.merge.seed}"
-            config = self.config(alone, (expert,))
+            config = config_of(alone, (expert,), self.job.merge, self.sweep)
             self.searched[alone] = search_expert(
                 self.candidates, expert, self.domains[expert], self.job.search, config, place
             )
         return self.searched[alone].result.factors
 
 
+def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, sweep: Sweep) -> MergeConfig:
+    """With the numbers of the command line; a single expert has coefficient 1."""
+    merged = model.expert is None
+    kept = ("max_fluctuation", "significance_multiple", "dpa_combine", "delta_dtype", "output_dtype", "seed")
+    return MergeConfig(
+        experts=experts,
+        method=model.method,
+        rate=model.rate,
+        coefficients=given.coefficients if merged else {},
+        tensor_coefficients=given.tensor_coefficients if merged else (),
+        tensor_rates=given.tensor_rates if METHODS[model.method].score else (),
+        q={name: sweep.q[name] for name in experts if name in sweep.q and METHODS[model.method].scale == "q"},
+        allow_nonfinite=given.allow_nonfinite,
+        **{name: getattr(given, name) for name in kept},
+    )
+
+
+def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
+    """Refuse now what could not be measured later."""
+    for model in compared(sweep, domains):
+        config = config_of(model, tuple(job.experts) if model.expert is None else (model.expert,), job.merge, sweep)
+        if job.search and config.scale == "partition":
+            job.search.config(config).ranges(len(config.partitions))
+            if model.expert is None:
+                check_searched(job, domains)
+
+
 def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
     """Measure, print and write the report to --workdir; with --output also the merge that the flags describe."""
     domains = domains_of(job)
-    if any(where.startswith("demo:") for where in (job.base, *job.experts.values())):
-        families(sweep.seeds)  # trained side by side where they are missing
+    check_sweep(job, sweep, domains)
     if job.output:
-        run_merge(replace(job, workdir=str(Path(job.workdir) / "merge")))
+        check_outputs(job)
+    demo = any(where.startswith("demo:") for where in (job.base, *job.experts.values()))
+    if demo:
+        families(sweep.seeds)  # trained side by side where they are missing
     searched: dict[int, dict[Compared, Searched]] = {}
     measured: dict[int, Measurements] = {}
     with evaluation_of(job) as evaluation:
         announce(evaluation, job.evaluation, job.search)
+        if job.output:
+            with Candidates(job, evaluation) as candidates:
+                merge_and_report(replace(job, workdir=str(Path(job.workdir) / "merge")), candidates, domains)
         total = len(sweep.seeds) * sum(1 for _ in compared(sweep, domains))
         with steps("evaluate", total) as advance:
             for seed in sweep.seeds:
                 of_seed = replace(job, merge=replace(job.merge, seed=seed))
                 with Candidates(of_seed, evaluation) as candidates:
                     measuring = Measuring(of_seed, sweep, domains, candidates)
-                    measured[seed], searched[seed] = measuring.measure(advance), measuring.searched
+                    first = None if demo or not measured else measured[sweep.seeds[0]]
+                    measured[seed], searched[seed] = measuring.measure(advance, first), measuring.searched
         models = {"base": job.base, **job.experts}
-        tables = paper_tables(measured, domains, published.is_papers(job.base, job.experts))
+        tables = paper_tables(measured, domains, len(job.experts), published.is_papers(job.base, job.experts))
         run = run_of("Methods and rates", job.command, models, job.evaluation, evaluation, tables)
     first = {f"{m.method}-{m.rate:g}-{m.expert}": one for m, one in searched[sweep.seeds[0]].items()}
     everything = {str(s): {"-".join(map(str, m)): one.as_dict() for m, one in of.items()} for s, of in searched.items()}

@@ -176,8 +176,10 @@ def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes)
         raise ValueError(
             f"--partitions={tuple(rates)}: with random scores a rate must be below 1, as 1/(1-rate) is used."
         )
-    start = tuple(round(1 / (1 - rate), 2) for rate in rates)
     step = tuple(-round(0.05 / (1 - rate), 2) for rate in rates)
+    start = tuple(
+        round(1 / (1 - rate), Range(1.0, by, 0.0, 1.0).decimals) for rate, by in zip(rates, step, strict=True)
+    )
     starts = {} if "start" in changes else {2: (start[-1],) * len(start)}
     return SearchConfig(**({"start": start, "step": step, "upper": start, "starts": starts} | changes))
 

@@ -9,7 +9,7 @@ from dppa_jax.search.dpa import Factors, SearchConfig, search_defaults
 
 @dataclass(frozen=True)
 class FactorSearch:
-    """What the flags of a search say; empty tuples stand for what suits the score: see `search_config`.
+    """What the flags of a search say; empty tuples stand for what suits the score: see `search_defaults`.
 
     Attributes:
       split: "validation", or "test" to choose by what is reported, as the paper did.
@@ -28,6 +28,8 @@ class FactorSearch:
 
     def __post_init__(self):
         choose("--search_split", self.split, ("validation", "test"))
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--search_limit={self.limit}: 1 or more items per task, or 0 for all.")
 
     def config(self, merge: MergeConfig) -> SearchConfig:
         """With what suits the score where the flags are silent."""

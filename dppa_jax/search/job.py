@@ -8,12 +8,13 @@ from pathlib import Path
 from absl import logging
 from rich.table import Table
 
+from dppa_jax.cache import write_whole
 from dppa_jax.candidates import Candidates
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Scores
-from dppa_jax.evaluate.tasks import Split, Task
+from dppa_jax.evaluate.tasks import Split, Task, TaskOptions
 from dppa_jax.progress import console, steps
 from dppa_jax.search.dpa import Factors, SearchResult, Visit, search
 from dppa_jax.search.factors import FactorSearch
@@ -30,6 +31,11 @@ class Searched:
     result: SearchResult | None = None
     scores: dict[Factors, Scores] = field(default_factory=dict)
     costs: dict[Factors, Cost] = field(default_factory=dict)
+
+    def ratio(self, factors: Factors) -> float:
+        """The domain ratio of a candidate."""
+        accuracies = [self.scores[factors][task].accuracy for task in self.dense]
+        return domain_ratio(accuracies, [score.accuracy for score in self.dense.values()])
 
     def in_words(self) -> str:
         found = self.result
@@ -90,7 +96,7 @@ def search_expert(
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def report(visit: Visit) -> None:
-        file.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+        write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
         chosen = name, visit.method, _join(visit.factors), 100 * visit.score
         logging.info("%s: method %d, factors %s: domain ratio %.2f %%", *chosen)
 
@@ -99,21 +105,18 @@ def search_expert(
         def score(factors: Factors) -> float:
             label = f"{name} with factors {_join(factors)}"
             chosen = {name: factors}
-            scores = candidates.merged(label, merger, tasks, given.split, options, factors=chosen)
-            found.scores[factors] = scores
+            found.scores[factors] = candidates.merged(label, merger, tasks, given.split, options, factors=chosen)
             found.costs[factors] = candidates.cost(merger.merge_config(chosen))
             advance()
-            return domain_ratio([scores[t.name].accuracy for t in tasks], [dense[t.name].accuracy for t in tasks])
+            return found.ratio(factors)
 
         found.result = search(score, len(alone.partitions), given.config(alone), report)
-    file.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+    write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
     return found
 
 
 def check_solvable(name: str, dense: Scores, split: Split) -> None:
     for task, score in dense.items():
-        if not score.total:
-            raise ValueError(f"{task} has no items in its {split} split; give --validation_share or more items.")
         if not score.correct:
             raise ValueError(
                 f"expert {name!r} solves none of the {score.total} {split} items of {task}, so that no domain ratio "
@@ -128,8 +131,8 @@ def scores_dict(scores: Scores) -> dict[str, dict]:
     }
 
 
-def print_searches(found: Mapping[str, Searched]) -> None:
-    """The factors, and what a candidate cost beside its responses."""
+def print_searches(found: Mapping[str, Searched], options: TaskOptions) -> None:
+    """The factors, what a candidate cost beside its responses, and the flags that report on items not searched by."""
     table = Table(
         "expert",
         "split",
@@ -157,7 +160,10 @@ def print_searches(found: Mapping[str, Searched]) -> None:
             *(f"{value:.2f}" for value in seconds),
         )
     console().print(table)
-    console().print(" ".join(f"--factors={name}={_join(one.result.factors)}" for name, one in found.items()))
+    flags = [f"--factors={name}={_join(one.result.factors)}" for name, one in found.items()]
+    if "validation" in {one.split for one in found.values()}:
+        flags += [f"--validation_share={options.validation_share:g}", f"--split_seed={options.split_seed}"]
+    console().print(" ".join(flags))
     for name, one in found.items():
         if one.split == "test":
             console().print(f"{name}: chosen by the items that are reported (--search_split=test), as in the paper.")

@@ -45,7 +45,7 @@ def tokenizer(tmp_path):
 def fpb(tmp_path):
     """Options over ten rows, all of them positive."""
     rows = [
-        {"id": f"r{i}", "question": f"Profit rose {i}.\nQuestion: what is the sentiment?", "answer": "positive"}
+        {"id": f"r{i}", "question": f"Profit rose {i} €.\nQuestion: what is the sentiment?", "answer": "positive"}
         | {"choices": ["negative", "neutral", "positive"]}
         for i in range(TEN)
     ]
@@ -87,6 +87,23 @@ def test_what_is_known_is_not_asked_again_and_its_weights_are_not_made(evaluate)
     assert not parrot.used
 
 
+def test_other_tokens_are_another_question_though_the_text_is_the_same(evaluate, fpb, tokenizer):
+    options = TaskOptions(data_dir=fpb.data_dir, wrapper="chat_template")
+    for i, template in enumerate(("{{ messages[0]['content'] }}", "ask: {{ messages[0]['content'] }}")):
+        tokenizer.chat_template = template
+        _, parrot = evaluate("positive", options=options)
+        assert len(parrot.asked) == TEN, i
+
+
+def test_other_choices_judge_a_response_again(evaluate, fpb, tmp_path):
+    assert evaluate("positive revenue")[0].correct == TEN
+    file = tmp_path / "fpb.jsonl"
+    file.write_text(file.read_text().replace('["negative"', '["revenue"'))
+    score, parrot = evaluate("")
+    assert score.correct == 0
+    assert not parrot.asked
+
+
 @pytest.mark.parametrize("change", ["weights", "decoding", "prompt", "tokens"])
 def test_all_that_decides_a_response_makes_it_another_one(evaluate, fpb, change):
     evaluate("positive")
@@ -113,7 +130,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(evaluate, tmp_path):
     with pytest.raises(RuntimeError, match="the evaluator died"):
         evaluate("positive", fail_after=4)
     (file,) = (tmp_path / "responses").rglob("*.jsonl")
-    file.write_text(file.read_text()[:-20])  # and the last line was cut short, as by a kill
+    file.write_bytes(file.read_bytes()[:-20])  # and the last line was cut short, as by a kill
     score, parrot = evaluate("negative")
     assert len(parrot.asked) == TEN - 3
     assert score == (3, TEN)
@@ -136,7 +153,7 @@ def test_a_limit_asks_the_first_items_and_a_higher_one_only_the_others(evaluate,
 
 
 def test_prompts_without_room_for_an_answer_are_not_asked_and_are_wrong(evaluate, fpb, tokenizer):
-    shortest = len(tokenizer("Profit rose 1.\nQuestion: what is the sentiment?\nAnswer:")["input_ids"])
+    shortest = len(tokenizer("Profit rose 1 €.\nQuestion: what is the sentiment?\nAnswer:")["input_ids"])
     score, parrot = evaluate("positive", options=TaskOptions(data_dir=fpb.data_dir, max_length=shortest))
     assert score == (0, TEN)
     assert not parrot.asked

@@ -99,8 +99,8 @@ def test_a_share_set_aside_is_taken_out_of_the_test_items(questions):
     options = questions(validation_share=0.3, split_seed=5)
     test, validation = (TASKS["gsm8k"].items(options, split) for split in ("test", "validation"))
     assert sorted(item.id for item in (*test, *validation)) == [f"q{i}" for i in range(10)]
-    assert TASKS["gsm8k"].sizes(options) == {"test": 7, "validation": 3}
-    assert TASKS["gsm8k"].sizes(questions()) == {"test": 10}
+    assert (len(test), len(validation)) == (7, 3)
+    assert len(TASKS["gsm8k"].items(questions())) == 10
 
 
 def test_another_seed_sets_other_items_aside(questions):
@@ -111,7 +111,9 @@ def test_another_seed_sets_other_items_aside(questions):
 def test_a_file_of_validation_items_is_used_in_place_of_a_share(questions, tmp_path):
     row = {"id": "v", "question": "What is 90 + 1?", "answer": "91"}
     (tmp_path / "gsm8k_validation.jsonl").write_text(json.dumps(row))
-    assert TASKS["gsm8k"].sizes(questions(validation_share=0.5)) == {"test": 10, "validation": 1}
+    options = questions(validation_share=0.5)
+    assert [item.id for item in TASKS["gsm8k"].items(options, "validation")] == ["v"]
+    assert len(TASKS["gsm8k"].items(options)) == 10
 
 
 def test_validation_items_that_there_are_not_are_an_error(questions):

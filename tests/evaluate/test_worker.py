@@ -110,6 +110,21 @@ def test_after_a_failure_there_are_no_more_answers(started):
             worker.ask({}, 0.1)
 
 
+def test_a_sign_of_work_gives_the_child_its_time_again(started):
+    worker = started(
+        """
+import json, sys, time
+for line in sys.stdin:
+    for i in range(4):
+        time.sleep(0.5)
+        print(json.dumps({"working": i}), flush=True)
+    print(json.dumps({"done": True}), flush=True)
+"""
+    )
+    assert worker.ask({}, timeout=20) == {"done": True}  # and Python has started
+    assert worker.ask({}, timeout=1.5) == {"done": True}
+
+
 def test_close_ends_the_child_and_what_it_started(started):
     worker = started(GRANDCHILD + ECHO)
     worker.ask({}, 30)

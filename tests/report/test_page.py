@@ -12,7 +12,7 @@ from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.published import URL
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "use", "path", "rect"}
-TABLES = paper_tables(two_seeds(), PAIR)
+TABLES = paper_tables(two_seeds(), PAIR, 2)
 FIGURE = '<svg viewBox="0 0 1 1"><text x="0" y="0">drawn</text></svg>'
 RUN = Run(
     title="Two experts",

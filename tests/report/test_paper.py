@@ -11,8 +11,8 @@ from dppa_jax.report.measurements import Measurements
 from dppa_jax.report.paper import evaluated, paper_tables, raw
 from dppa_jax.report.published import published
 
-SMALL = {table.name: table for table in paper_tables(two_seeds(), PAIR)}
-AS_THE_PAPER = {table.name: table for table in paper_tables({0: as_the_paper()}, DOMAINS, papers=True)}
+SMALL = {table.name: table for table in paper_tables(two_seeds(), PAIR, 2)}
+AS_THE_PAPER = {table.name: table for table in paper_tables({0: as_the_paper()}, DOMAINS, 3, papers=True)}
 
 
 def body(table) -> list[str]:
@@ -45,11 +45,11 @@ def test_only_tables_whose_methods_were_measured_appear():
     assert list(SMALL) == ["dense", "table_1", "table_6", "merge_accuracies", "table_7"]
     assert {"table_1", "table_2", "table_3", "table_5", "table_7"} < set(AS_THE_PAPER)
     only_dense = Measurements(two_seeds()[0].base, two_seeds()[0].experts, {}, {})
-    assert [table.name for table in paper_tables({0: only_dense}, PAIR)] == ["dense"]
+    assert [table.name for table in paper_tables({0: only_dense}, PAIR, 2)] == ["dense"]
 
 
 def test_appendix_has_accuracies_with_intervals():
-    first = paper_tables({0: two_seeds()[0]}, PAIR)[-1]
+    first = paper_tables({0: two_seeds()[0]}, PAIR, 2)[-1]
     assert first.name == "table_7"
     assert body(first)[:2] == [
         "| **addition** |  |  |",
@@ -87,19 +87,51 @@ def test_published_values_stand_in_their_places():
 
 
 def test_other_models_have_no_published_values_beside_them():
-    for table in paper_tables({0: as_the_paper()}, DOMAINS, papers=False):
+    for table in paper_tables({0: as_the_paper()}, DOMAINS, 3, papers=False):
         assert all(cell.published is None for cells in table.rows.values() for cell in cells)
 
 
 def test_table_6_is_published_for_math_and_finance_only():
     def published_in(names: tuple[str, str]) -> list[float]:
         domains = {name: DOMAINS[name] for name in names}
-        tables = {table.name: table for table in paper_tables({0: as_the_paper()}, domains, papers=True)}
+        tables = {table.name: table for table in paper_tables({0: as_the_paper()}, domains, len(domains), papers=True)}
         cells = [cell for cells in tables["table_6"].rows.values() for cell in cells]
         return [cell.published for cell in cells if cell.published is not None]
 
     assert sorted(published_in(("math", "finance"))) == sorted(p.value for p in published() if p.table == 6)
     assert published_in(("math", "law")) == []
+
+
+def test_ratios_over_other_tasks_than_the_papers_have_no_published_values_beside_them():
+    domains = {**DOMAINS, "math": DOMAINS["math"][:1]}
+    tables = {table.name: table for table in paper_tables({0: as_the_paper()}, domains, 3, papers=True)}
+    assert all(cells[0].published is None for cells in tables["table_5"].rows.values())
+    assert any(cells[1].published is not None for cells in tables["table_5"].rows.values())
+    assert all(
+        cell.published is None
+        for (domain, _), cells in tables["table_1"].rows.items()
+        for cell in cells
+        if domain == "Math"
+    )
+
+
+def test_a_merge_of_three_experts_is_table_5_whatever_is_evaluated():
+    domains = {name: DOMAINS[name] for name in ("math", "finance")}
+    names = [table.name for table in paper_tables({0: as_the_paper()}, domains, 3, papers=True)]
+    assert "table_5" in names
+    assert "table_6" not in names
+
+
+def test_models_that_no_seed_changes_are_measured_once_and_keep_their_interval():
+    first = two_seeds()[0]
+    later = Measurements(first.base, first.experts, {}, {})
+    alone, beside = (
+        {table.name: table for table in paper_tables(measured, PAIR, 2)}
+        for measured in ({0: first}, {0: first, 1: later})
+    )
+    assert alone.keys() == beside.keys()
+    for name in alone:
+        assert alone[name].markdown() == beside[name].markdown()
 
 
 def test_dense_accuracies_beside_ours_are_said_to_be_deduced():
@@ -142,7 +174,7 @@ def test_raw_scores_are_json():
 def test_a_seed_without_a_ratio_leaves_no_mean():
     measured = two_seeds()
     measured[1].experts["trend"] = Score(0, 200)
-    table = next(t for t in paper_tables(measured, PAIR) if t.name == "table_6")
+    table = next(t for t in paper_tables(measured, PAIR, 2) if t.name == "table_6")
     cell = table.rows["DARE 80 %"][1]
     assert math.isnan(cell.values[1])
     assert str(cell) == "–"
