@@ -112,7 +112,7 @@ def check_search(job: JobConfig) -> None:
             f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
             f"--method={job.merge.method} with scale {job.merge.scale!r}."
         )
-    job.search.config(job.merge).ranges(len(job.merge.partitions))
+    (job.search or FactorSearch()).config(job.merge).ranges(len(job.merge.partitions))
 
 
 def check_searched(job: JobConfig, domains: Domains) -> None:

@@ -83,9 +83,9 @@ def test_an_evaluated_merge_ends_with_a_report(job, tmp_path, capsys):
     fingerprints = read_json(work / "tables.json")["fingerprints"]
     page = (work / "report.html").read_text()
     for task, domain in (("addition", "math"), ("sentiment", "finance"), ("clause_type", "law")):
-        row = next(cells for name, cells in scores.items() if task in name)
+        (cells,) = [row["cells"] for row in scores if row["row"] == task]
         for column, model in (("base", "base"), ("dense expert", domain), ("merge", "merge")):
-            assert row[column]["values"] == [share_right(work, fingerprints[model], task)], (task, column)
+            assert cells[column]["values"] == [share_right(work, fingerprints[model], task)], (task, column)
     for what in ("addition", "sentiment", "clause_type", "domain ratio", "[95 % interval", "dense expert"):
         assert what.strip("[") in page, what
     assert "40 test" in printed
@@ -215,3 +215,15 @@ def test_a_task_needs_the_expert_of_its_domain(family, tmp_path):
     with pytest.raises(SystemExit) as error:
         launch(*family[:2], "--evaluate=sentiment", f"--output={tmp_path / 'out'}", f"--workdir={tmp_path}")
     assert "give --expert=finance=WHERE" in error.value.code
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_candidate_has_every_part_of_both_ways(job, capsys):
+    work = job("--job=benchmark", "--peer=restart", "--evaluate=sentiment", "--limit=10", "--rate=0.8")
+    seconds = read_json(work / "restart/restart.json")
+    assert all(value > 0 for values in seconds.values() for value in values)
+    assert {part: len(values) for part, values in seconds.items()} == {
+        **dict.fromkeys(("apply", "hand over", "responses"), 5),
+        **dict.fromkeys(("merge and save", "start"), 2),
+    }
+    assert "times as fast" in capsys.readouterr().out
