@@ -68,9 +68,8 @@ def run_search(job: JobConfig) -> dict[str, Searched]:
     with opened(job) as candidates:
         found = _search(job, candidates, domains)
         experts = {name: job.experts[name] for name in found}
-        run = run_of(
-            "Search of factors", job.command, {"base": job.base, **experts}, job.evaluation, candidates.evaluation
-        )
+        models, tables = {"base": job.base, **experts}, search_tables(found)
+        run = run_of("Search of factors", job.command, models, job.evaluation, candidates.evaluation, tables)
         run = replace(run, facts={**run.facts, **_search_facts(found)}, notes=search_notes(found))
         finish(Path(job.workdir), replace(run, figures=search_figures(found), data=_search_data(found)))
     return found
@@ -117,10 +116,10 @@ def check_search(job: JobConfig) -> None:
 
 def check_searched(job: JobConfig, domains: Domains) -> None:
     """Refuse a merge with an expert whose factors nothing can tell."""
-    for expert in set(job.experts) - set(domains):
+    if missing := [expert for expert in job.experts if expert not in domains]:
         raise ValueError(
-            f"--factors=search: expert {expert!r} has no tasks in --evaluate, which has those of {', '.join(domains)}; "
-            f"an expert is searched by the tasks of the domain it is named after."
+            f"--factors=search: expert {missing[0]!r} has no tasks in --evaluate, which has those of "
+            f"{', '.join(domains)}; an expert is searched by the tasks of the domain it is named after."
         )
 
 

@@ -131,7 +131,11 @@ def test_a_search_by_what_is_reported_says_so(job, tmp_path, capsys):
     flags = ("--evaluate=sentiment", "--search_limit=10", "--limit=10", "--search_evaluations=3")
     work = job("--job=search", *flags, "--search_split=test", "--rate=0.8")
     assert "--search_split=test" in capsys.readouterr().out
-    assert read_json(work / "search-finance.json")["split"] == "test"
+    found = read_json(work / "search-finance.json")
+    assert found["split"] == "test"
+    rows = read_json(work / "tables.json")["tables"]["search-finance"]["rows"]
+    assert [row["row"] for row in rows] == [",".join(f"{f:g}" for f in c["factors"]) for c in found["candidates"]]
+    assert "--search_split=test" in (work / "report.html").read_text()
 
 
 @pytest.mark.slow

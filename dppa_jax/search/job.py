@@ -84,9 +84,7 @@ def search_expert(
     candidates: Candidates, name: str, tasks: Sequence[Task], given: FactorSearch, merge: MergeConfig, workdir: Path
 ) -> Searched:
     """A candidate costs a fused pass over base and expert, a hand-over of weights, and the responses."""
-    alone = replace(
-        merge, experts=(name,), factors={}, coefficients={}, q={k: v for k, v in merge.q.items() if k == name}
-    )
+    alone = replace(merge, experts=(name,), factors={}, coefficients={})
     options = replace(candidates.evaluation.options, limit=given.limit)
     dense = candidates.dense(name, tasks, given.split, options=options)
     check_solvable(name, dense, given.split)

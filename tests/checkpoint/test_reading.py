@@ -96,6 +96,19 @@ def test_fingerprint_tells_models_apart(tmp_path):
 # ---- trees
 
 
+@pytest.mark.parametrize("changed", ["a norm", "generation_config.json", "nothing"])
+def test_content_digest_sees_every_weight_and_what_ends_a_response(tmp_path, changed):
+    config = llama_config(vocab_size=5000)  # a file of more pages than a fingerprint looks at
+    tensors = random_weights(config)
+    before = SafetensorsDirectory(write_model(tmp_path / "before", config, tensors)).content_digest()
+    if changed == "a norm":
+        tensors["model.layers.1.input_layernorm.weight"][3] += 1
+    after = write_model(tmp_path / "after", config, tensors)
+    if changed == "generation_config.json":
+        (after / changed).write_text('{"eos_token_id": 7}')
+    assert (SafetensorsDirectory(after).content_digest() == before) == (changed == "nothing")
+
+
 def test_tree_is_stacked_over_layers(tmp_path):
     config = llama_config()
     weights = random_weights(config)
