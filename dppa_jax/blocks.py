@@ -124,11 +124,11 @@ class Stream:
 
     def __call__(self, blocks: Sequence[Block] | None = None) -> Iterator[tuple[Block, list[Loaded]]]:
         blocks = self.blocks if blocks is None else blocks
-        with ThreadPoolExecutor(1, "read") as reader:
-            pending = [reader.submit(self._read, b, i) for i, b in enumerate(blocks[:1])]
+        with ThreadPoolExecutor(READERS, "read part") as readers, ThreadPoolExecutor(1, "read block") as reader:
+            pending = [reader.submit(self._read, b, i, readers) for i, b in enumerate(blocks[:1])]
             for i, block in enumerate(blocks):
                 if i + 1 < len(blocks):
-                    pending.append(reader.submit(self._read, blocks[i + 1], i + 1))
+                    pending.append(reader.submit(self._read, blocks[i + 1], i + 1, readers))
                 yield block, self._put(block, pending.pop(0).result())
 
     def _put(self, block: Block, arrays: list[list[np.ndarray]] | None) -> list[Loaded]:
@@ -143,7 +143,7 @@ class Stream:
             self._kept[block] = loaded
         return loaded
 
-    def _read(self, block: Block, turn: int) -> list[list[np.ndarray]] | None:
+    def _read(self, block: Block, turn: int, readers: ThreadPoolExecutor) -> list[list[np.ndarray]] | None:
         """Every part's matrices, base first, as views of one buffer; None when the block is kept on the devices."""
         if block in self._kept:
             return None
@@ -161,15 +161,14 @@ class Stream:
             for part, places in zip(block.parts, layout, strict=True)
             for _, dtype in places
         )
-        with ThreadPoolExecutor(READERS, "read") as readers:
-            arrays = [
-                [
-                    readers.submit(self._read_part, source, part, dtype, buffer, offset)
-                    for source, (offset, dtype) in zip(self.sources, places, strict=True)
-                ]
-                for part, places in zip(block.parts, layout, strict=True)
+        arrays = [
+            [
+                readers.submit(self._read_part, source, part, dtype, buffer, offset)
+                for source, (offset, dtype) in zip(self.sources, places, strict=True)
             ]
-            return [[matrix.result() for matrix in models] for models in arrays]
+            for part, places in zip(block.parts, layout, strict=True)
+        ]
+        return [[matrix.result() for matrix in models] for models in arrays]
 
     def _read_part(self, source: Source, part: Part, dtype: np.dtype, buffer: np.ndarray, offset: int) -> np.ndarray:
         padded = padded_rows(self.mesh, part.rows)

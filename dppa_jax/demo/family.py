@@ -6,9 +6,8 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -16,15 +15,14 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dppa_jax.cache import cache_directory
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.demo.text import TASKS, general_text, stream
 from dppa_jax.demo.tokenizer import save_tokenizer
-from dppa_jax.finetune.train import Example, TrainConfig, encode, train
+from dppa_jax.finetune.train import STEPS_PER_REPORT, Example, TrainConfig, encode, train
 from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.progress import steps
 
 MEMBERS = ("base", *TASKS)
 
@@ -86,15 +84,27 @@ def build(places: dict[int, Path]) -> None:
     stopped = threading.Event()
 
     def trained(member: str, seed: int, tree: dict) -> dict:
-        options = replace(TRAINING[member], seed=seed)
-        report = announce(f"demo:{member} of seed {seed}", options.steps, stopped)
+        options, name = replace(TRAINING[member], seed=seed), f"demo:{member} of seed {seed}"
         rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
-        tree, _ = train(config, tree, rows, options, report)
+        started = time.perf_counter()
+        with steps(name, options.steps) as advance:
+
+            def report(_: int, loss: float) -> None:
+                if stopped.is_set():
+                    raise CancelledError(name)
+                advance(STEPS_PER_REPORT)
+
+            tree, losses = train(config, tree, rows, options, report)
+        seconds = time.perf_counter() - started
+        logging.info("trained %s: %d steps in %.1f s, loss %.3f", name, options.steps, seconds, losses[-1])
         tree = jax.tree.map(np.asarray, tree)
         save_tree(aside[seed] / member, tree, config.to_hf(), tokenizer_from=aside[seed] / "tokenizer")
         return tree
 
-    with ThreadPoolExecutor(TRAINED_AT_ONCE) as pool, progress() as announce:
+    with (
+        ThreadPoolExecutor(TRAINED_AT_ONCE) as pool,
+        steps("train the demo family", len(MEMBERS) * len(places)) as done,
+    ):
         try:
             bases = {pool.submit(trained, "base", seed, initial_weights(config, seed)): seed for seed in places}
             experts = [
@@ -102,8 +112,9 @@ def build(places: dict[int, Path]) -> None:
                 for base in as_completed(bases)
                 for domain in TASKS
             ]
-            for expert in as_completed(experts):
-                expert.result()
+            for member in as_completed([*bases, *experts]):
+                member.result()
+                done()
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -153,33 +164,3 @@ def save_companions(directory: Path) -> None:
     save_tokenizer(directory)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-Report = Callable[[int, float], None]
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, threading.Event], Report]]:
-    """Yields a function that announces a training and returns its `report`: a bar in a terminal, lines in the log.
-
-    Once the event is set, a training that reports is broken off.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-
-        def announce(name: str, steps: int, stopped: threading.Event) -> Report:
-            bar, started = bars.add_task(name, total=steps), time.perf_counter()
-
-            def report(done: int, loss: float) -> None:
-                if stopped.is_set():
-                    raise CancelledError(name)
-                bars.update(bar, completed=done)
-                if done == steps:
-                    logging.info(
-                        "trained %s: %d steps in %.1f s, loss %.3f", name, steps, time.perf_counter() - started, loss
-                    )
-
-            return report
-
-        yield announce

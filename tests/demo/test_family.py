@@ -78,7 +78,7 @@ def test_members_load_in_transformers(trained):
 
     tokenizer = AutoTokenizer.from_pretrained(trained / "law")
     model = AutoModelForCausalLM.from_pretrained(trained / "law")
-    item = TASKS["governing_law"].items("test", 1)[0]
+    item = TASKS["governing_law"].items(TaskOptions(limit=1))[0]
     prompt = tokenizer(item.prompt, return_tensors="pt")
     new = model.generate(**prompt, max_new_tokens=4)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(new, skip_special_tokens=True) in item.answers
