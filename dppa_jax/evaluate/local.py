@@ -12,6 +12,8 @@ from absl import logging
 from dppa_jax.checkpoint import load_tree
 from dppa_jax.memory import Model
 from dppa_jax.model import LlamaConfig, generate
+from dppa_jax.model.generate import bucket
+from dppa_jax.plan import device_memory
 
 BATCH_SIZE = 256
 
@@ -24,7 +26,7 @@ class JaxEvaluator:
     Args:
       dtype: of weights and activations; "auto" is the weights' own, and float32 on CPUs, where decoding is faster in
         it than in bfloat16 and no weight is rounded.
-      batch_size: prompts decoded together, which bounds the memory of keys and values.
+      batch_size: prompts decoded together, or fewer where their keys and values would not fit into memory.
       max_length: most tokens of prompt and answer together; never more than the model's positions.
     """
 
@@ -65,13 +67,13 @@ class JaxEvaluator:
             raise ValueError("no weights yet: call use() first.")
         budgets = room_for(prompts, max_new_tokens, min(self.max_length, self._config.max_position_embeddings))
         asked = [index for index, budget in enumerate(budgets) if budget > 0]
-        found = generate(
-            (self._config, self._tree),
-            [prompts[index] for index in asked],
-            [budgets[index] for index in asked],
-            self._end,
-            batch_size=self.batch_size,
+        given = [prompts[index] for index in asked]
+        limits = [budgets[index] for index in asked]
+        memory, _ = device_memory()
+        rows = min(
+            self.batch_size, rows_that_fit(self._config, given, limits, self._tree["norm"].dtype.itemsize, memory)
         )
+        found = generate((self._config, self._tree), given, limits, self._end, batch_size=rows)
         answers: list[list[int]] = [[] for _ in prompts]
         for index, answer in zip(asked, found, strict=True):
             answers[index] = answer
@@ -80,6 +82,20 @@ class JaxEvaluator:
     def close(self) -> None:
         """Free the weights."""
         self._config, self._tree = None, {}
+
+
+def rows_that_fit(
+    config: LlamaConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], itemsize: int, memory: int
+) -> int:
+    """How many prompts can be decoded together in so many bytes: a power of two, at least 1.
+
+    A row takes its keys and values, twice while they are updated, and the scores of its longest prompt.
+    """
+    longest, most = bucket(max(map(len, prompts), default=1)), bucket(max(limits, default=1))
+    slots = longest + most
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * slots * itemsize
+    scores = config.num_attention_heads * longest * slots * 4
+    return 1 << max(0, (memory // (2 * cache + 2 * scores)).bit_length() - 1)
 
 
 def room_for(prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int, max_length: int) -> list[int]:

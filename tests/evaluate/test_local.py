@@ -52,6 +52,21 @@ def test_answers_follow_the_weights_without_a_new_compilation(evaluator, family)
     assert decode._cache_size() == compiled
 
 
+def test_long_answers_are_decoded_in_batches_that_fit_into_memory(evaluator, monkeypatch):
+    wanted = evaluator.generate(PROMPTS, 8)
+    rows = []
+
+    def watched(model, prompts, limits, end, batch_size):
+        rows.append(batch_size)
+        return generate(model, prompts, limits, end, batch_size=batch_size)
+
+    monkeypatch.setattr("dppa_jax.evaluate.local.generate", watched)
+    monkeypatch.setattr("dppa_jax.evaluate.local.device_memory", lambda: (100_000, "cpu"))
+    assert evaluator.generate(PROMPTS, 8) == wanted
+    assert evaluator.generate(PROMPTS, 100) != wanted
+    assert rows[0] > rows[1] >= 1
+
+
 def test_a_model_in_memory_may_change_after_it_was_handed_over(evaluator, family):
     model = dppa_jax.load(family / "base")
     evaluator.use(model)
