@@ -21,7 +21,8 @@ from dppa_jax.pipeline import Outcome
 from dppa_jax.progress import console, steps
 from dppa_jax.report import figures
 from dppa_jax.report.page import Illustration, Run, surroundings, write_report
-from dppa_jax.report.paper import evaluated
+from dppa_jax.report.paper import evaluated, published_merge
+from dppa_jax.report.published import is_papers
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.search.factors import FactorSearch
 from dppa_jax.search.job import Searched, print_searches, search_factors
@@ -184,7 +185,8 @@ def _report_merge(
         found = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
         advance()
     merged.close()
-    table = evaluated(base, experts, found, domains)
+    known = published_merge(len(job.experts), domains, job.merge.method, job.merge.rate)
+    table = evaluated(base, experts, found, domains, known if is_papers(job.base, job.experts) else None)
     models = {"base": job.base, **job.experts, "merge": job.output}
     tables = [table, *search_tables(searched)]
     run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, tables)

@@ -68,14 +68,18 @@ def paper_tables(
     return found
 
 
-def evaluated(base: Scores, experts: Scores, merged: Scores, domains: Domains) -> ResultTable:
+def evaluated(
+    base: Scores, experts: Scores, merged: Scores, domains: Domains, known: Mapping[str, float | None] | None = None
+) -> ResultTable:
     """One merge: accuracies of the base, of each domain's expert and of the merge; task and domain ratios.
 
     Args:
       base: its scores by task, as the others'.
       experts: of each task, by the expert of its domain.
       merged: of the merge.
+      known: published domain ratios, see `published_merge`.
     """
+    known = known or {}
     rows = {}
     for domain, tasks in domains.items():
         for task in tasks:
@@ -83,9 +87,15 @@ def evaluated(base: Scores, experts: Scores, merged: Scores, domains: Domains) -
             ratio = task_ratio(scores[2].accuracy, scores[1].accuracy)
             rows[label(domain), task.name] = [*(Cell.of_scores([score]) for score in scores), Cell((ratio,))]
         ratio = domain_ratio(_accuracies(merged, tasks), _accuracies(experts, tasks))
-        rows[label(domain), "domain ratio"] = [Cell(), Cell(), Cell(), Cell((ratio,))]
+        rows[label(domain), "domain ratio"] = [Cell(), Cell(), Cell(), Cell((ratio,), published=known.get(domain))]
     columns = ("base", "dense expert", "merge", "ratio")
     return ResultTable("Accuracy and ratios of the merge (%)", "task", columns, rows, (RATIOS,), "evaluated")
+
+
+def published_merge(experts: int, domains: Domains, method: str, rate: float) -> dict[str, float | None]:
+    """What the paper's table 5 or 6 says of a merge of its models, by domain."""
+    tables = _Tables({}, domains, experts, papers=True)
+    return {domain: tables.published(MERGED_TABLES.get(experts), domain, method, rate) for domain in domains}
 
 
 def label(name: str) -> str:
@@ -195,7 +205,7 @@ class _Tables:
             self._merge_name(method, rate): [
                 Cell(
                     self._over_seeds(lambda m, tasks=tasks, key=(method, rate): _ratio(m.merged.get(key), m, tasks)),
-                    published=self._published(number, domain, method, rate),
+                    published=self.published(number, domain, method, rate),
                 )
                 for domain, tasks in self.domains.items()
             ]
@@ -240,17 +250,17 @@ class _Tables:
     def _ratio(self, number: int, domain: str, method: str, rate: float) -> Cell:
         tasks, key = self.domains[domain], (method, rate if METHODS[method].score else 0.0, domain)
         values = self._over_seeds(lambda m: _ratio(m.single.get(key), m, tasks))
-        return Cell(values, published=self._published(number, domain, method, rate))
+        return Cell(values, published=self.published(number, domain, method, rate))
 
     def _accuracy(self, domain: str, task: Task, method: str, rate: float) -> Cell:
         key = (method, rate if METHODS[method].score else 0.0, domain)
         scores = [m.single[key][task.name] for m in self.measured.values() if key in m.single]
-        return Cell.of_scores(scores, self._published(7, task.name, method, rate))
+        return Cell.of_scores(scores, self.published(7, task.name, method, rate))
 
     def _over_seeds(self, of: Callable[[Measurements], float | None]) -> tuple[float, ...]:
         return tuple(value for m in self.measured.values() if (value := of(m)) is not None)
 
-    def _published(self, number: int | None, subject: str, method: str, rate: float) -> float | None:
+    def published(self, number: int | None, subject: str, method: str, rate: float) -> float | None:
         """A ratio only where it is over the paper's two tasks. `subject` is a domain, in table 7 a task."""
         tasks = {task.name for task in self.domains.get(subject, ())}
         if not self.papers or number is None or (number != 7 and tasks != published.TASKS[subject]):

@@ -8,7 +8,7 @@ from report_runs import DOMAINS, PAIR, as_the_paper, two_seeds
 
 from dppa_jax.evaluate.scores import Score
 from dppa_jax.report.measurements import Measurements
-from dppa_jax.report.paper import evaluated, paper_tables, raw
+from dppa_jax.report.paper import evaluated, paper_tables, published_merge, raw
 from dppa_jax.report.published import published
 
 SMALL = {table.name: table for table in paper_tables(two_seeds(), PAIR, 2)}
@@ -178,3 +178,16 @@ def test_a_seed_without_a_ratio_leaves_no_mean():
     cell = table.rows["DARE 80 %"][1]
     assert math.isnan(cell.values[1])
     assert str(cell) == "–"
+
+
+def test_a_merge_of_the_papers_models_has_its_published_ratio_beside_it():
+    m = as_the_paper()
+    scores = next(iter(m.merged.values()))
+    known = published_merge(3, DOMAINS, "dppa", 0.8)
+    assert known == {"math": 0.9128, "finance": 0.952, "law": 1.4623}
+    table = evaluated(m.base, m.experts, scores, DOMAINS, known)
+    assert [cells[-1].published for (_, row), cells in table.rows.items() if row == "domain ratio"] == list(
+        known.values()
+    )
+    assert published_merge(3, DOMAINS, "ties", 0.8) == dict.fromkeys(DOMAINS)
+    assert published_merge(2, {name: DOMAINS[name] for name in ("math", "finance")}, "dare", 0.9)["math"] == 0.211
