@@ -55,7 +55,7 @@ class Candidates:
         """Of the experts that `config` names."""
         experts = {name: self.experts[name] for name in config.experts}
         models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
-        plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape)
+        plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
         norms = activation_norms(self.job, experts) if config.score == "wanda" else None
         layout = Layout(plan.block_layers, plan.resident)
         return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)

@@ -179,3 +179,16 @@ def test_plan_is_what_the_merge_reads_and_writes(merge, method, residency):
     header = cost["bytes_written"] - promised.bytes_written
     assert 0 < header < 8000
     assert dataclasses.asdict(promised)["resident"] == (residency == "resident")
+
+
+def test_models_that_are_merged_again_stay_resident_where_they_fit(merge, monkeypatch):
+    models = {name: str(merge.root / name) for name in ("math", "law")}
+    job = JobConfig(MergeConfig(tuple(models), "dppa"), str(merge.base), models)
+    configs = [read_json(merge.base / "config.json")] * 3
+    layers = configs[0]["num_hidden_layers"]
+    once, again = plan_of(job, configs, (1, 1)), plan_of(job, configs, (1, 1), again=True)
+    assert (once.resident, once.block_layers) == (False, 1)
+    assert (again.resident, again.block_layers) == (True, layers)
+    monkeypatch.setattr("dppa_jax.jobs.device_memory", lambda given: (again.device_bytes // 10, "cpu"))
+    little = plan_of(job, configs, (1, 1), again=True)
+    assert not little.resident
