@@ -77,9 +77,7 @@ def run_search(job: JobConfig) -> dict[str, Searched]:
 
 
 def run_merge(job: JobConfig) -> Outcome:
-    """Search factors if asked to, merge, evaluate if asked to, report."""
-    if not job.search and not job.evaluation.tasks:
-        return jobs.run_merge(job)
+    """Search factors if asked to, merge, evaluate, report."""
     jobs.check_outputs(job)
     domains = domains_of(job)
     if job.search:

@@ -19,7 +19,7 @@ from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels
 from dppa_jax.progress import console, stage
-from dppa_jax.report.figures import Remaining
+from dppa_jax.report.measurements import Remaining
 from dppa_jax.sharding import make_mesh, put_rows
 from dppa_jax.survey import survey
 

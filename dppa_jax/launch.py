@@ -73,8 +73,12 @@ def _run(job: str) -> None:
         from dppa_jax.experiments import run_search
 
         run_search(config)
-    else:
+    elif config.search or config.evaluation.tasks:
         from dppa_jax.experiments import run_merge
+
+        run_merge(config)
+    else:  # without what evaluation and reports need, a second of imports
+        from dppa_jax.jobs import run_merge
 
         run_merge(config)
 
@@ -184,7 +188,7 @@ def searches() -> bool:
 
 def factor_search():
     """How factors are searched; None where they are given."""
-    from dppa_jax.search.job import FactorSearch
+    from dppa_jax.search.factors import FactorSearch
 
     if not searches():
         return None

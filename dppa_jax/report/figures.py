@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib import style as styles
 from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ from dppa_jax.delta.methods import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.measurements import Measurements, Remaining
 from dppa_jax.report.paper import Domains, label, percent
 from dppa_jax.search.dpa import Visit
 
@@ -88,23 +88,6 @@ class Panel:
     title: str
     curves: tuple[Curve, ...]
     references: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Remaining:
-    """How many parameters of a linear a rate leaves, by dimension.
-
-    Attributes:
-      linear: one of checkpoint.names.LINEARS.
-      rate: the share removed, as asked for.
-      rows: kept parameters of every output dimension.
-      columns: kept parameters of every input dimension.
-    """
-
-    linear: str
-    rate: float
-    rows: Int[np.ndarray, " out"]
-    columns: Int[np.ndarray, " in_"]
 
 
 def svg(figure: Figure, name: str) -> str:
