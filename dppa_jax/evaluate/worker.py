@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 LOG_LINES = 15  # of its stderr, in an error
-CLEANUP_SECONDS = 5.0  # for multiprocessing's resource tracker to remove what the killed processes shared
+CLEANUP_SECONDS = 5.0  # for killed processes to end, and for what they shared to be removed
 
 
 class WorkerError(ChildProcessError):
@@ -167,13 +167,11 @@ def _end(process: subprocess.Popen, grace: float) -> None:
 
 
 def kill_group(group: int) -> None:
-    """Kill a process group of others, shared memory that they would leave behind included."""
-    trackers = kill_members(group)
-    until = time.monotonic() + CLEANUP_SECONDS
-    while time.monotonic() < until and any(_group_of(Path(f"/proc/{pid}")) == group for pid in trackers):
-        time.sleep(0.02)
+    """Kill a process group of others, shared memory that they would leave behind included, and wait for its end."""
+    _wait_for_the_end(group, kill_members(group))
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
+    _wait_for_the_end(group, _members(group))
 
 
 def kill_members(group: int) -> list[int]:
@@ -181,12 +179,23 @@ def kill_members(group: int) -> list[int]:
 
     A tracker ends by itself when the processes it served have ended, and removes their shared memory before.
     """
-    members = [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group_of(path) == group]
+    members = _members(group)
     trackers = [pid for pid in members if b"resource_tracker" in _read(Path(f"/proc/{pid}/cmdline"))]
     for pid in set(members) - {*trackers, os.getpid()}:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return trackers
+
+
+def _members(group: int) -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group_of(path) == group]
+
+
+def _wait_for_the_end(group: int, members: Sequence[int]) -> None:
+    """A killed process ends, and frees its memory, some time after the signal: wait for it, but not for ever."""
+    until = time.monotonic() + CLEANUP_SECONDS
+    while time.monotonic() < until and any(_group_of(Path(f"/proc/{pid}")) == group for pid in members):
+        time.sleep(0.02)
 
 
 def _group_of(process: Path) -> int | None:
