@@ -1,11 +1,13 @@
 """The frozen dataclasses that the rest of the code takes. Flags are parsed into them once, in launch.py."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from dppa_jax.checkpoint.names import nearest
+from dppa_jax.checkpoint.names import nearest, tensor_specs
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS
@@ -14,6 +16,8 @@ from dppa_jax.delta.score import SCORES
 
 RATE = 0.9
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
+
+Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
 
 
 def choose(flag: str, given: str, allowed: Iterable[str]) -> str:
@@ -34,7 +38,7 @@ class MergeConfig:
       partitions: rates of DPA's partitions, highest first, the last one the target; every 0.1 from 0.9 by default.
       factors: per expert, one factor per partition, highest rate first; by default what leaves the method without
         amplification: 1, and 1/(1−rate) for random scores.
-      coefficients: per expert, 1 by default.
+      coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default.
       q: the divisor of scale "q", global or per expert; in (0, 1].
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
     """
@@ -48,7 +52,7 @@ class MergeConfig:
     rate: float = RATE
     partitions: tuple[float, ...] = ()
     factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    coefficients: Mapping[str, float] = field(default_factory=dict)
+    coefficients: Mapping[str, Coefficient] = field(default_factory=dict)
     q: Mapping[str, float] = field(default_factory=dict)
     max_fluctuation: float = 0.08
     significance_multiple: float = 5.0
@@ -77,7 +81,7 @@ class MergeConfig:
         elif self.partitions:
             raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
         set_("factors", self._resolve_factors())
-        set_("coefficients", {name: float(self.coefficients.get(name, 1.0)) for name in self.experts})
+        set_("coefficients", {name: _coefficient(name, self.coefficients.get(name, 1.0)) for name in self.experts})
         if self.scale == "q" and set(self.q) != set(self.experts):
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
         if self.scale != "q" and self.q:
@@ -121,7 +125,11 @@ class MergeConfig:
         for flag, value in named:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{flag}: rate {value} is outside [0, 1]; it is the share that is removed.")
-        finite = [(f"--coefficient {name}", value) for name, value in self.coefficients.items()]
+        finite = [
+            (f"--coefficient {name} {tensor}".rstrip(), value)
+            for name, given in self.coefficients.items()
+            for tensor, value in (given.items() if isinstance(given, Mapping) else [("", given)])
+        ]
         finite += [(f"--factors of {name!r}", factor) for name, factors in self.factors.items() for factor in factors]
         finite += [(f"--tensor_coefficient {pattern}", value) for pattern, value in self.tensor_coefficients]
         for flag, value in finite:
@@ -167,6 +175,45 @@ def default_partitions(rate: float) -> tuple[float, ...]:
     return (*tenths, rate)
 
 
+def check_tensors(coefficients: Mapping[str, Coefficient], layers: int) -> None:
+    """Refuse coefficients by tensor that lack a tensor of a model with so many layers, or name one that it has not."""
+    known = _tensor_names(layers)
+    optional = {name for name in known if name.endswith("bias") or name == "lm_head.weight"}
+    for expert, given in coefficients.items():
+        if not isinstance(given, Mapping):
+            continue
+        for name in given:
+            if name not in known:
+                raise ValueError(f"--coefficient of {expert!r}: the base has no tensor {name}.{nearest(name, known)}")
+        for name in known:
+            if name not in given and name not in optional:
+                raise ValueError(
+                    f"--coefficient of {expert!r}: none for the tensor {name}; give one number or all tensors."
+                )
+
+
+def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coefficient]:
+    """The coefficients that AdaMerging wrote into a file, or any {"coefficients": {expert: number or by tensor}}.
+
+    Raises:
+      ValueError: not such a file, or an expert is missing or unknown.
+    """
+    try:
+        content = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--coefficient={file}: not a readable JSON file: {error}") from None
+    found = content.get("coefficients") if isinstance(content, Mapping) else None
+    if not isinstance(found, Mapping):
+        raise ValueError(f'--coefficient={file}: no object "coefficients" in it, as AdaMerging writes one.')
+    if content.get("finished") is False:
+        raise ValueError(f"--coefficient={file}: of AdaMerging that has not finished; run it to its end.")
+    for name in found:
+        choose(f"--coefficient={file}: the expert", name, experts)
+    if missing := [name for name in experts if name not in found]:
+        raise ValueError(f"--coefficient={file}: no coefficient of the expert {missing[0]!r}.")
+    return {name: _coefficient(name, found[name]) for name in experts}
+
+
 def per_expert(flag: str, given: Sequence[str], experts: Sequence[str], parse) -> dict:
     """`VALUE` for all experts or `NAME=VALUE` for one, repeated: a dict by expert name."""
     values = {}
@@ -178,6 +225,20 @@ def per_expert(flag: str, given: Sequence[str], experts: Sequence[str], parse) -
             except ValueError:
                 raise ValueError(f"{flag}={text}: {value!r} is not a number.") from None
     return values
+
+
+def _coefficient(expert: str, given: Coefficient) -> Coefficient:
+    try:
+        return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"--coefficient of {expert!r}: {given!r} is not a number, or one for each tensor.") from None
+
+
+def _tensor_names(layers: int) -> list[str]:
+    """Every tensor that a checkpoint with so many layers may have; sizes do not matter here."""
+    sizes = dict.fromkeys(("hidden_size", "vocab_size", "num_attention_heads", "intermediate_size"), 1)
+    flags = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    return list(tensor_specs({**sizes, **flags, "num_hidden_layers": layers}))
 
 
 def _join(numbers: Iterable[float]) -> str:

@@ -1,10 +1,11 @@
-"""Jobs that evaluate: --job=evaluate, --job=search, and a merge whose factors are searched or that is evaluated."""
+"""Jobs that evaluate: --job=evaluate, --job=search, and a merge that is evaluated, or whose numbers are to be found."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from absl import logging
 from rich.table import Table
 
@@ -24,6 +25,9 @@ from dppa_jax.report.page import Illustration, Run, surroundings, write_report
 from dppa_jax.report.paper import evaluated, published_merge
 from dppa_jax.report.published import is_papers
 from dppa_jax.report.tables import Cell, ResultTable
+from dppa_jax.search.adamerging import AdaMerged, adamerge
+from dppa_jax.search.coefficients import AdaMergingConfig
+from dppa_jax.search.entropy import check_combine
 from dppa_jax.search.factors import FactorSearch
 from dppa_jax.search.job import Searched, print_searches, search_factors
 
@@ -77,12 +81,14 @@ def run_search(job: JobConfig) -> dict[str, Searched]:
 
 
 def run_merge(job: JobConfig) -> Outcome:
-    """Search factors if asked to, merge, evaluate, report."""
+    """Search factors and find coefficients if asked to, merge, evaluate, report."""
     jobs.check_outputs(job)
     domains = domains_of(job)
     if job.search:
         check_search(job)
         check_searched(job, domains)
+    if job.adamerging:
+        check_combine(job.merge)
     with opened(job) as candidates:
         return merge_and_report(job, candidates, domains)
 
@@ -92,10 +98,24 @@ def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -
     found: dict[str, Searched] = {}
     if job.search:
         found = _search(job, candidates, domains)
-        job = replace(job, merge=replace(job.merge, factors={n: one.result.factors for n, one in found.items()}))
+        factors = {**job.search.given, **{name: one.result.factors for name, one in found.items()}}
+        job = replace(job, merge=replace(job.merge, factors=factors))
+    merged = None
+    if job.adamerging:
+        merged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))
+        job = replace(job, merge=replace(job.merge, coefficients=merged.coefficients))
     outcome = jobs.run_merge(job)
-    _report_merge(job, candidates, domains, outcome, found)
+    _report_merge(job, candidates, domains, outcome, found, merged)
     return outcome
+
+
+def find_coefficients(
+    candidates: Candidates, domains: Domains, merge: MergeConfig, given: AdaMergingConfig, workdir: Path
+) -> AdaMerged:
+    """By AdaMerging, which needs the memory of an accelerator that the evaluator has: it starts again after it."""
+    if jax.default_backend() != "cpu":
+        candidates.evaluation.release()
+    return adamerge(candidates, domains, merge, given, workdir)
 
 
 def check_tasks(config: EvaluationConfig) -> None:
@@ -110,12 +130,15 @@ def check_search(job: JobConfig) -> None:
             f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
             f"--method={job.merge.method} with scale {job.merge.scale!r}."
         )
-    (job.search or FactorSearch()).config(job.merge).ranges(len(job.merge.partitions))
+    given = job.search or FactorSearch()
+    given.config(job.merge).ranges(len(job.merge.partitions))
+    replace(job.merge, factors=given.given)  # as many as partitions?
 
 
 def check_searched(job: JobConfig, domains: Domains) -> None:
     """Refuse a merge with an expert whose factors nothing can tell."""
-    if missing := [expert for expert in job.experts if expert not in domains]:
+    given = job.search.given if job.search else {}
+    if missing := [expert for expert in job.experts if expert not in domains and expert not in given]:
         raise ValueError(
             f"--factors=search: expert {missing[0]!r} has no tasks in --evaluate, which has those of "
             f"{', '.join(domains)}; an expert is searched by the tasks of the domain it is named after."
@@ -126,7 +149,7 @@ def check_searched(job: JobConfig, domains: Domains) -> None:
 def opened(job: JobConfig) -> Iterator[Candidates]:
     """The job's models, and what evaluates them; all that can be refused before the work begins is."""
     with evaluation_of(job) as evaluation:
-        announce(evaluation, job.evaluation, job.search)
+        announce(evaluation, job.evaluation, job.search, job.adamerging)
         with Candidates(job, evaluation) as candidates:
             yield candidates
 
@@ -136,7 +159,12 @@ def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
 
 
-def announce(evaluation: Evaluation, config: EvaluationConfig, search: FactorSearch | None = None) -> None:
+def announce(
+    evaluation: Evaluation,
+    config: EvaluationConfig,
+    search: FactorSearch | None = None,
+    adamerging: AdaMergingConfig | None = None,
+) -> None:
     """Read and encode the items, so that bad ones are refused now, and print how they are asked and judged."""
     table = Table("task", "items", "prompt", "scoring", "tokens", title="how the tasks are asked and judged")
     for task in config.every_task:
@@ -144,6 +172,9 @@ def announce(evaluation: Evaluation, config: EvaluationConfig, search: FactorSea
         if search and search.split == "validation":
             limited = replace(config.options, limit=search.limit)
             counts.append(f"{len(evaluation.questions(task, 'validation', limited))} validation")
+        if adamerging:
+            limited = replace(config.options, limit=adamerging.limit)
+            counts.append(f"{len(evaluation.questions(task, adamerging.split, limited))} {adamerging.split} prompts")
         table.add_row(task.name, ", ".join(counts), *task.describe(config.options).values())
     console().print(table)
 
@@ -168,7 +199,12 @@ def _search(job: JobConfig, candidates: Candidates, domains: Domains) -> dict[st
 
 
 def _report_merge(
-    job: JobConfig, candidates: Candidates, domains: Domains, outcome: Outcome, searched: Mapping[str, Searched]
+    job: JobConfig,
+    candidates: Candidates,
+    domains: Domains,
+    outcome: Outcome,
+    searched: Mapping[str, Searched],
+    adamerged: AdaMerged | None,
 ) -> None:
     merged = SafetensorsDirectory(Path(job.output))
     every = job.evaluation.every_task
@@ -190,11 +226,19 @@ def _report_merge(
     run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, tables)
     run = replace(
         run,
-        facts={**run.facts, **_search_facts(searched)},
-        figures=[*search_figures(searched), *merge_figures(candidates, job.merge, outcome)],
+        facts={**run.facts, **_search_facts(searched), **adamerging_facts(adamerged)},
+        figures=[
+            *search_figures(searched),
+            *adamerging_figures({"adamerging": adamerged} if adamerged else {}),
+            *merge_figures(candidates, job.merge, outcome),
+        ],
         recipe={"config": job.merge.as_dict(), "fingerprints": fingerprints},
-        data={"fingerprints": fingerprints, **_search_data(searched)},
-        notes=search_notes(searched),
+        data={
+            "fingerprints": fingerprints,
+            **_search_data(searched),
+            **({"adamerging": adamerged.as_dict()} if adamerged else {}),
+        },
+        notes=[*search_notes(searched), *adamerging_notes(job.adamerging)],
     )
     finish(Path(job.workdir), run)
 
@@ -256,6 +300,27 @@ def search_notes(found: Mapping[str, Searched]) -> list[str]:
         for name, one in found.items()
         if one.split == "test"
     ]
+
+
+def adamerging_facts(found: AdaMerged | None) -> dict[str, str]:
+    if found is None:
+        return {}
+    memory = f"{found.peak_bytes / 1e9:.3f} GB a device in a step, base and experts alone {found.model_bytes / 1e9:.3f}"
+    return {"coefficients": found.in_words()} | ({"memory of AdaMerging": memory} if found.peak_bytes else {})
+
+
+def adamerging_figures(found: Mapping[str, AdaMerged]) -> list[Illustration]:
+    """Entropies and coefficients, by a name that makes the figures' names differ."""
+    return [
+        illustration(name, figures.adamerging(one), f"Entropy against the step, and coefficients, of {name}.")
+        for name, one in found.items()
+    ]
+
+
+def adamerging_notes(given: AdaMergingConfig | None) -> list[str]:
+    if given is None or given.split != "test":
+        return []
+    return ["AdaMerging read the prompts that are reported here (--adamerging_split=test), without their answers."]
 
 
 def illustration(name: str, figure, caption: str) -> Illustration:

@@ -4,8 +4,8 @@ import textwrap
 
 from absl import flags
 
-JOBS = ("merge", "plan", "inspect", "evaluate", "search", "report", "benchmark")
-NAMED_ONLY = ("evaluation", "search of factors", "report and benchmark")
+JOBS = ("merge", "plan", "inspect", "evaluate", "search", "finetune", "validate", "report", "benchmark")
+NAMED_ONLY = ("evaluation", "search of factors", "AdaMerging", "fine-tuning", "report, validate and benchmark")
 INDENT = {"subsequent_indent": "  ", "break_on_hyphens": False}
 
 # Groups of flags as --helpshort shows them: (name, kind, default, help).
@@ -33,7 +33,12 @@ GROUPS = {
         ("rate", "float", 0.9, "share of each delta that is removed, in [0, 1]"),
         ("partitions", "list", [], "DPA: rates, highest first, ending at --rate; default every 0.1 from 0.9"),
         ("factors", "multi", [], "DPA: one per partition, 1.8,1.3 or NAME=1.8,1.3 (repeat), or search"),
-        ("coefficient", "multi", [], "of the experts in the merge: 0.7 or NAME=0.7 (repeat); default 1"),
+        (
+            "coefficient",
+            "multi",
+            [],
+            "0.7, NAME=0.7 (repeat), FILE.json, adamerging[_layerwise,_linearwise]; default 1",
+        ),
         ("q", "multi", [], "DAREx-q: kept parameters are divided by it: 0.2 or NAME=0.2 (repeat)"),
         ("max_fluctuation", "float", 0.08, "DP: greatest change of a rate by a layer, and by a linear"),
         ("significance_multiple", "float", 5.0, "DP, OWL: |delta| above this times the mean is an outlier"),
@@ -47,7 +52,7 @@ GROUPS = {
         ("allow_other_base", "bool", False, "merge experts whose delta is as large as the weights"),
     ),
     "devices": (
-        ("mesh", "string", "", "layer=2,row=4; default: all local devices on row"),
+        ("mesh", "string", "", "layer=2,row=4, finetune: data=2,fsdp=4; default: all local devices on the second"),
         ("block_layers", "int", 0, "layers on the devices at a time; 0: from the memory there is"),
         ("residency", "string", "auto", "auto, resident (read once) or streamed"),
         ("device_memory", "float", 0.0, "GB of a device to plan for; 0: ask the device"),
@@ -87,11 +92,43 @@ GROUPS = {
         ("validation_share", "float", -1.0, "of a task's items, set aside for searches; -1: 0.2 in jobs that search"),
         ("split_seed", "int", 0, "of which items are set aside"),
     ),
-    "report and benchmark": (
+    "AdaMerging": (
+        ("adamerging_steps", "int", 500, "of Adam"),
+        ("adamerging_batch_size", "int", 16, "prompts of each domain in a step"),
+        ("adamerging_learning_rate", "float", 1e-3, "of Adam"),
+        ("adamerging_start", "float", 0.3, "every coefficient's"),
+        ("adamerging_positions", "string", "all", "whose entropy counts: all (of the prompt), last, generated"),
+        ("adamerging_new_tokens", "int", 32, "at most, of continuations, for generated"),
+        ("adamerging_split", "string", "validation", "prompts: validation, or test: of what is reported, as the paper"),
+        ("adamerging_limit", "int", 0, "prompts per task; 0: all of the split"),
+        ("adamerging_patience", "int", 0, "end when as many steps bring no lower entropy; 0: never"),
+        ("adamerging_min_delta", "float", 1e-3, "nats that count as lower"),
+    ),
+    "fine-tuning": (
+        ("train_data", "list", [], "files of examples, JSON lines: prompt, completion (which is learned)"),
+        ("eval_data", "list", [], "files of examples of which the loss is told"),
+        ("epochs", "float", 1.0, "passes over the examples"),
+        ("train_steps", "int", 0, "steps, in place of --epochs"),
+        ("learning_rate", "float", 2e-5, "its peak; it rises linearly, then falls along a cosine to a 20th"),
+        ("warmup", "float", 0.03, "share of the steps in which it rises"),
+        ("train_batch_size", "int", 16, "rows of a step"),
+        ("accumulate", "int", 1, "parts of a step's rows that go through the model one after another"),
+        ("train_length", "int", 512, "tokens of a row"),
+        ("pack", "bool", True, "several examples to a row, each of which sees itself only"),
+        ("train_dtype", "string", "bfloat16", "of forward and backward pass: bfloat16, float32; the rest is float32"),
+        ("remat", "bool", True, "recompute layers in the backward pass: less memory, a third more work"),
+        ("weight_decay", "float", 0.0, "of AdamW"),
+        ("max_gradient_norm", "float", 1.0, "longer gradients are shortened to it"),
+        ("checkpoint_every", "int", 100, "steps between checkpoints in --workdir, to go on from; 0: none"),
+        ("eval_every", "int", 0, "steps between losses on --eval_data; 0: at the end"),
+    ),
+    "report, validate and benchmark": (
         ("methods", "list", [], "report: methods of the table of single experts"),
-        ("merge_methods", "list", [], "report: methods of the table of merges"),
+        ("merge_methods", "list", [], "report: methods of the table of merges; dppa+adamerging finds the coefficients"),
         ("rates", "list", [], "report: rates of both tables; 0.1:0.9:0.1 is a range"),
         ("seeds", "list", ["0"], "report: seeds, of the demo family and of random scores"),
+        ("reference", "string", "", "validate: directory, of another implementation, that --output is compared with"),
+        ("tolerance_ulp", "float", 1.0, "validate: how far apart values may be, in units in the last place"),
         ("shape", "string", "0.3b", "benchmark: 0.3b, 1.1b, 3b or 7b"),
         ("peer", "string", "", "benchmark: mergekit, run alternately; restart: of vLLM, beside a search's candidates"),
         ("peer_python", "string", "", "benchmark: interpreter of an environment with mergekit; default: this one"),
@@ -114,11 +151,11 @@ for _group in GROUPS.values():
 
 def usage(short: bool) -> str:
     """What --help prints, a flag on a line; short, for one screen, the flags of some groups are only named."""
-    lines = ["python -m dppa_jax.launch [--flagfile=FILE] [--FLAG=VALUE ...]"]
+    lines = ["python -m dppa_jax.launch [--flagfile=FILE] [--FLAG=VALUE ...]" + ", explained by --help" * short]
     for group, members in GROUPS.items():
         if short and group in NAMED_ONLY:
-            names = " ".join(f"--{name}" for name, *_ in members)
-            lines += [f"\n{group} (--help explains)", *textwrap.wrap(names, 110, initial_indent="  ", **INDENT)]
+            named = f"{group}: {' '.join(f'--{name}' for name, *_ in members)}"
+            lines += textwrap.wrap(named, 118, **INDENT)
         else:
-            lines += [f"\n{group}", *(f"  --{name:<24}{text}" for name, _, _, text in members)]
+            lines += [f"\n{group}", *(f"  --{name:<26}{text}" for name, _, _, text in members)]
     return "\n".join(lines)

@@ -23,6 +23,7 @@ from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.pipeline import Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan
 from dppa_jax.progress import console
+from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
 from dppa_jax.sharding import make_mesh, mesh_shape
 from dppa_jax.survey import NonfiniteError
@@ -52,6 +53,7 @@ class JobConfig:
     calibration: str = ""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: FactorSearch | None = None  # None where factors are given
+    adamerging: AdaMergingConfig | None = None  # None where coefficients are given
     flags: Mapping = field(default_factory=dict)  # as resolved, for recipe.json
     command: str = ""  # that repeats the job, for the model card
 

@@ -56,6 +56,19 @@ def _run(job: str) -> None:
 
         run_evaluate(models(), evaluation(), FLAGS.workdir, FLAGS.seed, command(), FLAGS.tokenizer)
         return
+    if job == "finetune":
+        from dppa_jax.finetune.job import run_finetune
+
+        run_finetune(finetune_config())
+        return
+    if job == "validate":
+        from dppa_jax.validate import run_validate
+
+        if not run_validate(
+            FLAGS.output, FLAGS.reference, FLAGS.base, FLAGS.workdir, FLAGS.tolerance_ulp, FLAGS.seed
+        ).passed:
+            sys.exit(f"--output is not within --tolerance_ulp={FLAGS.tolerance_ulp:g} of --reference")
+        return
     config = job_config()
     if job == "plan":
         from dppa_jax.jobs import run_plan
@@ -73,7 +86,7 @@ def _run(job: str) -> None:
         from dppa_jax.experiments import run_search
 
         run_search(config)
-    elif config.search or config.evaluation.tasks:
+    elif config.search or config.adamerging or config.evaluation.tasks:
         from dppa_jax.experiments import run_merge
 
         run_merge(config)
@@ -101,8 +114,8 @@ def job_config():
         combine=FLAGS.combine or None,
         rate=FLAGS.rate,
         partitions=_numbers("--partitions", FLAGS.partitions),
-        factors=_factors(names),
-        coefficients=per_expert("--coefficient", FLAGS.coefficient, names, float),
+        factors={} if searches() else _factors(names),
+        coefficients=_coefficients(names),
         q={} if FLAGS.job == "report" else per_expert("--q", FLAGS.q, names, float),
         max_fluctuation=FLAGS.max_fluctuation,
         significance_multiple=FLAGS.significance_multiple,
@@ -134,6 +147,7 @@ def job_config():
         calibration=FLAGS.calibration,
         evaluation=evaluation(),
         search=factor_search(),
+        adamerging=adamerging(_granularity()) if _granularity() else None,
         flags=resolved_flags(),
         command=command(),
     )
@@ -155,7 +169,8 @@ def evaluation():
 
     share = FLAGS.validation_share
     if share == UNSET:
-        share = VALIDATION_SHARE if searches() and FLAGS.search_split == "validation" else 0.0
+        splits = [FLAGS.search_split] * searches() + [FLAGS.adamerging_split] * adamerges()
+        share = VALIDATION_SHARE if "validation" in splits else 0.0
     options = TaskOptions(
         data_dir=FLAGS.data_dir,
         choices=FLAGS.prompt_choices,
@@ -181,9 +196,31 @@ def evaluation():
     )
 
 
+def finetune_config():
+    """The flags of --job=finetune."""
+    from dppa_jax.finetune.job import FinetuneConfig
+    from dppa_jax.finetune.train import AdamW
+
+    same = ("base", "output", "epochs", "learning_rate", "accumulate", "warmup", "remat", "pack", "seed", "mesh")
+    same += ("checkpoint_every", "eval_every", "workdir", "output_dtype", "max_shard_size", "overwrite")
+    return FinetuneConfig(
+        data=tuple(FLAGS.train_data),
+        eval_data=tuple(FLAGS.eval_data),
+        steps=FLAGS.train_steps,
+        batch_size=FLAGS.train_batch_size,
+        length=FLAGS.train_length,
+        dtype=FLAGS.train_dtype,
+        optimizer=AdamW(beta2=0.999, weight_decay=FLAGS.weight_decay, max_gradient_norm=FLAGS.max_gradient_norm),
+        held_out=evaluation(),
+        flags=resolved_flags(),
+        command=command(),
+        **{name: FLAGS[name].value for name in same},
+    )
+
+
 def searches() -> bool:
-    """Is there a search? A --factors after that of a flagfile counts."""
-    return FLAGS.job == "search" or FLAGS.factors[-1:] == ["search"]
+    """Is there a search? Of a flagfile's --factors and those after it the last counts that is for all experts."""
+    return FLAGS.job == "search" or [text for text in FLAGS.factors if "=" not in text][-1:] == ["search"]
 
 
 def factor_search():
@@ -205,15 +242,54 @@ def factor_search():
         max_evaluations=FLAGS.search_evaluations,
         split=FLAGS.search_split,
         limit=FLAGS.search_limit or None,
+        given=_factors(tuple(_experts(FLAGS.expert))),
     )
 
 
+def adamerges() -> bool:
+    """Are coefficients found by AdaMerging, those of the merge or of one in a report?"""
+    return bool(_granularity()) or (FLAGS.job == "report" and any("+" in method for method in FLAGS.merge_methods))
+
+
+def adamerging(granularity: str = "task"):
+    """How AdaMerging finds coefficients."""
+    from dppa_jax.search.coefficients import AdaMergingConfig
+
+    names = ("steps", "batch_size", "learning_rate", "start", "positions", "new_tokens", "split")
+    names += ("patience", "min_delta")
+    return AdaMergingConfig(
+        granularity=granularity,
+        limit=FLAGS.adamerging_limit or None,
+        seed=FLAGS.seed,
+        **{name: FLAGS[f"adamerging_{name}"].value for name in names},
+    )
+
+
+def _granularity() -> str:
+    """What shares a coefficient where AdaMerging finds them, else ""; a --coefficient after a flagfile's counts."""
+    from dppa_jax.search.coefficients import ADAMERGING
+
+    return ADAMERGING.get(FLAGS.coefficient[-1], "") if FLAGS.coefficient else ""
+
+
+def _coefficients(names: tuple[str, ...]) -> dict:
+    from dppa_jax.config import per_expert, read_coefficients
+    from dppa_jax.search.coefficients import ADAMERGING
+
+    if _granularity():
+        return {}
+    given = [text for text in FLAGS.coefficient if text not in ADAMERGING]
+    if given and given[-1].endswith(".json"):
+        return read_coefficients(given[-1], names)
+    return per_expert("--coefficient", [text for text in given if not text.endswith(".json")], names, float)
+
+
 def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
+    """Those that are given: of all experts or, beside a search, of some."""
     from dppa_jax.config import per_expert
 
-    if searches():
-        return {}
-    given = [text for text in FLAGS.factors if text != "search"]
+    last = max((i for i, text in enumerate(FLAGS.factors) if text == "search"), default=-1)
+    given = [text for text in FLAGS.factors[last + 1 :] if "=" in text or not searches()]
     return per_expert("--factors", given, names, lambda text: _numbers("--factors", text.split(",")))
 
 
@@ -221,7 +297,7 @@ def sweep():
     """The flags of --job=report."""
     from dppa_jax.report.sweep import Sweep
 
-    if len(FLAGS.factors) > 1:
+    if len(FLAGS.factors) > 1 and not searches():
         raise ValueError("--job=report: give --factors once, for all experts, or --factors=search.")
     for name in ("score", "allocate", "scale", "combine", "partitions"):
         if FLAGS[name].value:
@@ -235,6 +311,7 @@ def sweep():
         rates=_rates(FLAGS.rates) or (FLAGS.rate,),
         factors=_numbers("--factors", FLAGS.factors[0].split(",")) if FLAGS.factors and not searches() else (),
         seeds=tuple(int(seed) for seed in _numbers("--seeds", FLAGS.seeds)),
+        adamerging=adamerging(),
     )
 
 
@@ -328,6 +405,11 @@ def _keep_memory() -> None:
     mallopt(arena_max, 1)
 
 
+def _worth_telling(record: python_logging.LogRecord) -> bool:
+    """Orbax tells of every object it makes."""
+    return record.levelno >= python_logging.WARNING or "orbax" not in record.pathname
+
+
 def run() -> None:
     if asked := {"-h", "--help", "--helpshort"} & set(sys.argv[1:]):
         print(usage(short="--help" not in asked))
@@ -336,6 +418,7 @@ def run() -> None:
     logging.set_verbosity(logging.INFO)
     python_logging.getLogger("jax").setLevel(python_logging.WARNING)  # it tells of every platform it does not find
     logging.set_stderrthreshold("info")
+    logging.get_absl_logger().addFilter(_worth_telling)
     app.run(main)
 
 

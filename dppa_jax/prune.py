@@ -7,7 +7,7 @@ import numpy as np
 
 from dppa_jax.blocks import Loaded
 from dppa_jax.checkpoint.names import LINEARS, first_match, linear_name
-from dppa_jax.config import MergeConfig
+from dppa_jax.config import MergeConfig, check_tensors
 from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
@@ -32,6 +32,7 @@ class Pruner:
     """Turns rates into bounds and weights, a part at a time, and remembers them for the recipe."""
 
     def __init__(self, kernels: Kernels, config: MergeConfig, layers: int, norms: Mapping[str, Mapping] | None = None):
+        check_tensors(config.coefficients, layers)
         self.kernels, self.config, self.norms = kernels, config, norms or {}
         shape = (len(config.experts), max(len(config.rates), 1), layers, len(LINEARS))
         self.rates = np.zeros(shape)
@@ -48,6 +49,7 @@ class Pruner:
 
     def weigh(self, config: MergeConfig) -> None:
         """Weights of every linear, from the factors and coefficients of `config`, which may change between merges."""
+        check_tensors(config.coefficients, self.rates.shape[2])
         self.config = config
         for e, name in enumerate(config.experts):
             # At rate 1 one random number in 2³² is still at its bound: it weighs nothing.
@@ -64,7 +66,14 @@ class Pruner:
 
     def coefficient(self, expert: str, tensor: str) -> float:
         rule = first_match(self.config.tensor_coefficients, tensor)
-        return self.config.coefficients[expert] if rule is None else rule
+        if rule is not None:
+            return rule
+        given = self.config.coefficients[expert]
+        if not isinstance(given, Mapping):
+            return given
+        if tensor not in given:
+            raise ValueError(f"--coefficient of {expert!r}: none for the tensor {tensor}, which the base has.")
+        return given[tensor]
 
     def tables(self, x: Loaded, e: int) -> tuple:
         """(side, bounds, weights) of expert e for a part, on the devices; weights without the coefficient."""

@@ -27,8 +27,8 @@ class PerLayer(NamedTuple):
     layer: jax.Array
 
 
-def mesh_shape(text: str, devices: int | None = None) -> tuple[int, int]:
-    """(layer, row) of a --mesh flag; empty means all `devices` on the row axis.
+def mesh_shape(text: str, devices: int | None = None, axes: tuple[str, str] = AXES) -> tuple[int, int]:
+    """Sizes of the two axes, (layer, row), of a --mesh flag; empty means all `devices` on the second.
 
     >>> mesh_shape("layer=2,row=4")
     (2, 4)
@@ -37,22 +37,25 @@ def mesh_shape(text: str, devices: int | None = None) -> tuple[int, int]:
     """
     if not text:
         return 1, devices or 1
-    axes = dict.fromkeys(AXES, 1)
+    sizes = dict.fromkeys(axes, 1)
+    first, second = axes
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*=\s*(\d+)\s*", part)
-        if not match or match[1] not in AXES or int(match[2]) < 1:
-            raise ValueError(f"--mesh={text}: {part!r} is not layer=N or row=N; for example --mesh=layer=2,row=4.")
-        axes[match[1]] = int(match[2])
-    return axes["layer"], axes["row"]
+        if not match or match[1] not in axes or int(match[2]) < 1:
+            raise ValueError(
+                f"--mesh={text}: {part!r} is not {first}=N or {second}=N; for example --mesh={first}=2,{second}=4."
+            )
+        sizes[match[1]] = int(match[2])
+    return sizes[first], sizes[second]
 
 
-def make_mesh(text: str = "") -> Mesh:
+def make_mesh(text: str = "", axes: tuple[str, str] = AXES) -> Mesh:
     """The mesh of a --mesh flag over this process's devices."""
     devices = jax.local_devices()
-    shape = mesh_shape(text, len(devices))
+    shape = mesh_shape(text, len(devices), axes)
     if np.prod(shape) > len(devices):
         raise ValueError(f"--mesh={text} asks for {np.prod(shape)} devices, {len(devices)} are here.")
-    return Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), AXES)
+    return Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), axes)
 
 
 def padded_rows(mesh: Mesh, rows: int) -> int:

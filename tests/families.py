@@ -85,6 +85,14 @@ def write_model(
 ) -> Path:
     """A Hugging Face directory: weights in one file, or spread over `shards` files with an index."""
     directory.mkdir(parents=True)
+    write_weights(directory, tensors, shards)
+    write_json(directory / "config.json", config)
+    if tokenizer:
+        write_tokenizer(directory)
+    return directory
+
+
+def write_weights(directory: Path, tensors: Mapping[str, np.ndarray], shards: int = 1) -> None:
     names = list(tensors)
     if shards == 1:
         save_file(dict(tensors), directory / "model.safetensors", {"format": "pt"})
@@ -95,10 +103,6 @@ def write_model(
         size = sum(array.nbytes for array in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
-    write_json(directory / "config.json", config)
-    if tokenizer:
-        write_tokenizer(directory)
-    return directory
 
 
 def write_tokenizer(directory: Path) -> None:

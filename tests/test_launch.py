@@ -92,7 +92,8 @@ def test_configs_parse(pytestconfig):
         assert config.read_text().startswith("# "), config
         with flagsaver.flagsaver():
             flags.FLAGS(["dppa_jax.launch", f"--flagfile={config}"])
-            assert program.job_config().experts, config
+            configured = program.finetune_config() if flags.FLAGS.job == "finetune" else program.job_config()
+            assert configured.base, config
 
 
 # ---- the process

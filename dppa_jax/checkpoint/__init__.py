@@ -108,8 +108,12 @@ def save_tree(
     tokenizer_from: str | Path | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a tree as a Hugging Face directory, in the dtypes it has, under its final name only when complete."""
+    """Write a tree as a Hugging Face directory, in the dtypes it has, under its final name only when complete.
+
+    `texts` are further small files by name.
+    """
     check_config(config, "config")
     specs = tensor_specs(config)
     arrays = {name: tree_tensor(tree, spec) for name, spec in specs.items()}
@@ -118,7 +122,7 @@ def save_tree(
     with SafetensorsWriter(directory, tensors, max_shard_size, overwrite) as writer:
         for name, array in arrays.items():
             writer.write_rows(name, 0, array)
-        writer.commit(with_dtype(config, dtype), Path(tokenizer_from) if tokenizer_from else None)
+        writer.commit(with_dtype(config, dtype), Path(tokenizer_from) if tokenizer_from else None, texts)
 
 
 def tree_tensor(tree: Mapping, spec: TensorSpec) -> np.ndarray:

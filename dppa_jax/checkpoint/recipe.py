@@ -61,7 +61,7 @@ def model_card(
     metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
     metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(w)}" for w in experts.values()), "---"]
     rows = "\n".join(
-        f"| {expert} | `{where}` | {config['coefficients'][expert]:g} | {_factors(config, expert)} |"
+        f"| {expert} | `{where}` | {_coefficient(config['coefficients'][expert])} | {_factors(config, expert)} |"
         for expert, where in experts.items()
     )
     pruned = f" {100 * config['rate']:g} % of each expert's delta is removed." if config["score"] else ""
@@ -111,6 +111,17 @@ def _rates(config: Mapping) -> list[float]:
     if not config["score"]:
         return []
     return list(config["partitions"]) or [config["rate"]]
+
+
+def _coefficient(given: float | Mapping[str, float]) -> str:
+    """
+    >>> _coefficient({"model.norm.weight": 0.25, "lm_head.weight": 0.35})
+    '0.25 to 0.35 by tensor, mean 0.3'
+    """
+    if not isinstance(given, Mapping):
+        return f"{given:g}"
+    values = list(given.values())
+    return f"{min(values):.3g} to {max(values):.3g} by tensor, mean {np.mean(values):.3g}"
 
 
 def _factors(config: Mapping, expert: str) -> str:

@@ -20,7 +20,8 @@ from dppa_jax.cache import cache_directory
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.demo.text import TASKS, general_text, stream
 from dppa_jax.demo.tokenizer import save_tokenizer
-from dppa_jax.finetune.train import STEPS_PER_REPORT, Example, TrainConfig, encode, train
+from dppa_jax.finetune.data import Example, encode
+from dppa_jax.finetune.train import STEPS_PER_REPORT, TrainConfig, train
 from dppa_jax.model import LlamaConfig, init_tree
 from dppa_jax.progress import steps
 
@@ -65,7 +66,12 @@ def families(seeds: Sequence[int]) -> list[Path]:
 def fingerprint() -> str:
     """Of what determines the weights: our code and the compiler."""
     package = Path(__file__).parent.parent
-    sources = [*sorted(package.glob("demo/*.py")), package / "finetune/train.py", package / "model/llama.py"]
+    sources = [
+        *sorted(package.glob("demo/*.py")),
+        package / "finetune/data.py",
+        package / "finetune/train.py",
+        package / "model/llama.py",
+    ]
     content = b"".join(source.read_bytes() for source in sources)
     return hashlib.sha256(jax.__version__.encode() + content).hexdigest()[:12]
 

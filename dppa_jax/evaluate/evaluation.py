@@ -167,6 +167,11 @@ class Evaluation:
         name = f"{task.name}-{digest(decides)[:8]}.jsonl"
         return ResponseLog(self.directory / fingerprint[:16] / name, {"weights": fingerprint, **decides})
 
+    def release(self) -> None:
+        """Free what the evaluator holds; the next model that is asked is handed over anew."""
+        self.evaluator.close()
+        self._in_use = ""
+
     def _hand_over(self, fingerprint: str, weights: Callable[[], Weights], cost: Cost) -> None:
         if self._in_use == fingerprint:
             return

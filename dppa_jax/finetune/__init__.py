@@ -1,5 +1,6 @@
 """Training: full fine-tuning and pre-training."""
 
-from dppa_jax.finetune.train import AdamW, Example, Rows, TrainConfig, encode, read_examples, train
+from dppa_jax.finetune.data import Example, Rows, encode, encode_packed, read_examples
+from dppa_jax.finetune.train import AdamW, TrainConfig, Trainer, train
 
-__all__ = ["AdamW", "Example", "Rows", "TrainConfig", "encode", "read_examples", "train"]
+__all__ = ["AdamW", "Example", "Rows", "TrainConfig", "Trainer", "encode", "encode_packed", "read_examples", "train"]

@@ -1,38 +1,29 @@
-"""Full fine-tuning, and pre-training, of the Flax LLaMA with AdamW.
+"""Full fine-tuning, and pre-training, of the Flax LLaMA with AdamW, on a mesh.
 
-An example is a prompt and its completion, one JSON object a line: {"prompt": "...", "completion": "..."}. Only the
-completion is learned; pre-training is the case of empty prompts. Every example is a row of its own, padded at its end.
+The mesh has two axes: both divide a batch's rows, and `fsdp` also divides every matrix, its optimiser moments and its
+gradient, which are gathered a layer at a time as they are needed.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dppa_jax.model import LlamaConfig, forward
+from dppa_jax.config import choose
+from dppa_jax.finetune.data import Rows, batches
+from dppa_jax.model import LlamaConfig, abstract_tree, forward
+from dppa_jax.sharding import WIDE_VECTORS
 
 STEPS_PER_REPORT = 10  # waiting for a loss empties the device's queue, so not every step
-
-
-class Example(NamedTuple):
-    prompt: str
-    completion: str
-
-
-class Rows(NamedTuple):
-    """Examples as tokens; `learned` marks those of the completions and the tokens that end them."""
-
-    tokens: Int[np.ndarray, "N T"]
-    learned: Bool[np.ndarray, "N T"]
+TRAIN_AXES = ("data", "fsdp")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -56,8 +47,14 @@ class AdamW:
 class TrainConfig:
     """How to train.
 
-    The learning rate rises linearly from 0 during the first `warmup` share of the steps, then falls along a cosine to
-    `final` times its peak. `remat` takes less memory and a third more work. `seed` is that of the examples' order.
+    Attributes:
+      steps: of the optimiser.
+      learning_rate: its peak: it rises linearly from 0 during the first `warmup` share of the steps, then falls along a
+        cosine to `final` times the peak.
+      batch_size: rows of a step, of which `accumulate` parts go through the model one after another.
+      dtype: of the forward and backward pass; weights, moments and the update are float32 whatever it is.
+      remat: recompute layers in the backward pass: less memory, a third more work.
+      seed: of the rows' order.
     """
 
     steps: int
@@ -66,8 +63,25 @@ class TrainConfig:
     warmup: float = 0.1
     final: float = 0.05
     optimizer: AdamW = AdamW()
+    accumulate: int = 1
+    dtype: str = "float32"
     remat: bool = False
     seed: int = 0
+
+    def __post_init__(self):
+        choose("--train_dtype", self.dtype, COMPUTE_DTYPES)
+        positive = {"--train_steps": self.steps, "--train_batch_size": self.batch_size, "--accumulate": self.accumulate}
+        for flag, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{flag}={value}: it must be 1 or more.")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--accumulate={self.accumulate}: --train_batch_size={self.batch_size} must be a multiple of it."
+            )
+        if not 0.0 <= self.warmup <= 1.0:
+            raise ValueError(f"--warmup={self.warmup}: outside [0, 1]; it is the share of the steps.")
+        if not 0.0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"--learning_rate={self.learning_rate}: it must be a number of 0 or more.")
 
     def learning_rates(self) -> Float[np.ndarray, "steps"]:
         warmup = max(1, round(self.warmup * self.steps))
@@ -75,6 +89,79 @@ class TrainConfig:
             0.0, self.learning_rate, warmup, max(self.steps, warmup + 1), self.final * self.learning_rate
         )
         return np.asarray(jax.vmap(schedule)(jnp.arange(self.steps)), np.float32)
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    tree: dict
+    moments: Any
+
+
+class Trainer:
+    """Takes steps; what is compiled is shared by trainers that differ in nothing but schedule and seed.
+
+    Args:
+      config: of the model.
+      options: how to train.
+      mesh: of the axes `TRAIN_AXES`; one device by default.
+    """
+
+    def __init__(self, config: LlamaConfig, options: TrainConfig, mesh: Mesh | None = None):
+        self.config, self.options = config, options
+        self.mesh = mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), TRAIN_AXES)
+        if options.batch_size // options.accumulate % self.mesh.size:
+            raise ValueError(
+                f"--train_batch_size={options.batch_size}: a {options.accumulate}th of it, the rows that go through "
+                f"the model together, must be a multiple of the {self.mesh.size} devices."
+            )
+        self.rates = options.learning_rates()
+        self._update, self._loss = compiled(
+            config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh
+        )
+
+    @property
+    def shardings(self) -> State:
+        return state_shardings(self.config, self.options.optimizer, self.mesh)
+
+    def start(self, tree: dict) -> State:
+        """Float32 copies of the weights, and moments of 0."""
+        tree = jax.device_put(jax.tree.map(lambda w: np.array(w, np.float32), tree), self.shardings.tree)
+        moments = jax.device_put(self.options.optimizer.transform().init(tree), self.shardings.moments)
+        return State(tree, moments)
+
+    def abstract(self) -> State:
+        """Shapes, dtypes and shardings of a state, without one."""
+        tree = abstract_tree(self.config)
+        state = State(tree, jax.eval_shape(self.options.optimizer.transform().init, tree))
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
+
+    def step(self, state: State, number: int, rows: Rows) -> tuple[State, Float[Array, ""]]:
+        """The state after a step, and the loss before it. The memory of the given state is used again.
+
+        Args:
+          number: of the step, from 0: it decides the learning rate.
+          rows: `batch_size` of them.
+        """
+        return self._update(state, self.rates[number], self._placed(rows, self.options.accumulate))
+
+    def loss(self, state: State, rows: Rows) -> float:
+        """Mean cross-entropy, in nats, of the learned tokens of all rows."""
+        size = max(self.mesh.size, self.options.batch_size // self.options.accumulate)
+        total = count = 0.0
+        for start in range(0, rows.count, size):
+            part = rows.take(slice(start, start + size))
+            if part.count < size:  # rows of which nothing is learned fill the last batch
+                part = part.take(np.arange(size) % part.count)
+                part.learned[rows.count - start :] = False
+            surprise, learned = self._loss(state.tree, self._placed(part, 1))
+            total, count = total + float(surprise), count + float(learned)
+        return total / max(count, 1.0)
+
+    def _placed(self, rows: Rows, parts: int) -> Rows:
+        """On the mesh, (parts, rows of a part, tokens)."""
+        split = lambda array: array.reshape(parts, -1, array.shape[-1])  # noqa: E731
+        return jax.device_put(jax.tree.map(split, rows), NamedSharding(self.mesh, PartitionSpec(None, TRAIN_AXES)))
 
 
 def train(
@@ -88,107 +175,94 @@ def train(
 
     Args:
       config: of the model.
-      tree: the weights to start from; they are not changed. The optimiser works in their dtype: float32 is advised.
-      rows: the examples, see `encode`; each is used once before any is used again.
+      tree: the weights to start from; they are not changed.
+      rows: the examples, see `data.encode`; each is used once before any is used again.
       options: how to train.
       report: called now and then with the number of steps done and the loss of the last one.
 
     Returns:
       The trained weights, and the loss at each step.
     """
-    tree = jax.tree.map(
-        lambda array: jnp.array(array, copy=True), tree
-    )  # `update` reuses the memory of what it is given
-    moments = options.optimizer.transform().init(tree)
+    trainer = Trainer(config, options)
+    state = trainer.start(tree)
     losses: list[Array] = []
-    for rate, batch in zip(options.learning_rates(), batches(len(rows.tokens), options), strict=True):
-        tree, moments, loss = update(
-            config, options.optimizer, tree, moments, rate, rows.tokens[batch], rows.learned[batch], remat=options.remat
-        )
+    for number, batch in enumerate(batches(rows.count, options.batch_size, options.steps, options.seed)):
+        state, loss = trainer.step(state, number, rows.take(batch))
         losses.append(loss)
         if len(losses) % STEPS_PER_REPORT == 0 or len(losses) == options.steps:
             report(len(losses), float(loss))
-    return tree, np.array(losses, np.float32)
+    return state.tree, np.array(losses, np.float32)
 
 
-# The learning rate is an argument, so that another schedule needs no other compilation.
-@partial(jax.jit, static_argnames=("config", "optimizer", "remat"), donate_argnames=("tree", "moments"))
-def update(config: LlamaConfig, optimizer: AdamW, tree, moments, learning_rate, tokens, learned, *, remat: bool):
-    """One step of AdamW: the new weights, the new moments, the loss before the step."""
-    loss, gradient = jax.value_and_grad(partial(mean_loss, config, remat=remat))(tree, tokens, learned)
-    direction, moments = optimizer.transform().update(gradient, moments, tree)
-    tree = jax.tree.map(lambda weight, d: (weight - learning_rate * d).astype(weight.dtype), tree, direction)
-    return tree, moments, loss
+@cache  # the learning rate is an argument of a step, so that another schedule needs no other compilation
+def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
+    """The jitted step, and the jitted sums of a loss."""
+    shardings = state_shardings(config, optimizer, mesh)
+    whole = NamedSharding(mesh, PartitionSpec())
+    sums = partial(loss_sums, config, dtype=dtype, remat=remat)
+
+    def update(state: State, learning_rate, rows: Rows):
+        learned = jnp.maximum(jnp.sum(rows.learned[..., 1:]), 1)
+
+        def part_loss(tree, part: Rows):  # a part's share of the mean over the whole batch
+            return sums(tree, part)[0] / learned
+
+        def add(carry, part: Rows):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(part_loss)(state.tree, part)), None
+
+        parts = jax.tree.map(lambda array: array[0], rows)
+        found = jax.value_and_grad(part_loss)(state.tree, parts)
+        if accumulate > 1:
+            found, _ = jax.lax.scan(add, found, jax.tree.map(lambda array: array[1:], rows))
+        loss, gradient = found
+        direction, moments = optimizer.transform().update(gradient, state.moments, state.tree)
+        return State(jax.tree.map(lambda w, d: w - learning_rate * d, state.tree, direction), moments), loss
+
+    def batch_loss(tree, rows: Rows):
+        return sums(tree, jax.tree.map(lambda array: array[0], rows))
+
+    options = WIDE_VECTORS if mesh.devices.flat[0].platform == "cpu" else None
+    return (
+        jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
+        jax.jit(batch_loss, compiler_options=options),
+    )
 
 
-def mean_loss(
-    config: LlamaConfig,
-    tree: dict,
-    tokens: Int[Array | np.ndarray, "B T"],
-    learned: Bool[Array | np.ndarray, "B T"],
-    *,
-    remat: bool = False,
-) -> Float[Array, ""]:
-    """Mean cross-entropy, in nats, of the learned tokens given those before them."""
-    logits = forward(config, tree, tokens[:, :-1], remat=remat)
-    surprise = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    return jnp.sum(surprise, where=learned[:, 1:]) / jnp.maximum(jnp.sum(learned[:, 1:]), 1)
+def loss_sums(
+    config: LlamaConfig, tree: dict, rows: Rows, *, dtype: str = "float32", remat: bool = False
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Sum of the cross-entropies, in nats, of the learned tokens given those before them, and their number."""
+    tree = jax.tree.map(lambda weight: weight.astype(dtype), tree)
+    positions = None if rows.positions is None else rows.positions[:, :-1]
+    logits = forward(config, tree, rows.tokens[:, :-1], positions, remat=remat)
+    surprise = optax.softmax_cross_entropy_with_integer_labels(logits, rows.tokens[:, 1:])
+    learned: Bool[Array, "B T"] = rows.learned[:, 1:]
+    return jnp.sum(surprise, where=learned), jnp.sum(learned)
 
 
-def batches(count: int, options: TrainConfig) -> Iterator[Int[np.ndarray, "batch"]]:
-    """The indices of each step's examples: a new random order for every pass, passes running into each other."""
-    draw = np.random.default_rng(options.seed)
-    queue = np.empty(0, np.int64)
-    for _ in range(options.steps):
-        while len(queue) < options.batch_size:
-            queue = np.concatenate([queue, draw.permutation(count)])
-        yield queue[: options.batch_size]
-        queue = queue[options.batch_size :]
+@cache
+def state_shardings(config: LlamaConfig, optimizer: AdamW, mesh: Mesh) -> State:
+    tree = abstract_tree(config)
+    of_tree = jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, path[0].key == "layers", mesh.shape["fsdp"])), tree
+    )
+    transform, whole = optimizer.transform(), NamedSharding(mesh, PartitionSpec())
+    moments = jax.eval_shape(transform.init, tree)
+    of_moments = optax.tree.map_params(
+        transform, lambda _, s: s, moments, of_tree, transform_non_params=lambda _: whole
+    )
+    return State(of_tree, of_moments)
 
 
-def read_examples(path: Path | str) -> list[Example]:
-    """The examples of a file of JSON lines; other keys than "prompt" and "completion" are ignored."""
-    examples = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            fields = json.loads(line)
-            examples.append(Example(fields["prompt"], fields["completion"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}:{number}: not of the form {{"prompt": "...", "completion": "..."}}: {line[:80]!r}'
-            ) from error
-    return examples
+def fsdp_spec(shape: tuple[int, ...], stacked: bool, size: int) -> PartitionSpec:
+    """A matrix is divided along the longest of its axes that `size` divides; vectors are whole on every device.
 
-
-def encode(examples: Iterable[Example], tokenizer, max_length: int) -> Rows:
-    """Tokenises prompt and completion as one text, adds the end-of-sequence token, pads to `max_length`.
-
-    Where a token spans the end of the prompt it counts as completion: at generation the prompt ends before it.
-
-    Args:
-      tokenizer: a transformers tokenizer with an end-of-sequence token.
-      max_length: tokens per row; longer examples are cut there, and a warning says how many.
+    >>> fsdp_spec((30, 1536, 576), True, 4), fsdp_spec((49152, 576), False, 4), fsdp_spec((30, 576), True, 4)
+    (PartitionSpec(None, 'fsdp', None), PartitionSpec('fsdp', None), PartitionSpec())
     """
-    examples = list(examples)
-    prompts = sorted({example.prompt for example in examples})
-    prompt_tokens = dict(zip(prompts, tokenizer(prompts)["input_ids"], strict=True))
-    texts = tokenizer([example.prompt + example.completion for example in examples])["input_ids"]
-    tokens = np.full((len(examples), max_length), tokenizer.pad_token_id or 0, np.int32)
-    learned = np.zeros((len(examples), max_length), bool)
-    cut = 0
-    for row, (example, text) in enumerate(zip(examples, texts, strict=True)):
-        start = common_prefix(prompt_tokens[example.prompt], text)
-        text = [*text, tokenizer.eos_token_id]
-        cut += len(text) > max_length
-        text = text[:max_length]
-        tokens[row, : len(text)] = text
-        learned[row, start : len(text)] = True
-    if cut:
-        logging.warning("%d of %d examples are longer than %d tokens and were cut", cut, len(examples), max_length)
-    return Rows(tokens, learned)
-
-
-def common_prefix(first: list[int], second: list[int]) -> int:
-    """The number of equal tokens at the start of both."""
-    unequal = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
-    return next(unequal, min(len(first), len(second)))
+    axes = range(stacked, len(shape))
+    divisible = [axis for axis in axes if shape[axis] % size == 0]
+    if len(axes) < 2 or not divisible:
+        return PartitionSpec()
+    longest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*("fsdp" if axis == longest else None for axis in range(len(shape))))

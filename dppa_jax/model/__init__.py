@@ -2,6 +2,6 @@
 
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.generate import generate
-from dppa_jax.model.llama import Llama, decoder_layer, forward, init_tree
+from dppa_jax.model.llama import Llama, abstract_tree, decoder_layer, forward, init_tree
 
-__all__ = ["Llama", "LlamaConfig", "decoder_layer", "forward", "generate", "init_tree"]
+__all__ = ["Llama", "LlamaConfig", "abstract_tree", "decoder_layer", "forward", "generate", "init_tree"]

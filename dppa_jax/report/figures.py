@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +26,7 @@ from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report.measurements import Measurements, Remaining
 from dppa_jax.report.paper import Domains, label, percent
+from dppa_jax.search.adamerging import OUTSIDE, AdaMerged
 from dppa_jax.search.dpa import Visit
 
 # Okabe and Ito 2008, Tol 2021.
@@ -42,6 +44,7 @@ METHOD_STYLES = {
 }
 SEARCH_STYLES = {1: ("#009E73", "o"), 2: ("#E69F00", "s")}  # green and orange, as in the paper's figure 2
 REFERENCES = "#777777"
+LINES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))  # of experts and domains, in turn
 
 BINS = 256  # dimensions drawn side by side; more than a column of pixels would not show
 PANEL = (3.6, 2.7)  # inches
@@ -205,6 +208,81 @@ def rates(found: Mapping[str, Float[np.ndarray, "layers linears"]], title: str =
     figure.colorbar(image, ax=axes, label="share removed (%)")
     figure.suptitle(title or None)
     return figure
+
+
+@styles.context(_STYLE)
+def adamerging(found: AdaMerged, title: str = "") -> Figure:
+    """Entropy and coefficients against the step; with several coefficients per expert also heat maps of the last ones.
+
+    The lines of coefficients are means over an expert's groups, with a band from the least to the greatest.
+    """
+    maps = _coefficient_maps(found)
+    figure = Figure(figsize=(2 * PANEL[0], PANEL[1] + 0.6 + (_map_height(maps) if maps else 0.0)))
+    top, bottom = figure.subfigures(2, 1, height_ratios=(PANEL[1], _map_height(maps))) if maps else (figure, None)
+    entropy, coefficients = top.subplots(1, 2)
+    at = np.arange(1, found.steps + 1)
+    for (colour, line), name, values in zip(cycle(LINES), found.domains, found.domain_entropies.T):
+        entropy.plot(at, values, color=colour, linestyle=line, linewidth=0.8, label=label(name))
+    if len(found.domains) > 1:
+        entropy.plot(at, found.entropies, color="#000000", label="sum")
+    entropy.set_ylabel("entropy (nats)")
+    for (colour, line), name, values in zip(cycle(LINES), found.experts, found.history.T):
+        coefficients.plot(at, values.mean(axis=0), color=colour, linestyle=line, label=label(name))
+        if len(found.groups) > 1:
+            coefficients.fill_between(at, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    coefficients.set_ylabel("coefficient")
+    for ax in (entropy, coefficients):
+        ax.set_xlabel("step")
+        ax.legend()
+    if maps:
+        _draw_maps(bottom, maps)
+    figure.suptitle(title or None)
+    return figure
+
+
+def _coefficient_maps(found: AdaMerged) -> list[tuple[str, list[str], list[str], np.ndarray]]:
+    """(title, names of columns, names of rows, coefficients) of every heat map."""
+    if len(found.groups) == 1:
+        return []
+    if found.granularity == "layer":
+        rows = [name if name == OUTSIDE else name.removeprefix("layer ") for name in found.groups]
+        return [("", [label(name) for name in found.experts], rows, found.final)]
+    layers: dict[str, dict[str, int]] = {}
+    outside = {}
+    for i, name in enumerate(found.groups):
+        inner = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(.+)\.weight", name)
+        if inner:
+            layers.setdefault(inner[1], {})[inner[2]] = i
+        else:
+            outside[name.removesuffix(".weight").removeprefix("model.")] = i
+    columns = list(next(iter(layers.values())))
+    maps = []
+    for name, values in zip(found.experts, found.final.T, strict=True):
+        rest = ", ".join(f"{short} {values[i]:.2f}" for short, i in outside.items())
+        table = np.array([[values[of[column]] for column in columns] for of in layers.values()])
+        maps.append((f"{label(name)}\n{rest}", columns, list(layers), table))
+    return maps
+
+
+def _map_height(maps) -> float:
+    return max(2.6, 0.17 * max(len(rows) for _, _, rows, _ in maps) + 1.6)
+
+
+def _draw_maps(figure, maps) -> None:
+    """Side by side on one scale."""
+    low, high = (pick(table.max() if pick is max else table.min() for *_, table in maps) for pick in (min, max))
+    room = 0.005 if high - low < 1e-4 else 0.0
+    axes = figure.subplots(1, len(maps), squeeze=False)[0]
+    for ax, (title, columns, rows, table) in zip(axes, maps, strict=True):
+        ax.grid(False)
+        image = ax.imshow(table, aspect="auto", cmap="cividis", vmin=low - room, vmax=high + room)
+        ax.set_title(title or None, fontsize=8)
+        ax.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
+        every = max(1, len(rows) // 16)
+        shown = sorted({*range(0, len(rows), every), *(i for i, row in enumerate(rows) if row == OUTSIDE)})
+        ax.set_yticks(shown, [rows[i] for i in shown])
+    axes[0].set_ylabel("layer")
+    figure.colorbar(image, ax=axes, label="coefficient")
 
 
 def accuracy_panels(measured: Mapping[int, Measurements], domains: Domains) -> list[Panel]:

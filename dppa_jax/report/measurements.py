@@ -9,13 +9,21 @@ from jaxtyping import Int
 from dppa_jax.evaluate.scores import Scores
 
 
+class Merged(NamedTuple):
+    """A merge of all experts. `coefficients` says how they were found, a key of `ADAMERGING`; empty where given."""
+
+    method: str
+    rate: float
+    coefficients: str = ""
+
+
 class Measurements(NamedTuple):
     """With one seed: the dense models, and every pruned expert and merge."""
 
     base: Scores
     experts: Scores  # of each task, by the expert of its domain
     single: dict[tuple[str, float, str], Scores]  # (method, rate, expert)
-    merged: dict[tuple[str, float], Scores]  # (method, rate)
+    merged: dict[Merged, Scores]
 
 
 @dataclass(frozen=True)

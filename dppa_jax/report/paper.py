@@ -11,7 +11,7 @@ from dppa_jax.evaluate.ratios import domain_ratio, task_ratio
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report import published
-from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.tables import Cell, ResultTable
 
 LABELS = {
@@ -25,6 +25,9 @@ LABELS = {
     "darex_q": "DAREx-q",
     "ties": "TIES",
     "dare_ties": "DARE+TIES",
+    "adamerging": "AdaMerging",
+    "adamerging_layerwise": "AdaMerging by layer",
+    "adamerging_linearwise": "AdaMerging by tensor",
 }
 
 # Columns in the paper's order; what else was measured follows them.
@@ -129,10 +132,7 @@ def raw(measured: Mapping[int, Measurements]) -> dict:
                 {"method": method, "rate": rate, "expert": expert, "scores": counts(scores)}
                 for (method, rate, expert), scores in m.single.items()
             ],
-            "merged": [
-                {"method": method, "rate": rate, "scores": counts(scores)}
-                for (method, rate), scores in m.merged.items()
-            ],
+            "merged": [{**key._asdict(), "scores": counts(scores)} for key, scores in m.merged.items()],
         }
         for seed, m in measured.items()
     }
@@ -160,7 +160,7 @@ class _Tables:
         return list(dict.fromkeys((method, rate) for m in self.measured.values() for method, rate, _ in m.single))
 
     @property
-    def merges(self) -> list[tuple[str, float]]:
+    def merges(self) -> list[Merged]:
         return list(dict.fromkeys(key for m in self.measured.values() for key in m.merged))
 
     @property
@@ -202,14 +202,14 @@ class _Tables:
     def merge_ratios(self) -> ResultTable:
         number = MERGED_TABLES.get(self.experts)
         rows = {
-            self._merge_name(method, rate): [
+            self._merge_name(key): [
                 Cell(
-                    self._over_seeds(lambda m, tasks=tasks, key=(method, rate): _ratio(m.merged.get(key), m, tasks)),
-                    published=self.published(number, domain, method, rate),
+                    self._over_seeds(lambda m, tasks=tasks, key=key: _ratio(m.merged.get(key), m, tasks)),
+                    published=self.published(number, domain, key.method, key.rate),
                 )
                 for domain, tasks in self.domains.items()
             ]
-            for method, rate in self._merge_order()
+            for key in self._merge_order()
         }
         title = "Domain ratios of the merge of all experts (%)" + (
             f", like table {number} of the paper" if number else ""
@@ -225,7 +225,7 @@ class _Tables:
             "dense experts": [Cell.of_scores([m.experts[task.name] for m in self.dense_seeds]) for task in tasks],
         }
         for key in self._merge_order():
-            rows[self._merge_name(*key)] = [
+            rows[self._merge_name(key)] = [
                 Cell.of_scores([m.merged[key][task.name] for m in self.measured.values() if key in m.merged])
                 for task in tasks
             ]
@@ -269,12 +269,13 @@ class _Tables:
             return None
         return published.lookup(number, subject, method, rate)
 
-    def _merge_order(self) -> list[tuple[str, float]]:
+    def _merge_order(self) -> list[Merged]:
         """The highest rates first, as in the paper, after the methods that prune nothing."""
-        return sorted(self.merges, key=lambda key: (METHODS[key[0]].score is not None, -key[1]))
+        return sorted(self.merges, key=lambda key: (METHODS[key.method].score is not None, -key.rate))
 
-    def _merge_name(self, method: str, rate: float) -> str:
-        return f"{label(method)} {percent(rate)}" if METHODS[method].score else label(method)
+    def _merge_name(self, key: Merged) -> str:
+        name = label(key.method) + (f", {label(key.coefficients)}" if key.coefficients else "")
+        return f"{name} {percent(key.rate)}" if METHODS[key.method].score else name
 
 
 def _ratio(found: Scores | None, measured: Measurements, tasks: Sequence[Task]) -> float | None:

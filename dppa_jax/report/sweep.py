@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dppa_jax.candidates import Candidates
-from dppa_jax.config import MergeConfig, choose, default_partitions
+from dppa_jax.config import Coefficient, MergeConfig, choose, default_partitions
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.experiments import (
+    adamerging_figures,
+    adamerging_notes,
     announce,
     check_searched,
     domains_of,
     evaluation_of,
+    find_coefficients,
     finish,
     illustration,
     merge_and_report,
@@ -26,10 +29,13 @@ from dppa_jax.experiments import (
 from dppa_jax.jobs import JobConfig, check_outputs
 from dppa_jax.progress import steps
 from dppa_jax.report import figures, published
-from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.tables import ResultTable
+from dppa_jax.search.adamerging import AdaMerged
+from dppa_jax.search.coefficients import ADAMERGING, AdaMergingConfig
 from dppa_jax.search.dpa import Factors
+from dppa_jax.search.entropy import check_combine
 from dppa_jax.search.job import Searched, search_expert
 
 Domains = Mapping[str, Sequence[Task]]
@@ -41,12 +47,14 @@ class Sweep:
 
     Attributes:
       methods: of the tables of single experts.
-      merge_methods: of the table of merges of all experts.
+      merge_methods: of the table of merges of all experts; with "+adamerging", "+adamerging_layerwise" or
+        "+adamerging_linearwise" AdaMerging finds their coefficients.
       rates: of both; methods that prune nothing appear once.
       factors: DPA's, of the partitions from 0.9 down; a rate takes as many as it has partitions, and 1 for those that
         are not given. Empty where they are searched, for every method, rate and expert.
       q: by expert, for darex_q.
-      seeds: of the demo family and of random scores; cells are means over them.
+      seeds: of the demo family, of random scores and of the order of AdaMerging's prompts; cells are means over them.
+      adamerging: how AdaMerging finds coefficients, apart from granularity and seed.
     """
 
     methods: tuple[str, ...]
@@ -55,11 +63,16 @@ class Sweep:
     factors: Factors = ()
     q: Mapping[str, float] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0,)
+    adamerging: AdaMergingConfig = field(default_factory=AdaMergingConfig)
 
     def __post_init__(self):
-        for flag, names in (("--methods", self.methods), ("--merge_methods", self.merge_methods)):
-            for name in names:
-                choose(flag, name, METHODS)
+        for name in self.methods:
+            choose("--methods", name, METHODS)
+        for name in self.merge_methods:
+            method, _, coefficients = name.partition("+")
+            choose("--merge_methods", method, METHODS)
+            if coefficients:
+                choose("--merge_methods: the coefficients", coefficients, ADAMERGING)
         for rate in self.rates:
             if not 0.0 <= rate <= 1.0:
                 raise ValueError(f"--rates: {rate} is outside [0, 1]; it is the share that is removed.")
@@ -68,11 +81,21 @@ class Sweep:
 
 
 class Compared(NamedTuple):
-    """A model of the report; `expert` is None for the merge of all."""
+    """A model of the report; `expert` is None for the merge of all. `coefficients` is a key of ADAMERGING or empty."""
 
     method: str
     rate: float
     expert: str | None
+    coefficients: str = ""
+
+    @property
+    def has_seed(self) -> bool:
+        return METHODS[self.method].score == "random" or bool(self.coefficients)
+
+    @property
+    def name(self) -> str:
+        parts = self.expert or "merge", self.method, f"{self.rate:g}", self.coefficients
+        return "-".join(part for part in parts if part)
 
 
 @dataclass
@@ -84,6 +107,7 @@ class Measuring:
     domains: Domains
     candidates: Candidates
     searched: dict[Compared, Searched] = field(default_factory=dict)
+    adamerged: dict[Compared, AdaMerged] = field(default_factory=dict)
 
     def measure(self, advance, first: Measurements | None = None) -> Measurements:
         """Of this seed; only of models with random scores where `first` has measured the same models with another."""
@@ -95,12 +119,14 @@ class Measuring:
             for domain, tasks in self.domains.items():
                 found.experts.update(self.candidates.dense(domain, tasks))
         for model in compared(self.sweep, self.domains):
-            if first and METHODS[model.method].score != "random":
+            if first and not model.has_seed:
                 pass
             elif model.expert is None:
-                found.merged[model.method, model.rate] = self.scores(model, tuple(self.job.experts), every)
+                merged = Merged(model.method, model.rate, model.coefficients)
+                found.merged[merged] = self.scores(model, tuple(self.job.experts), every)
             else:
-                found.single[model] = self.scores(model, (model.expert,), self.domains[model.expert])
+                single = (model.method, model.rate, model.expert)
+                found.single[single] = self.scores(model, (model.expert,), self.domains[model.expert])
             advance()
         return found
 
@@ -108,16 +134,25 @@ class Measuring:
         config = config_of(model, experts, self.job.merge, self.sweep)
         if METHODS[model.method].scale == "partition":
             config = replace(config, factors={name: self.factors(model, name) for name in experts})
-        name = f"{model.expert or 'merge'}, {model.method} {model.rate:g}"
-        return self.candidates.merged(name, self.candidates.merger(config), tasks)
+        if model.coefficients:
+            config = replace(config, coefficients=self.coefficients(model, config))
+        return self.candidates.merged(model.name, self.candidates.merger(config), tasks)
+
+    def coefficients(self, model: Compared, config: MergeConfig) -> Mapping[str, Coefficient]:
+        seed = self.job.merge.seed
+        given = replace(self.sweep.adamerging, granularity=ADAMERGING[model.coefficients], seed=seed)
+        place = Path(self.job.workdir) / f"{model.name}-seed{seed}"
+        self.adamerged[model] = find_coefficients(self.candidates, self.domains, config, given, place)
+        return self.adamerged[model].coefficients
 
     def factors(self, model: Compared, expert: str) -> Factors:
-        if not self.job.search:
+        given = self.job.search.given.get(expert) if self.job.search else self.sweep.factors
+        if given is not None:
             if METHODS[model.method].score == "random":
                 return ()  # MergeConfig's, which are of another size than those of magnitudes
             partitions = len(default_partitions(model.rate))
-            return (*self.sweep.factors, *[1.0] * partitions)[:partitions]
-        alone = Compared(model.method, model.rate, expert)
+            return (*given, *[1.0] * partitions)[:partitions]
+        alone = Compared(model.method, model.rate, expert)  # whose factors the merges take, too
         if alone not in self.searched:
             place = Path(self.job.workdir) / f"{model.method}-{model.rate:g}-seed{self.job.merge.seed}"
             config = config_of(alone, (expert,), self.job.merge, self.sweep)
@@ -152,6 +187,8 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
             job.search.config(config).ranges(len(config.partitions))
             if model.expert is None:
                 check_searched(job, domains)
+        if model.coefficients:
+            check_combine(config)
 
 
 def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
@@ -164,9 +201,11 @@ def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
     if demo:
         families(sweep.seeds)  # trained side by side where they are missing
     searched: dict[int, dict[Compared, Searched]] = {}
+    adamerged: dict[int, dict[Compared, AdaMerged]] = {}
     measured: dict[int, Measurements] = {}
     with evaluation_of(job) as evaluation:
-        announce(evaluation, job.evaluation, job.search)
+        finds = any(model.coefficients for model in compared(sweep, domains))
+        announce(evaluation, job.evaluation, job.search, sweep.adamerging if finds else job.adamerging)
         if job.output:
             with Candidates(job, evaluation) as candidates:
                 merge_and_report(replace(job, workdir=str(Path(job.workdir) / "merge")), candidates, domains)
@@ -177,17 +216,18 @@ def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
                 with Candidates(of_seed, evaluation) as candidates:
                     measuring = Measuring(of_seed, sweep, domains, candidates)
                     first = None if demo or not measured else measured[sweep.seeds[0]]
-                    measured[seed], searched[seed] = measuring.measure(advance, first), measuring.searched
+                    measured[seed] = measuring.measure(advance, first)
+                    searched[seed], adamerged[seed] = measuring.searched, measuring.adamerged
         models = {"base": job.base, **job.experts}
         tables = paper_tables(measured, domains, len(job.experts), published.is_papers(job.base, job.experts))
         run = run_of("Methods and rates", job.command, models, job.evaluation, evaluation, tables)
-    first = {f"{m.method}-{m.rate:g}-{m.expert}": one for m, one in searched[sweep.seeds[0]].items()}
-    everything = {str(s): {"-".join(map(str, m)): one.as_dict() for m, one in of.items()} for s, of in searched.items()}
+    first = {model.name: one for model, one in searched[sweep.seeds[0]].items()}
+    found = {model.name: one for model, one in adamerged[sweep.seeds[0]].items()}
     run = replace(
         run,
-        figures=[*_rate_figures(measured, domains, sweep), *search_figures(first)],
-        data={"measured": raw(measured), "searches": everything},
-        notes=search_notes(first),
+        figures=[*_rate_figures(measured, domains, sweep), *search_figures(first), *adamerging_figures(found)],
+        data={"measured": raw(measured), "searches": _by_seed(searched), "adamerging": _by_seed(adamerged)},
+        notes=[*search_notes(first), *(adamerging_notes(sweep.adamerging) if finds else [])],
     )
     finish(Path(job.workdir), run)
     return tables
@@ -198,8 +238,14 @@ def compared(sweep: Sweep, domains: Domains) -> Iterator[Compared]:
     for method, rate in _rows(sweep.methods, sweep.rates):
         for expert in domains:
             yield Compared(method, rate, expert)
-    for method, rate in _rows(sweep.merge_methods, sweep.rates):
-        yield Compared(method, rate, None)
+    for name in sweep.merge_methods:
+        method, _, coefficients = name.partition("+")
+        for _, rate in _rows([method], sweep.rates):
+            yield Compared(method, rate, None, coefficients)
+
+
+def _by_seed(found: Mapping[int, Mapping[Compared, Searched | AdaMerged]]) -> dict:
+    return {str(seed): {model.name: one.as_dict() for model, one in of.items()} for seed, of in found.items()}
 
 
 def _rows(methods: Sequence[str], rates: Sequence[float]) -> Iterator[tuple[str, float]]:

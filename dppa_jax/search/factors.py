@@ -1,6 +1,7 @@
 """What the flags of a search of factors say."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from dppa_jax.config import MergeConfig, choose
 from dppa_jax.demo.text import Split
@@ -14,6 +15,7 @@ class FactorSearch:
     Attributes:
       split: "validation", or "test" to choose by what is reported, as the paper did.
       limit: items per task; None for all of the split.
+      given: factors of experts that are not searched, one for each partition.
     """
 
     rule: str = "parabola"
@@ -25,6 +27,7 @@ class FactorSearch:
     max_evaluations: int = 200
     split: Split = "validation"
     limit: int | None = None
+    given: Mapping[str, Factors] = field(default_factory=dict)
 
     def __post_init__(self):
         choose("--search_split", self.split, ("validation", "test"))

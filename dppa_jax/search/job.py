@@ -72,11 +72,14 @@ class Searched:
 def search_factors(
     candidates: Candidates, domains: Mapping[str, list[Task]], given: FactorSearch, merge: MergeConfig, workdir: Path
 ) -> dict[str, Searched]:
-    """The best factors of every domain's expert, each by its own tasks. What is found is in `workdir` at once."""
+    """The best factors of every domain's expert, each by its own tasks, but for those whose factors are given.
+
+    What is found is in `workdir` at once.
+    """
     return {
         name: search_expert(candidates, name, domains[name], given, merge, workdir)
         for name in merge.experts
-        if name in domains
+        if name in domains and name not in given.given
     }
 
 

@@ -2,7 +2,7 @@
 
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import by_domain
-from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.published import DENSE, published
 
 TOTALS = {"gsm8k": 1319, "math": 5000, "fiqa_sa": 235, "fpb": 970, "scotus": 60, "unfair_tos": 172}
@@ -27,7 +27,7 @@ def as_the_paper() -> Measurements:
             single[p.column, p.rate, p.subject] = scores({task: DENSE[task] * p.value for task in tasks})
         elif p.table == 5:
             found = scores({task: DENSE[task] * p.value for task in tasks})
-            merged.setdefault((p.column, p.rate), {}).update(found)
+            merged.setdefault(Merged(p.column, p.rate), {}).update(found)
     return Measurements(scores(dict.fromkeys(TOTALS, 0.1)), scores(DENSE), single, merged)
 
 
@@ -51,9 +51,10 @@ def two_seeds() -> dict[int, Measurements]:
                 ("dare", 0.8, "finance"): finance(180, 160),
             },
             {
-                ("dare", 0.8): of(40, 50, 90, 80),
-                ("ties", 0.8): of(80, 100, 90 + shift, 80 + shift),
-                ("task_arithmetic", 0.0): of(160, 200, 180, 160),
+                Merged("dare", 0.8): of(40, 50, 90, 80),
+                Merged("ties", 0.8): of(80, 100, 90 + shift, 80 + shift),
+                Merged("dare", 0.8, "adamerging"): of(60, 75, 90, 80),
+                Merged("task_arithmetic", 0.0): of(160, 200, 180, 160),
             },
         )
         for seed, shift in ((0, 0), (1, 20))

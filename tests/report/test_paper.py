@@ -7,7 +7,7 @@ import pytest
 from report_runs import DOMAINS, PAIR, as_the_paper, two_seeds
 
 from dppa_jax.evaluate.scores import Score
-from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.paper import evaluated, paper_tables, published_merge, raw
 from dppa_jax.report.published import published
 
@@ -38,6 +38,7 @@ def test_a_merge_of_two_experts_is_table_6_with_every_method_measured():
         "| Task arithmetic | 100.0 ± 0.0 | 100.0 ± 0.0 |",
         "| DARE 80 % | 25.0 ± 0.0 | 50.0 ± 0.0 |",
         "| TIES 80 % | 50.0 ± 0.0 | 55.9 ± 8.3 |",
+        "| DARE, AdaMerging 80 % | 37.5 ± 0.0 | 50.0 ± 0.0 |",
     ]
 
 
@@ -142,7 +143,7 @@ def test_dense_accuracies_beside_ours_are_said_to_be_deduced():
 def test_one_evaluated_merge():
     m = two_seeds()[0]
     experts = m.experts | {"trend": Score(0, 200)}
-    table = evaluated(m.base, experts, m.merged["ties", 0.8], PAIR)
+    table = evaluated(m.base, experts, m.merged[Merged("ties", 0.8)], PAIR)
     assert body(table) == [
         "| **Math** |  |  |  |  |",
         "| addition | 10.0 [6.6, 14.9] | 80.0 [73.9, 85.0] | 40.0 [33.5, 46.9] | 50.0 |",
@@ -161,6 +162,7 @@ def test_raw_scores_are_json():
     assert found["1"]["merged"][1] == {
         "method": "ties",
         "rate": 0.8,
+        "coefficients": "",
         "scores": {
             "addition": {"correct": 80, "total": 200},
             "comparison": {"correct": 100, "total": 200},
