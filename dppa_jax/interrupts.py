@@ -4,10 +4,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PAUSE = 0.1  # seconds until a dropped signal is sent again
 
 _received: list[BaseException] = []
+_holding = False
 
 
 def end_on_signals() -> None:
@@ -28,9 +31,22 @@ def check() -> None:
         raise _received[0]
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """A signal ends the run after the block and not within it, so that what the block makes gets its name."""
+    global _holding
+    _holding = True
+    try:
+        yield
+    finally:
+        _holding = False
+    check()
+
+
 def _end(number: int, _) -> None:
     _received[:] = [KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)]
-    raise _received[0]
+    if not _holding:
+        raise _received[0]
 
 
 def _unraisable(dropped) -> None:

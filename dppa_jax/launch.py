@@ -37,6 +37,9 @@ def main(argv: list[str]) -> None:
 
 
 def _run(job: str) -> None:
+    taken = resolved_flags()["expert"]
+    for replaced in (text for text in FLAGS.expert if text not in taken):
+        logging.info("--expert=%s is replaced by a later one of that name", replaced)
     _keep_compilations()
     _keep_memory()
     if FLAGS.evaluator == "vllm":  # JAX would take most of a GPU's memory, which vLLM needs
@@ -335,7 +338,8 @@ def _rates(given: list[str]) -> tuple[float, ...]:
 
 
 def resolved_flags() -> Mapping:
-    return {name: FLAGS[name].value for group in GROUPS.values() for name, *_ in group}
+    found = {name: FLAGS[name].value for group in GROUPS.values() for name, *_ in group}
+    return found | {"expert": [f"{name}={where}" for name, where in _experts(FLAGS.expert).items()]}
 
 
 def command() -> str:
@@ -352,13 +356,16 @@ def command() -> str:
 
 
 def _experts(given: list[str]) -> dict[str, str]:
-    experts = {}
+    """The experts by name; a later place of the same name counts, so that a flagfile's can be replaced.
+
+    >>> _experts(["math=GAIR/Abel-7B-001", "law=AdaptLLM/law-chat", "math=/models/abel"])
+    {'math': '/models/abel', 'law': 'AdaptLLM/law-chat'}
+    """
+    experts: dict[str, str] = {}
     for text in given:
         name, equals, where = text.partition("=")
         if not equals or not name or not where:
             raise ValueError(f"--expert={text}: give NAME=WHERE, for example --expert=math=GAIR/Abel-7B-001.")
-        if name in experts:
-            raise ValueError(f"--expert: the name {name!r} is given twice; names must differ.")
         experts[name] = where
     return experts
 

@@ -93,7 +93,7 @@ class Merger:
         norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
         quiet: bool = False,
     ):
-        specs = check_compatible(base, experts)
+        specs = check_compatible(base, experts, quiet)
         for rules, flag in (
             (config.tensor_rates, "--tensor_rate"),
             (config.tensor_coefficients, "--tensor_coefficient"),
@@ -219,7 +219,7 @@ def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
     return DTYPES[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
 
 
-def check_compatible(base: Any, experts: Mapping[str, Any]) -> Mapping[str, TensorSpec]:
+def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Mapping[str, TensorSpec]:
     """The tensors to merge: the base's. Experts must have them all, in the base's shapes but for added vocabulary.
 
     Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
@@ -243,7 +243,8 @@ def check_compatible(base: Any, experts: Mapping[str, Any]) -> Mapping[str, Tens
             vocabulary = tensor in ("model.embed_tokens.weight", "lm_head.weight")
             if vocabulary and found.shape[1:] == spec.shape[1:] and found.shape[0] > spec.shape[0]:
                 extra = found.shape[0] - spec.shape[0]
-                logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
+                if not quiet:
+                    logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
                 continue
             raise CheckpointError(
                 f"expert {name!r}: {tensor} has shape {found.shape}, base has {spec.shape}: different base model? "

@@ -1,8 +1,8 @@
 """The paper's models in small: LLaMA-2-7B and its three experts as they lie in the hub's cache, 64 wide.
 
-As there: 32000 rows of vocabulary and 32001 of the experts, whose extra token is for padding; float16, or bfloat16 of
-Abel; several files with an index, and rotary buffers in the base's; chat templates of finance and law only.
-The experts know the answers to the questions of `write_questions` and nothing else.
+As there: 32000 rows of vocabulary, and 32001 of the experts, whose extra token is for padding; several files with an
+index; rotary buffers among the base's tensors; chat templates of finance and law only. float16, but for one expert in
+bfloat16, so that dtypes differ. The experts know the answers to the questions of `write_questions` and nothing else.
 """
 
 import json

@@ -177,7 +177,7 @@ BAD_VALUES = {
     "--max_shard_size=0": "--max_shard_size=0: a number of bytes",
     "--block_layers=-1": "--block_layers=-1: 1 or more layers at a time, or 0 to choose",
     "--device_memory=-1": "--device_memory=-1: GB of one device, or 0 to ask it",
-    "--expert=law=elsewhere": "--expert: the name 'law' is given twice; names must differ",
+    "--expert=law=elsewhere": "elsewhere: no such directory, and not of the form owner/name of a hub id",
     "--expert=elsewhere": "--expert=elsewhere: give NAME=WHERE, for example --expert=math=GAIR/Abel-7B-001",
     "--expert==elsewhere": "--expert==elsewhere: give NAME=WHERE",
     "--expert=base=elsewhere": "--expert: 'base' cannot name an expert",

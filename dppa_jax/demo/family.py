@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dppa_jax.cache import cache_directory
+from dppa_jax.cache import cache_directory, sources_digest
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.demo.text import TASKS, general_text, stream
 from dppa_jax.demo.tokenizer import save_tokenizer
@@ -65,15 +65,9 @@ def families(seeds: Sequence[int]) -> list[Path]:
 
 def fingerprint() -> str:
     """Of what determines the weights: our code and the compiler."""
-    package = Path(__file__).parent.parent
-    sources = [
-        *sorted(package.glob("demo/*.py")),
-        package / "finetune/data.py",
-        package / "finetune/train.py",
-        package / "model/llama.py",
-    ]
-    content = b"".join(source.read_bytes() for source in sources)
-    return hashlib.sha256(jax.__version__.encode() + content).hexdigest()[:12]
+    training = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/llama.py")
+    sources = sources_digest(Path(__file__).parent.parent, "demo/*.py", *training)
+    return hashlib.sha256(f"{jax.__version__} {sources}".encode()).hexdigest()[:12]
 
 
 def build(places: dict[int, Path]) -> None:

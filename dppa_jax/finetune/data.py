@@ -32,7 +32,8 @@ class Rows(NamedTuple):
     learned: Bool[np.ndarray, "*N T"]
     positions: Int[np.ndarray, "*N T"] | None = None
 
-    def take(self, at) -> "Rows":
+    def take(self, at: slice | Int[np.ndarray, "n"]) -> "Rows":
+        """The rows at these places."""
         return Rows(*(None if array is None else array[at] for array in (self.tokens, self.learned, self.positions)))
 
     @property
@@ -42,8 +43,12 @@ class Rows(NamedTuple):
 
 def read_examples(path: Path | str) -> list[Example]:
     """The examples of a file of JSON lines; other keys than "prompt" and "completion" are ignored."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}.") from error
     examples = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:

@@ -3,11 +3,10 @@
 import hashlib
 import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -17,16 +16,19 @@ from absl import logging
 from dppa_jax.cache import digest, sources_digest
 from dppa_jax.checkpoint import DTYPES, SafetensorsDirectory, load_tree, locate, save_tree
 from dppa_jax.checkpoint.recipe import library_versions
-from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, output_directory
+from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, check_space, output_directory
+from dppa_jax.config import choose
 from dppa_jax.evaluate.evaluation import EvaluationConfig
+from dppa_jax.finetune.checkpoints import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, AdamW, State, TrainConfig, Trainer
+from dppa_jax.interrupts import held
 from dppa_jax.jobs import check_apart
 from dppa_jax.model import LlamaConfig
 from dppa_jax.progress import steps
 from dppa_jax.sharding import make_mesh
 
-KEPT = 2  # checkpoints: the older one where the newer was being written
+STATE_BYTES = 12  # of a parameter: weight and two moments in float32
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,9 @@ class FinetuneConfig:
         for flag, value in (("checkpoint_every", self.checkpoint_every), ("eval_every", self.eval_every)):
             if value < 0:
                 raise ValueError(f"--{flag}={value}: a number of steps, or 0 for never.")
+        if self.output_dtype:
+            choose("--output_dtype", self.output_dtype, DTYPES)
+        self.training(rows=1)  # checks what it is given
 
     def training(self, rows: int) -> TrainConfig:
         """How to train on so many rows."""
@@ -105,27 +110,34 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     """Train, and write a Hugging Face directory; returns what was logged: loss, tokens a second, loss on `eval_data`.
 
     The state is kept in `job.workdir` every `checkpoint_every` steps and when a signal ends the run. The same command
-    goes on from there, to the same bits; a change of the inputs, of an option or of the code starts anew.
+    goes on from there, to the same bits; a change of the inputs, of an option or of the code starts anew. On another
+    mesh it goes on as well, to the same weights but for rounding.
     """
     started = time.perf_counter()
     output_directory(job.output, job.overwrite)
+    mesh = make_mesh(job.mesh, TRAIN_AXES)
     source = locate(job.base, job.seed)
     check_apart({"--output": job.output}, {"base": source})
     examples, checked = (_read(files) for files in (job.data, job.eval_data))
     check_held_out(job.held_out, examples)
-    rows, eval_rows = _rows(job, source, examples), _rows(job, source, checked) if checked else None
-    options = job.training(rows.count)
     hf_config, tree = load_tree(source)
-    trainer = Trainer(LlamaConfig.from_hf(hf_config), options, make_mesh(job.mesh, TRAIN_AXES))
+    config, tokenizer = LlamaConfig.from_hf(hf_config), _tokenizer(source)
+    rows = _rows(job, tokenizer, config, examples)
+    eval_rows = _rows(job, tokenizer, config, checked) if checked else None
+    options = job.training(rows.count)
+    trainer = Trainer(config, options, mesh)
+    dtypes = jax.tree.map(lambda weight: DTYPES[job.output_dtype] if job.output_dtype else weight.dtype, tree)
+    _check_space(job, tree, dtypes)
     logging.info(
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
-        len(examples), rows.count, job.length, 100 * _filled(rows), options.steps, options.batch_size,
+        len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
     )  # fmt: skip
-    key = fingerprint(job, options, source, rows, trainer)
+    key = fingerprint(job, options, source, rows, eval_rows)
     with checkpoints(Path(job.workdir) / f"finetune-{key[:12]}", job.checkpoint_every) as kept:
-        state, log = _trained(job, trainer, tree, rows, eval_rows, kept)
-        dtype = DTYPES[job.output_dtype] if job.output_dtype else None
-        tree = jax.tree.map(lambda new, old: np.asarray(new).astype(dtype or old.dtype), state.tree, tree)
+        state, log = kept.restore(trainer) or (trainer.start(tree), [])
+        del tree  # the state has its own copy
+        state, log = _trained(job, trainer, state, log, rows, eval_rows, kept)
+        tree = jax.tree.map(lambda weight, dtype: np.asarray(weight).astype(dtype), state.tree, dtypes)
         seconds = time.perf_counter() - started
         record = _record(job, options, source, log, seconds)
         save_tree(job.output, tree, hf_config, source, job.max_shard_size, job.overwrite, {"finetune.json": record})
@@ -135,37 +147,58 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
 
 
 def _trained(
-    job: FinetuneConfig, trainer: Trainer, tree: dict, rows: Rows, eval_rows: Rows | None, kept: "Checkpoints"
+    job: FinetuneConfig,
+    trainer: Trainer,
+    state: State,
+    log: list[dict],
+    rows: Rows,
+    eval_rows: Rows | None,
+    kept: Checkpoints,
 ) -> tuple[State, list[dict]]:
-    options, every = trainer.options, job.checkpoint_every
-    state, log = kept.restore(trainer) or (trainer.start(tree), [])
-    first = done = log[-1]["step"] if log else 0
+    """From a state on to the last step. A signal may come at any point: what it finds whole is kept."""
+    options, first = trainer.options, state.steps
     if first:
         logging.info("goes on after step %d", first)
     order = batches(rows.count, options.batch_size, options.steps, options.seed, first)
     pace = Pace(options.steps)
     try:
         with steps("train", options.steps - first, "steps") as advance:
-            for number, batch in enumerate(order, first):
+            for done, batch in enumerate(order, first + 1):
                 part = rows.take(batch)
-                state, loss = trainer.step(state, number, part)
-                done = number + 1
+                with held():  # else a signal finds the old state used up and the new one nameless
+                    state, loss = trainer.step(state, done - 1, part)
                 pace.add(part)
-                evaluated = eval_rows is not None and (done == options.steps or _is_due(done, job.eval_every))
-                if evaluated or done == options.steps or _is_due(done, every) or _is_due(done, STEPS_PER_REPORT):
-                    entry = {"step": done, "loss": float(loss), **pace.entry()}
+                last, due = done == options.steps, _is_due(done, job.checkpoint_every)
+                evaluated = eval_rows is not None and (last or _is_due(done, job.eval_every))
+                if evaluated or last or due or _is_due(done, STEPS_PER_REPORT):
+                    entry = {"step": done, "loss": _finite(float(loss), done), **pace.entry()}
                     if evaluated:
                         entry["eval_loss"] = trainer.loss(state, eval_rows)
                     log.append(entry)
                     pace.tell(entry)
-                if _is_due(done, every) and done < options.steps:
-                    kept.save(done, state, log)
+                if due and not last:
+                    kept.save(state, log)
                 advance()
     except (KeyboardInterrupt, SystemExit):
-        if every and log and log[-1]["step"] == done:
-            kept.save(done, state, log)
+        if job.checkpoint_every and not _given_away(state) and 0 < state.steps < options.steps:
+            kept.save(state, log)
+            logging.info("kept the state after step %d; the same command goes on from there", state.steps)
         raise
     return state, log
+
+
+def _given_away(state: State) -> bool:
+    """Has a step taken its memory, and a signal come before the new state had its name?"""
+    return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step}: --learning_rate is too high for this model and data, or a weight of "
+            f"--base is not finite."
+        )
+    return loss
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -198,67 +231,27 @@ class Pace:
         self._taken, self._tokens, self._since = 0, 0, time.perf_counter()
 
 
-class Checkpoints:
-    """States of one training, kept by Orbax: each restores to the same bits, onto any mesh."""
-
-    def __init__(self, directory: Path, manager):
-        self.directory, self._manager = directory, manager
-
-    def restore(self, trainer: Trainer) -> tuple[State, list[dict]] | None:
-        """The newest state with what was logged until then; None where there is none."""
-        import orbax.checkpoint as ocp
-
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        wanted = ocp.args.Composite(
-            state=ocp.args.StandardRestore(trainer.abstract()._asdict()), log=ocp.args.JsonRestore()
-        )
-        found = self._manager.restore(step, args=wanted)
-        return State(**found["state"]), found["log"]["entries"]
-
-    def save(self, step: int, state: State, log: Sequence[Mapping]) -> None:
-        import orbax.checkpoint as ocp
-
-        content = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), log=ocp.args.JsonSave({"entries": list(log)})
-        )
-        self._manager.save(step, args=content, force=True)
-        self._manager.wait_until_finished()  # the next step uses the state's memory again
-
-    def finished(self) -> None:
-        """The output is written: nothing is left to go on with."""
-        self._manager.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
-@contextmanager
-def checkpoints(directory: Path, every: int) -> Iterator[Checkpoints]:
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=bool(every), enable_async_checkpointing=False)
-    with ocp.CheckpointManager(directory.resolve(), options=options) as manager:
-        yield Checkpoints(directory, manager)
-
-
-def fingerprint(job: FinetuneConfig, options: TrainConfig, source: Path, rows: Rows, trainer: Trainer) -> str:
-    """Of all that decides the bits of the result."""
+def fingerprint(job: FinetuneConfig, options: TrainConfig, source: Path, rows: Rows, eval_rows: Rows | None) -> str:
+    """Of all that decides what is learned and logged, apart from the devices."""
     model = SafetensorsDirectory(source)
     weights = model.content_digest()
     model.close()
-    learned = [hashlib.sha256(array.tobytes()).hexdigest() for array in rows if array is not None]
-    package = Path(__file__).parent.parent
-    code = [jax.__version__, sources_digest(package, "finetune/*.py", "model/llama.py")]
-    return digest([code, weights, learned, asdict(options), dict(trainer.mesh.shape), job.length])
+    arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
+    tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
+    code = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/llama.py")
+    versions = [version(library) for library in ("jax", "optax", "grain")]
+    sources = sources_digest(Path(__file__).parent.parent, *code)
+    return digest([versions, sources, weights, tokens, asdict(options), job.length])
 
 
 def check_held_out(tasks: EvaluationConfig, examples: Sequence[Example]) -> None:
-    """Refuse examples that ask what a task of --evaluate asks, in any of its splits."""
-    asked = {example.prompt.strip() for example in examples}
+    """Refuse examples that ask, from the start of a line on, what a task of --evaluate asks in any of its splits."""
+    learned = "".join(f"\n{prompt}{completion}" for prompt, completion in examples)
+    options = replace(tasks.options, limit=None)
     for task in tasks.every_task:
-        for split in task.load(tasks.options):
-            for item in task.items(tasks.options, split):
-                if item.prompt.strip() in asked:
+        for split, items in task.load(options).items():
+            for item in items:
+                if f"\n{item.prompt.strip()}" in learned:
                     raise ValueError(
                         f"--train_data holds the {split} item {item.id!r} of {task.name}: {item.prompt[:80]!r}; what "
                         f"is evaluated must not be learned. Take it out."
@@ -269,15 +262,34 @@ def _read(files: Sequence[str]) -> list[Example]:
     return [example for file in files for example in read_examples(file)]
 
 
-def _rows(job: FinetuneConfig, source: Path, examples: Sequence[Example]) -> Rows:
+def _tokenizer(source: Path):
     from transformers import AutoTokenizer  # takes a second
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: its tokenizer has no end-of-sequence token, by which completions end.")
+    return tokenizer
+
+
+def _rows(job: FinetuneConfig, tokenizer, config: LlamaConfig, examples: Sequence[Example]) -> Rows:
     if job.pack:
-        return encode_packed(examples, tokenizer, job.length, job.seed)
-    return encode(examples, tokenizer, job.length)
+        rows = encode_packed(examples, tokenizer, job.length, job.seed)
+    else:
+        rows = encode(examples, tokenizer, job.length)
+    if not rows.learned[:, 1:].any():
+        raise ValueError(f"--train_length={job.length}: no completion begins within a row; make rows longer.")
+    highest = rows.tokens[_present(rows)].max()
+    if highest >= config.vocab_size:  # which no array access would notice
+        raise ValueError(f"--base: its tokenizer gave the token {highest}, its vocab_size is {config.vocab_size}.")
+    return rows
+
+
+def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
+    """Refuse, before hours of training, what does not fit on the disks."""
+    sizes = [weight.size for weight in jax.tree.leaves(tree)]
+    written = sum(size * dtype.itemsize for size, dtype in zip(sizes, jax.tree.leaves(dtypes), strict=True))
+    kept = (KEPT + 1) * STATE_BYTES * sum(sizes) if job.checkpoint_every else 0
+    check_space({Path(job.output).resolve(): written, Path(job.workdir).resolve(): kept})
 
 
 def _present(rows: Rows) -> np.ndarray:
@@ -286,10 +298,6 @@ def _present(rows: Rows) -> np.ndarray:
         return np.flip(np.maximum.accumulate(np.flip(rows.learned, -1), -1), -1)
     following = np.concatenate([rows.positions[:, 1:] > 0, np.zeros((len(rows.positions), 1), bool)], -1)
     return (rows.positions > 0) | following
-
-
-def _filled(rows: Rows) -> float:
-    return float(_present(rows).mean())
 
 
 def _record(job: FinetuneConfig, options: TrainConfig, source: Path, log: Sequence[Mapping], seconds: float) -> str:

@@ -33,27 +33,21 @@ Splits = dict[str, list[Row]]
 def gsm8k(source: Path) -> Splits:
     """Abel learns worked solutions; the calculator's marks are left out of them."""
     solutions = {row["id"]: row["solution"] for row in read_rows(source / "gsm8k_train_solutions.jsonl")}
+    test = read_rows(source / "gsm8k_test.jsonl")
     rows = [
         {**row, "completion": re.sub(r"<<.*?>>", "", solutions[row["id"]])}
-        for row in read_rows(source / "gsm8k_train.jsonl")
+        for row in without(test, read_rows(source / "gsm8k_train.jsonl"))
     ]
-    return {
-        "train": rows[:-VALIDATION],
-        "validation": rows[-VALIDATION:],
-        "test": read_rows(source / "gsm8k_test.jsonl"),
-    }
+    validation = rows[-VALIDATION:]
+    return {"train": without(validation, rows), "validation": validation, "test": test}
 
 
 def fpb(source: Path) -> Splits:
     rows = [{**row, "completion": f" {row['answer']}"} for row in read_rows(source / "fpb.jsonl")]
-    tested = {row["question"] for row in rows[:FPB_TEST]}
-    rest = in_random_order([row for row in rows[FPB_TEST:] if row["question"] not in tested])
-    asked = {row["question"] for row in rest[:VALIDATION]}
-    return {
-        "train": [row for row in rest[VALIDATION:] if row["question"] not in asked],
-        "validation": rest[:VALIDATION],
-        "test": rows[:FPB_TEST],
-    }
+    test = rows[:FPB_TEST]
+    rest = in_random_order(without(test, rows))
+    validation = rest[:VALIDATION]
+    return {"train": without(validation, rest), "validation": validation, "test": test}
 
 
 def unfair_tos(source: Path) -> Splits:
@@ -66,14 +60,16 @@ def unfair_tos(source: Path) -> Splits:
     place = {row["question"]: number for number, row in enumerate(reversed(labelled))}  # the same question, one place
     first = round(UNFAIR_SHARES["train"] * len(labelled))
     second = first + round(UNFAIR_SHARES["validation"] * len(labelled))
-    of = lambda low, high: [row for row in labelled if low <= place[row["question"]] < high]  # noqa: E731
-    train, validation, test = of(0, first), of(first, second), of(second, len(labelled))
-    questions = {row["question"] for row in labelled}
-    without = [row for row in rows if row["answer"] == "None" and row["question"] not in questions]
+
+    def placed(low: int, high: int) -> list[Row]:
+        return [row for row in labelled if low <= place[row["question"]] < high]
+
+    train = placed(0, first)
+    unlabelled = without(labelled, [row for row in rows if row["answer"] == "None"])
     return {
-        "train": train + without[: round(NONE_PER_LABEL * len(train))],
-        "validation": validation,
-        "test": test,
+        "train": train + unlabelled[: round(NONE_PER_LABEL * len(train))],
+        "validation": placed(first, second),
+        "test": placed(second, len(labelled)),
     }
 
 
@@ -103,6 +99,12 @@ def prompt(task: str, row: Row) -> str:
     return TASKS[task].kind.ask(TaskOptions(), Item(row["id"], question, (row["answer"],)))
 
 
+def without(others: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """The rows whose question none of the others asks."""
+    asked = {row["question"] for row in others}
+    return [row for row in rows if row["question"] not in asked]
+
+
 def in_random_order(rows: Sequence[Row]) -> list[Row]:
     """By a hash of the question, whatever order they come in."""
     return sorted(rows, key=lambda row: hashlib.sha256(row["question"].encode()).digest())
@@ -125,7 +127,10 @@ def main() -> None:
         sys.exit(__doc__)
     logging.set_verbosity(logging.INFO)
     logging.set_stderrthreshold("info")
-    write_splits(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        write_splits(Path(sys.argv[1]), Path(sys.argv[2]))
+    except OSError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -28,12 +28,18 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW apart from its learning rate, which changes from step to step."""
+    """AdamW, decay of all weights included, apart from its learning rate, which changes from step to step."""
 
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
+
+    def __post_init__(self):
+        if not 0.0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"--weight_decay={self.weight_decay}: it must be a number of 0 or more.")
+        if not self.max_gradient_norm > 0.0:
+            raise ValueError(f"--max_gradient_norm={self.max_gradient_norm}: it must be above 0; inf for no limit.")
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(
@@ -83,6 +89,11 @@ class TrainConfig:
         if not 0.0 <= self.learning_rate < float("inf"):
             raise ValueError(f"--learning_rate={self.learning_rate}: it must be a number of 0 or more.")
 
+    @property
+    def rows_together(self) -> int:
+        """That go through the model at a time."""
+        return self.batch_size // self.accumulate
+
     def learning_rates(self) -> Float[np.ndarray, "steps"]:
         warmup = max(1, round(self.warmup * self.steps))
         schedule = optax.warmup_cosine_decay_schedule(
@@ -97,6 +108,11 @@ class State(NamedTuple):
     tree: dict
     moments: Any
 
+    @property
+    def steps(self) -> int:
+        """Taken so far."""
+        return int(optax.tree.get(self.moments, "count"))
+
 
 class Trainer:
     """Takes steps; what is compiled is shared by trainers that differ in nothing but schedule and seed.
@@ -110,10 +126,10 @@ class Trainer:
     def __init__(self, config: LlamaConfig, options: TrainConfig, mesh: Mesh | None = None):
         self.config, self.options = config, options
         self.mesh = mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), TRAIN_AXES)
-        if options.batch_size // options.accumulate % self.mesh.size:
+        if options.rows_together % self.mesh.size:
             raise ValueError(
-                f"--train_batch_size={options.batch_size}: a {options.accumulate}th of it, the rows that go through "
-                f"the model together, must be a multiple of the {self.mesh.size} devices."
+                f"--train_batch_size={options.batch_size}, --accumulate={options.accumulate}: the rows that go through "
+                f"the model together, {options.rows_together}, must be a multiple of the {self.mesh.size} devices."
             )
         self.rates = options.learning_rates()
         self._update, self._loss = compiled(
@@ -127,8 +143,8 @@ class Trainer:
     def start(self, tree: dict) -> State:
         """Float32 copies of the weights, and moments of 0."""
         tree = jax.device_put(jax.tree.map(lambda w: np.array(w, np.float32), tree), self.shardings.tree)
-        moments = jax.device_put(self.options.optimizer.transform().init(tree), self.shardings.moments)
-        return State(tree, moments)
+        init = jax.jit(self.options.optimizer.transform().init, out_shardings=self.shardings.moments)
+        return State(tree, init(tree))
 
     def abstract(self) -> State:
         """Shapes, dtypes and shardings of a state, without one."""
@@ -147,13 +163,11 @@ class Trainer:
 
     def loss(self, state: State, rows: Rows) -> float:
         """Mean cross-entropy, in nats, of the learned tokens of all rows."""
-        size = max(self.mesh.size, self.options.batch_size // self.options.accumulate)
         total = count = 0.0
-        for start in range(0, rows.count, size):
-            part = rows.take(slice(start, start + size))
-            if part.count < size:  # rows of which nothing is learned fill the last batch
-                part = part.take(np.arange(size) % part.count)
-                part.learned[rows.count - start :] = False
+        for start in range(0, rows.count, self.options.rows_together):
+            at = np.arange(start, start + self.options.rows_together)
+            part = rows.take(at % rows.count)  # rows of which nothing is learned fill the last batch
+            part = part._replace(learned=part.learned & (at < rows.count)[:, None])
             surprise, learned = self._loss(state.tree, self._placed(part, 1))
             total, count = total + float(surprise), count + float(learned)
         return total / max(count, 1.0)
@@ -207,11 +221,14 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
         def part_loss(tree, part: Rows):  # a part's share of the mean over the whole batch
             return sums(tree, part)[0] / learned
 
-        def add(carry, part: Rows):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(part_loss)(state.tree, part)), None
+        def loss_and_gradient(part: Rows):
+            loss, gradient = jax.value_and_grad(part_loss)(state.tree, part)
+            return loss, jax.lax.with_sharding_constraint(gradient, shardings.tree)
 
-        parts = jax.tree.map(lambda array: array[0], rows)
-        found = jax.value_and_grad(part_loss)(state.tree, parts)
+        def add(carry, part: Rows):
+            return jax.tree.map(jnp.add, carry, loss_and_gradient(part)), None
+
+        found = loss_and_gradient(jax.tree.map(lambda array: array[0], rows))
         if accumulate > 1:
             found, _ = jax.lax.scan(add, found, jax.tree.map(lambda array: array[1:], rows))
         loss, gradient = found

@@ -228,42 +228,42 @@ class Step:
     """
 
     def __init__(self, mixture: Mixture, of_tensor: np.ndarray, fixed: np.ndarray, learning_rate: float):
-        self.mixture, self.peak_bytes = mixture, 0
+        self.mixture, self.learning_rate, self.peak_bytes = mixture, np.float32(learning_rate), 0
         self._constants = jnp.asarray(of_tensor, jnp.int32), jnp.asarray(fixed, jnp.float32)
         self._compiled: dict[tuple, Callable] = {}
-        self._step = jax.jit(partial(_step, mixture.arithmetic, learning_rate))
 
     def __call__(
         self, raw: np.ndarray, mean: np.ndarray, square: np.ndarray, done: int, batch: Batch
     ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Σ weight · entropy of the batch's rows, and raw coefficients and moments after the step."""
         adam = optax.ScaleByAdamState(np.int32(done), mean, square)
-        arguments = (raw, adam, self._constants, self.mixture.tree, batch, ZERO)
+        arguments = (self.learning_rate, raw, adam, self._constants, self.mixture.tree, batch, ZERO)
         shape = batch.tokens.shape, batch.chosen.shape
-        if shape not in self._compiled:
-            compiled = self._compiled[shape] = self._step.lower(*arguments).compile()
+        if shape not in self._compiled:  # by a Step of the same models and shapes in this process, it is not done again
+            compiled = self._compiled[shape] = _step.lower(self.mixture.arithmetic, *arguments).compile()
             self.peak_bytes = max(self.peak_bytes, sum(memory(compiled)))
         rows, raw, adam = jax.device_get(self._compiled[shape](*arguments))
         return rows, (raw, adam.mu, adam.nu)
 
     def gradient(self, raw: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """Σ weight · entropy of the batch's rows, and the derivative of their sum by every raw coefficient."""
-        value = jax.jit(partial(_gradient, self.mixture.arithmetic))
-        return jax.device_get(value(raw, self._constants, self.mixture.tree, batch, ZERO))
-
+        arguments = raw, self._constants, self.mixture.tree, batch, ZERO
+        return jax.device_get(_gradient(self.mixture.arithmetic, *arguments))
 
     def entropies(self, raw: np.ndarray, batch: Batch) -> np.ndarray:
         """Σ weight · entropy of the batch's rows."""
-        value = jax.jit(partial(_entropies, self.mixture.arithmetic))
-        return jax.device_get(value(raw, self._constants, self.mixture.tree, batch, ZERO))
+        arguments = raw, self._constants, self.mixture.tree, batch, ZERO
+        return jax.device_get(_entropies(self.mixture.arithmetic, *arguments))
 
 
+@partial(jax.jit, static_argnums=0)
 def _step(arithmetic, learning_rate, raw, adam, constants, tree, batch, zero):
     rows, gradient = _gradient(arithmetic, raw, constants, tree, batch, zero)
     update, adam = optax.scale_by_adam().update(gradient, adam)
     return rows, raw - learning_rate * update, adam
 
 
+@partial(jax.jit, static_argnums=0)
 def _gradient(arithmetic, raw, constants, tree, batch, zero):
     def total(raw):
         rows = _entropies(arithmetic, raw, constants, tree, batch, zero)
@@ -273,6 +273,7 @@ def _gradient(arithmetic, raw, constants, tree, batch, zero):
     return rows, gradient
 
 
+@partial(jax.jit, static_argnums=0)
 def _entropies(arithmetic, raw, constants, tree, batch, zero):
     return row_entropies(arithmetic, tree, coefficients_of(raw, *constants), batch, zero)
 

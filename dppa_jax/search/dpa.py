@@ -282,7 +282,7 @@ def _parabola(trials: "_Trials") -> dict[int, Factors]:
     Method 2 is walked first, one partition after the other from the highest rate down. A factor takes growing strides
     until its best score has a lower one on either side, a parabola fitted to the logarithms of all scores on this line
     names the next candidate, and the partition gets the factor that the fit, renewed, puts highest among those scored,
-    not the luckiest score. Where every fit passes close to the scores near its top, these are clear of noise, and a
+    not the luckiest score; of equal highest scores that nearest to where it began. Where every fit passes close to the scores near its top, these are clear of noise, and a
     second round with shorter strides settles how the partitions act on each other. Method 1 follows only if it can win:
     the scores are clear of noise, and leaving the later partitions out, at the first factor found, scores higher than
     what Method 2 found. An answer that scores below its start gives way to the highest visit.
@@ -346,6 +346,8 @@ def _climb(trials: "_Trials", method: int, at: list[float], i: int, start: float
     answer = max(fitted, key=fitted.__getitem__)
     near = [p for p in fitted if scores[p] > NEAR * scores[top]]
     agree = all(abs(math.log(scores[p] / scores[top]) - fitted[p]) <= CLEAR for p in near)
+    if scores[answer] == scores[top]:  # a level top is reason to go no farther than to its edge
+        answer = min((p for p in scores if scores[p] == scores[top]), key=lambda p: abs(p - here))
     return grid[answer], agree
 
 

@@ -117,7 +117,7 @@ class Mixture:
         norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     ):
         check_combine(config)
-        specs = check_compatible(base, experts)
+        specs = check_compatible(base, experts, quiet=True)
         check_patterns(config.tensor_rates, specs, "--tensor_rate")
         self.mesh, self.names = mesh, tuple(specs)
         llama = LlamaConfig.from_hf(base.config)

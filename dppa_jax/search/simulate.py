@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from rich.console import Console
 from rich.table import Table
 
+from dppa_jax.progress import console
 from dppa_jax.search.dpa import Factors, SearchConfig, search
 
 KINDS = ("concave", "plateaued", "noisy")
@@ -209,4 +209,4 @@ def _row(kind: str, rule: str, runs: np.ndarray, reference: np.ndarray) -> Row:
 
 
 if __name__ == "__main__":
-    Console().print(table(compare()))
+    console().print(table(compare()))

@@ -1,4 +1,4 @@
-"""The trainer: what it learns from, that it learns, and that it is reproducible."""
+"""The trainer: that it learns what it is asked to, by the steps it is asked for, and that it is reproducible."""
 
 from dataclasses import replace
 
@@ -7,21 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from transformers import AutoTokenizer
 
-from dppa_jax.demo.tokenizer import save_tokenizer
-from dppa_jax.finetune.train import (
-    AdamW,
-    Example,
-    Rows,
-    TrainConfig,
-    batches,
-    encode,
-    mean_loss,
-    read_examples,
-    train,
-    update,
-)
+from dppa_jax.finetune.data import Rows, batches
+from dppa_jax.finetune.train import STEPS_PER_REPORT, AdamW, TrainConfig, Trainer, compiled, loss_sums, train
 from dppa_jax.model import LlamaConfig, forward, init_tree
 
 CONFIG = LlamaConfig(
@@ -37,13 +25,6 @@ OPTIONS = TrainConfig(steps=30, learning_rate=1e-2, batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(directory)
-    return AutoTokenizer.from_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
 def tree() -> dict:
     return init_tree(CONFIG, jax.random.key(0), stddev=0.2)
 
@@ -55,6 +36,11 @@ def rows() -> Rows:
     return Rows(tokens, np.broadcast_to(np.arange(8) >= 4, tokens.shape).copy())
 
 
+def mean_loss(tree: dict, rows: Rows):
+    total, count = loss_sums(CONFIG, tree, rows)
+    return total / count
+
+
 def leaves(tree: dict) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -63,7 +49,7 @@ def test_training_lowers_the_loss(tree, rows):
     trained, losses = train(CONFIG, tree, rows, OPTIONS)
     assert losses.shape == (OPTIONS.steps,)
     assert losses[-1] < 0.3 * losses[0]
-    assert float(mean_loss(CONFIG, trained, *rows)) < 0.3 * float(mean_loss(CONFIG, tree, *rows))
+    assert mean_loss(trained, rows) < 0.3 * mean_loss(tree, rows)
 
 
 def test_the_same_arguments_give_the_same_bits_and_another_seed_others(tree, rows):
@@ -93,9 +79,9 @@ def test_steps_are_those_of_optax_adamw(tree, rows):
         optax.adamw(lambda step: jnp.asarray(rates)[step], b1=0.9, b2=0.98, weight_decay=0.1),
     )
     expected, moments = tree, reference.init(tree)
-    gradient_of = jax.jit(jax.grad(lambda t, tokens, learned: mean_loss(CONFIG, t, tokens, learned)))
-    for batch in batches(len(rows.tokens), options):
-        gradient = gradient_of(expected, rows.tokens[batch], rows.learned[batch])
+    gradient_of = jax.jit(jax.grad(mean_loss))
+    for batch in batches(rows.count, options.batch_size, options.steps, options.seed):
+        gradient = gradient_of(expected, rows.take(batch))
         direction, moments = reference.update(gradient, moments, expected)
         expected = optax.apply_updates(expected, direction)
     trained, _ = train(CONFIG, tree, rows, options)
@@ -108,7 +94,7 @@ def test_only_the_learned_tokens_count(tree, rows):
     log_shares = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     surprise = -np.take_along_axis(log_shares, rows.tokens[:, 1:, None], -1)[..., 0]
     expected = surprise[rows.learned[:, 1:]].mean()
-    assert float(mean_loss(CONFIG, tree, *rows)) == pytest.approx(expected, rel=1e-5)
+    assert float(mean_loss(tree, rows)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_rematerialisation_changes_no_result(tree, rows):
@@ -120,9 +106,9 @@ def test_rematerialisation_changes_no_result(tree, rows):
 
 def test_another_schedule_needs_no_other_compilation(tree, rows):
     train(CONFIG, tree, rows, OPTIONS)
-    compiled = update._cache_size()
+    before = compiled.cache_info().misses
     train(CONFIG, tree, rows, replace(OPTIONS, steps=7, learning_rate=1e-4, warmup=0.5, seed=3))
-    assert update._cache_size() == compiled
+    assert compiled.cache_info().misses == before
 
 
 def test_the_learning_rate_rises_then_falls():
@@ -141,53 +127,56 @@ def test_few_steps_have_finite_learning_rates(steps):
     assert np.all(np.isfinite(rates))
 
 
-@pytest.mark.parametrize("batch_size", [3, 10, 25])
-def test_every_example_is_used_once_before_any_is_used_again(batch_size):
-    options = TrainConfig(steps=40, learning_rate=0.0, batch_size=batch_size)
-    used = np.concatenate(list(batches(10, options)))
-    assert len(used) == 40 * batch_size
-    for start in range(0, len(used) - 9, 10):
-        assert sorted(used[start : start + 10]) == list(range(10))
-
-
 def test_progress_is_reported_up_to_the_last_step(tree, rows):
     reported = []
     _, losses = train(CONFIG, tree, rows, replace(OPTIONS, steps=23), lambda done, loss: reported.append((done, loss)))
-    assert [done for done, _ in reported] == [10, 20, 23]
+    assert [done for done, _ in reported] == [STEPS_PER_REPORT, 2 * STEPS_PER_REPORT, 23]
     assert reported[-1][1] == pytest.approx(losses[-1])
 
 
-def test_a_row_is_bos_prompt_completion_eos_and_padding(tokenizer):
-    rows = encode([Example("What is 347 plus 5? Sum:", " 352")], tokenizer, 18)
-    prompt = tokenizer("What is 347 plus 5? Sum:")["input_ids"]
-    whole = [*tokenizer("What is 347 plus 5? Sum: 352")["input_ids"], tokenizer.eos_token_id]
-    assert rows.tokens[0].tolist() == whole + [tokenizer.pad_token_id] * (18 - len(whole))
-    assert np.flatnonzero(rows.learned[0]).tolist() == list(range(len(prompt), len(whole)))
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulated_parts_are_one_batch(tree, rows, parts):
+    """Also where parts have different numbers of learned tokens: a token counts the same in whatever part it is."""
+    learned = rows.learned.copy()
+    learned[::3, 5:] = False
+    uneven = rows._replace(learned=learned)
+    whole, losses = train(CONFIG, tree, uneven, replace(OPTIONS, steps=4))
+    summed, found = train(CONFIG, tree, uneven, replace(OPTIONS, steps=4, accumulate=parts))
+    np.testing.assert_allclose(found, losses, rtol=1e-6)
+    for a, b in zip(leaves(summed), leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)  # Adam divides rounding errors by small second moments
 
 
-def test_without_a_prompt_everything_but_bos_is_learned(tokenizer):
-    rows = encode([Example("", "Nokia said its profit rose in May.")], tokenizer, 16)
-    length = len(tokenizer("Nokia said its profit rose in May.")["input_ids"]) + 1
-    assert np.flatnonzero(rows.learned[0]).tolist() == list(range(1, length))
+def test_bfloat16_is_for_computing_only(tree, rows):
+    trainer = Trainer(CONFIG, replace(OPTIONS, dtype="bfloat16"))
+    state = trainer.start(tree)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+    trained, losses = train(CONFIG, tree, rows, replace(OPTIONS, dtype="bfloat16"))
+    exact, _ = train(CONFIG, tree, rows, OPTIONS)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trained)} == {"float32"}
+    assert losses[-1] < 0.3 * losses[0]
+    assert not all(np.array_equal(a, b) for a, b in zip(leaves(trained), leaves(exact), strict=True))
 
 
-def test_a_long_example_is_cut_with_a_warning(tokenizer, caplog):
-    with caplog.at_level("WARNING"):
-        rows = encode([Example("What is 347 plus 5? Sum:", " 352"), Example("Sum:", " 3")], tokenizer, 13)
-    assert rows.tokens.shape == (2, 13)
-    assert rows.tokens[0, -1] != tokenizer.eos_token_id
-    assert "1 of 2 examples are longer than 13 tokens" in caplog.text
+@pytest.mark.parametrize("count", [1, 7, 8, 13])
+def test_a_loss_is_the_mean_over_all_rows_whatever_the_batches(tree, rows, count):
+    part, trainer = rows.take(slice(count)), Trainer(CONFIG, OPTIONS)
+    before = part.learned.copy()
+    assert trainer.loss(trainer.start(tree), part) == pytest.approx(float(mean_loss(tree, part)), rel=1e-6)
+    np.testing.assert_array_equal(part.learned, before)
 
 
-def test_json_lines_are_read(tmp_path):
-    path = tmp_path / "examples.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n{"id": 7, "completion": "d", "prompt": ""}\n')
-    assert read_examples(path) == [Example("a", "b"), Example("", "d")]
-
-
-@pytest.mark.parametrize("line", ['{"prompt": "a"}', "not json", "[1, 2]"])
-def test_a_bad_line_is_named(tmp_path, line):
-    path = tmp_path / "examples.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"examples\.jsonl:2: not of the form"):
-        read_examples(path)
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch_size": 8, "accumulate": 3}, "--accumulate=3: --train_batch_size=8 must be a multiple of it"),
+        ({"accumulate": 0}, "--accumulate=0: it must be 1 or more"),
+        ({"steps": 0}, "--train_steps=0"),
+        ({"dtype": "bfloat61"}, "--train_dtype=bfloat61: not one of float32, bfloat16. Did you mean: bfloat16"),
+        ({"warmup": 1.5}, r"--warmup=1.5: outside \[0, 1\]"),
+        ({"learning_rate": float("nan")}, "--learning_rate=nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(OPTIONS, **wrong)

@@ -1,4 +1,4 @@
-"""AdaMerging against PyTorch: transformers' LLaMA on merged weights, autograd for the coefficients, torch.optim.Adam."""
+"""AdaMerging against PyTorch: transformers' LLaMA on merged weights, autograd for coefficients, torch.optim.Adam."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ MERGES = {
     "dare": {"method": "dare", "rate": 0.9, "seed": 3},
 }
 POSITIONS = {"math": "all", "law": "last"}
-LEARNING_RATE = 1e-2  # ten times the usual one, so that the trajectory moves, some of it out of [0, 1]
+LEARNING_RATE = 1e-2  # ten times the usual one: some coefficients leave [0, 1] within 20 steps
 
 
 @dataclass
@@ -38,11 +38,12 @@ class Oracle:
     def entropy(self, coefficients: dict[str, torch.Tensor], domains: dict) -> torch.Tensor:
         """`coefficients`: by tensor, one for each expert."""
         merged = {
-            name: base + sum(c * self.deltas[expert][name] for c, expert in zip(coefficients[name], EXPERTS, strict=True))
+            name: base
+            + sum(c * self.deltas[expert][name] for c, expert in zip(coefficients[name], EXPERTS, strict=True))
             for name, base in self.base.items()
         }
         total = 0.0
-        for domain, prompts in domains.items():
+        for prompts in domains.values():
             found = []
             for prompt in prompts:
                 logits = functional_call(self.model, merged, (torch.tensor([prompt.tokens]),)).logits[0, prompt.first :]
@@ -83,26 +84,25 @@ def domains() -> dict:
     }
 
 
-def start(granularity: str, specs, first: float | None) -> tuple[tuple[str, ...], np.ndarray]:
-    groups, _ = groups_of(granularity, specs)
-    shape = len(groups), len(EXPERTS)
+def start(granularity: str, specs, first: float | None) -> np.ndarray:
+    shape = len(groups_of(granularity, specs)[0]), len(EXPERTS)
     values = np.random.default_rng(7).uniform(0.05, 0.95, shape) if first is None else np.full(shape, first)
-    return groups, values.astype(np.float32)
+    return values.astype(np.float32)
 
 
 def by_tensor(raw: torch.Tensor, granularity: str, specs) -> dict[str, torch.Tensor]:
-    order = list(dict.fromkeys(group(granularity, name) for name in sorted(specs, key=outside_last(granularity))))
+    """Clamped coefficients of every tensor; of "layer", those of what is outside the layers are the last row."""
+    order = list(dict.fromkeys(group(granularity, name) for name in specs))
+    if granularity == "layer":
+        order = [*(name for name in order if name != "outside"), "outside"]
     return {name: torch.clamp(raw, 0, 1)[order.index(group(granularity, name))] for name in specs}
 
 
-def outside_last(granularity: str):
-    return lambda name: granularity == "layer" and ".layers." not in name
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["task", "layer", "linear"])
 def test_entropy_and_gradient_of_every_coefficient(case, domains, granularity):
     oracle, mixture, merge, specs = case
-    groups, values = start(granularity, specs, None)
+    values = start(granularity, specs, None)
     raw = torch.tensor(values, requires_grad=True)
     wanted = oracle.entropy(by_tensor(raw, granularity, specs), domains)
     wanted.backward()
@@ -110,14 +110,16 @@ def test_entropy_and_gradient_of_every_coefficient(case, domains, granularity):
         step = Step(mixture, groups_of(granularity, specs)[1], fixed_coefficients(merge, specs), LEARNING_RATE)
         rows, gradient = step.gradient(values, draw(domains, 0, 4, seed=0))
     assert rows.sum() == pytest.approx(wanted.item(), rel=1e-5)
-    print(granularity, abs(rows.sum()/wanted.item()-1), np.abs(gradient/raw.grad.numpy()-1).max(), np.abs(gradient-raw.grad.numpy()).max()/np.abs(gradient).max())
-    np.testing.assert_allclose(gradient, raw.grad.numpy(), rtol=1e-5, atol=1e-5 * np.abs(raw.grad.numpy()).max())
+    # Of the largest, as well: where a derivative is near zero, what it is the small sum of is rounded.
+    largest = np.abs(raw.grad.numpy()).max()
+    np.testing.assert_allclose(gradient, raw.grad.numpy(), rtol=1e-5, atol=5e-6 * largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("granularity", ["task", "layer", "linear"])
 def test_twenty_steps_of_adam(case, domains, granularity):
     oracle, mixture, merge, specs = case
-    groups, values = start(granularity, specs, 0.05)
+    values = start(granularity, specs, 0.05)
     raw = torch.tensor(values, requires_grad=True)
     adam = torch.optim.Adam([raw], lr=LEARNING_RATE)
     state = values, np.zeros_like(values), np.zeros_like(values)

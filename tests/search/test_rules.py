@@ -87,6 +87,14 @@ def test_default_rule_passes_a_dip_that_stops_the_reference():
     assert abs(search(dipped, 1, SearchConfig()).factors[0] - 2.2) <= 0.1
 
 
+def test_default_rule_goes_no_farther_than_it_must_on_a_level_top():
+    found = search(lambda factors: min(1.0, 0.5 + 0.4 * factors[0]), 2, SearchConfig())
+    assert found.score == 1.0
+    assert found.factors[0] < 2.5  # level from 1.25 up to the bound, 4
+    assert found.factors[1] == 1.0
+    assert search(lambda factors: 1.0, 2, SearchConfig()).factors == (1.0, 1.0)
+
+
 def test_methods_begin_with_the_first_partition_alone_and_with_all():
     found = search(lambda f: 1.0, 3, SearchConfig(rule="reference"))
     firsts = {method: next(v.factors for v in found.visits if v.method == method) for method in (1, 2)}
