@@ -227,7 +227,7 @@ def per_expert(flag: str, given: Sequence[str], experts: Sequence[str], parse) -
     return values
 
 
-def _coefficient(expert: str, given: Coefficient) -> Coefficient:
+def _coefficient(expert: str, given: object) -> Coefficient:
     try:
         return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
     except (TypeError, ValueError):

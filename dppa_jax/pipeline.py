@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from dppa_jax.blocks import Loaded, Source, Stream, make_blocks
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
-from dppa_jax.config import MergeConfig
+from dppa_jax.config import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.kernels import Kernels
 from dppa_jax.progress import stage
@@ -115,7 +115,7 @@ class Merger:
         sink: Sink,
         delta_sinks: Mapping[str, Sink] | None = None,
         factors: Mapping[str, tuple[float, ...]] | None = None,
-        coefficients: Mapping[str, float] | None = None,
+        coefficients: Mapping[str, Coefficient] | None = None,
     ) -> Outcome:
         """Merge once.
 
@@ -157,7 +157,7 @@ class Merger:
     def merge_config(
         self,
         factors: Mapping[str, tuple[float, ...]] | None = None,
-        coefficients: Mapping[str, float] | None = None,
+        coefficients: Mapping[str, Coefficient] | None = None,
     ) -> MergeConfig:
         """The config of a merge with these factors and coefficients."""
         chosen = {"factors": factors, "coefficients": coefficients}

@@ -64,6 +64,18 @@ class Pruner:
             case other:
                 return scale.SCALES[other](rates)
 
+    def _dense_weight(self, expert: str) -> float:
+        """Of a tensor that is not pruned.
+
+        Kept at every rate, it takes the factor that the combination rule gives such an element. Factors of random
+        scores also make up for what is dropped, of which there is nothing here: 1/(1 − rate) leaves it as it is.
+        """
+        if self.config.scale != "partition":
+            return 1.0
+        factor = scale.partition(np.array(self.config.rates), self.config.factors[expert], self.config.dpa_combine)[0]
+        made_up = self.config.score == "random" and self.config.rate < 1
+        return float(factor * (1.0 - self.config.rate) if made_up else factor)
+
     def coefficient(self, expert: str, tensor: str) -> float:
         rule = first_match(self.config.tensor_coefficients, tensor)
         if rule is not None:
@@ -79,13 +91,8 @@ class Pruner:
         """(side, bounds, weights) of expert e for a part, on the devices; weights without the coefficient."""
         part, name = x.part, self.config.experts[e]
         if part.linear is None or self.config.score is None:
-            # Kept at every rate, so it takes the factor that the combination rule gives such an element.
-            dense = 1.0
-            if self.config.scale == "partition":
-                rates = np.array(self.config.rates)
-                dense = scale.partition(rates, self.config.factors[name], self.config.dpa_combine)[0]
             pieces = len(part.pieces)
-            return None, np.full((pieces, 1), FIRST_BOUND, np.uint32), np.full((pieces, 1), dense)
+            return None, np.full((pieces, 1), FIRST_BOUND, np.uint32), np.full((pieces, 1), self._dense_weight(name))
         at = (slice(None), list(part.layers), part.linear)
         if (part, e) not in self._found:
             side = self._side(x, e)

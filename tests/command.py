@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import grain  # noqa: F401  defines flags, which flagsaver would take back
 import pytest
 from absl import flags
 from absl.testing import flagsaver

@@ -145,8 +145,26 @@ class TestEveryMethod:
         for name in base.tensors.keys() - set(linears()):
             for expert, delta in merged(method).deltas.items():
                 dense = experts[expert].tensors[name] - base.tensors[name].astype(np.float32)
-                factor = 5 if method == "dare_dpa" else 1  # its elements that all partitions keep have 1/(1 − 0.8)
-                np.testing.assert_array_equal(delta[name], np.float32(factor) * dense, err_msg=name)
+                np.testing.assert_array_equal(delta[name], dense, err_msg=name)
+
+
+def test_dare_with_dpa_is_dare_where_every_factor_is_that_of_dare():
+    factors = dict.fromkeys(EXPERTS, (1 / (1 - 0.8),) * 2)
+    plain, amplified = merged("dare"), merge_to_arrays(*family(), configure("dare_dpa", factors=factors), deltas=True)
+    for expert in EXPERTS:
+        for name, delta in plain.deltas[expert].items():
+            np.testing.assert_array_equal(amplified.deltas[expert][name], delta, err_msg=name)
+
+
+def test_factors_of_dare_with_dpa_scale_dense_tensors_by_what_they_change():
+    base, experts = family()
+    halved = dict.fromkeys(EXPERTS, (0.5 / (1 - 0.8),) * 2)
+    for expert, delta in merge_to_arrays(
+        base, experts, configure("dare_dpa", factors=halved), deltas=True
+    ).deltas.items():
+        for name in base.tensors.keys() - set(linears()):
+            dense = experts[expert].tensors[name] - base.tensors[name].astype(np.float32)
+            np.testing.assert_array_equal(delta[name], np.float32(0.5) * dense, err_msg=name)
 
 
 def test_the_counter_of_compilations_counts(compilations):

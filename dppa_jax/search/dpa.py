@@ -282,10 +282,11 @@ def _parabola(trials: "_Trials") -> dict[int, Factors]:
     Method 2 is walked first, one partition after the other from the highest rate down. A factor takes growing strides
     until its best score has a lower one on either side, a parabola fitted to the logarithms of all scores on this line
     names the next candidate, and the partition gets the factor that the fit, renewed, puts highest among those scored,
-    not the luckiest score; of equal highest scores that nearest to where it began. Where every fit passes close to the scores near its top, these are clear of noise, and a
-    second round with shorter strides settles how the partitions act on each other. Method 1 follows only if it can win:
-    the scores are clear of noise, and leaving the later partitions out, at the first factor found, scores higher than
-    what Method 2 found. An answer that scores below its start gives way to the highest visit.
+    not the luckiest score; of equal highest scores that nearest to where it began. Where every fit passes close to the
+    scores near its top, these are clear of noise, and a second round with shorter strides settles how the partitions
+    act on each other. Method 1 follows only if it can win: the scores are clear of noise, and leaving the later
+    partitions out, at the first factor found, scores higher than what Method 2 found. An answer that scores below its
+    start gives way to the highest visit.
     """
     finals: dict[int, Factors] = {}
     clear = True

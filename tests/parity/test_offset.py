@@ -6,6 +6,7 @@ from safetensors.numpy import load_file
 from support import assert_same_bits, merge_to_arrays
 
 from dppa_jax.config import MergeConfig
+from dppa_jax.pipeline import check_compatible
 
 OFFSETS = ("bf16/expert0", "fp32/expert0")
 
@@ -33,4 +34,5 @@ def test_differs_from_the_authors_added_vocabulary_is_dropped_where_they_keep_it
     config = MergeConfig(("expert2",), method="task_arithmetic")
     merge = merge_to_arrays(base, {"expert2": expert}, config, deltas=True)
     assert merge.tensors[EMBEDDINGS].shape == merge.deltas["expert2"][EMBEDDINGS].shape == base.specs[EMBEDDINGS].shape
+    check_compatible(base, {"expert2": expert})  # of which a merge in memory, as above, tells nothing
     assert "1 rows of model.embed_tokens.weight" in caplog.text
