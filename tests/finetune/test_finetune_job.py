@@ -103,7 +103,7 @@ def test_nothing_is_left_beside_the_expert(undisturbed):
 def test_bfloat16_with_parts_and_remat_in_single_rows_learns_as_well(material, tmp_path):
     launch(*flags(material, tmp_path, "--train_dtype=bfloat16", "--remat", "--accumulate=2", "--nopack", "--epochs=1"),
            "--output_dtype=bfloat16", "--checkpoint_every=0")  # fmt: skip
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
     before, after = (loss_by_transformers(at, material / "eval.jsonl") for at in (material / "base", tmp_path / "out"))
     assert after < 0.6 * before
     assert not (tmp_path / "runs").exists()

@@ -35,10 +35,11 @@ def source(tmp_path_factory) -> Path:
     write(root / "gsm8k_train_solutions.jsonl", solutions[::-1])
     write(root / "gsm8k_test.jsonl", tested)
     fpb = numbered(FPB_TEST + VALIDATION + 50, "sentence", SOURCES["fpb"].labels)
-    write(root / "fpb.jsonl", [*fpb, fpb[0], fpb[-1], fpb[-2]])
+    again = [{**row, "id": f"{row['id']}, again"} for row in (fpb[0], fpb[-1], fpb[-2])]
+    write(root / "fpb.jsonl", [*fpb, *again])
     labels = (*SOURCES["unfair_tos"].labels[:3], *["None"] * 5)
     unfair = numbered(160, "clause", labels)
-    write(root / "unfair_tos_full1607.jsonl", [*unfair, unfair[0], {**unfair[1], "answer": "None"}])
+    write(root / "unfair_tos_full1607.jsonl", [*unfair, {**unfair[0], "id": "again"}, {**unfair[1], "id": "and again", "answer": "None"}])
     return root
 
 

@@ -172,7 +172,7 @@ def test_a_loss_is_the_mean_over_all_rows_whatever_the_batches(tree, rows, count
         ({"batch_size": 8, "accumulate": 3}, "--accumulate=3: --train_batch_size=8 must be a multiple of it"),
         ({"accumulate": 0}, "--accumulate=0: it must be 1 or more"),
         ({"steps": 0}, "--train_steps=0"),
-        ({"dtype": "bfloat61"}, "--train_dtype=bfloat61: not one of float32, bfloat16. Did you mean: bfloat16"),
+        ({"dtype": "bfloat61"}, "--train_dtype=bfloat61: not one of float32, bfloat16. Did you mean 'bfloat16'?"),
         ({"warmup": 1.5}, r"--warmup=1.5: outside \[0, 1\]"),
         ({"learning_rate": float("nan")}, "--learning_rate=nan"),
     ],
