@@ -37,7 +37,16 @@ def test_a_merge_takes_the_coefficients_that_were_found_and_a_file_gives_them_ag
 @pytest.mark.slow
 def test_a_report_has_merges_with_given_and_with_found_coefficients_of_every_seed(trained, tmp_path):
     methods = "--merge_methods=dppa,dppa+adamerging,ties"
-    flags = (TASKS, methods, "--rates=0.8", "--seeds=0,1", "--factors=1.3,1.1", "--coefficient=0.6", *QUICK)
+    flags = (
+        TASKS,
+        methods,
+        "--rate=0.8",
+        "--rates=0.8",
+        "--seeds=0,1",
+        "--factors=1.3,1.1",
+        "--coefficient=0.6",
+        *QUICK,
+    )
     models = [f"--base={trained / 'base'}", *(f"--expert={name}={trained / name}" for name in EXPERTS)]
     launch(*models, "--job=report", *flags, f"--workdir={tmp_path}")
     tables = read_json(tmp_path / "tables.json")

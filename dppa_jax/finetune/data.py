@@ -102,11 +102,14 @@ def batches(count: int, size: int, steps: int, seed: int, start: int = 0) -> Ite
 
     What a step gets is a function of its number, so that a resumed run goes on with what the first would have got.
     """
-    import grain
-
-    order = grain.MapDataset.source(np.arange(count)).shuffle(seed=seed).repeat().batch(size)
-    for step in range(start, steps):
-        yield order[step]
+    draw = np.random.default_rng(seed)
+    queue = np.empty(0, np.int64)
+    for step in range(steps):
+        while len(queue) < size:
+            queue = np.concatenate([queue, draw.permutation(count)])
+        if step >= start:
+            yield queue[:size]
+        queue = queue[size:]
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:

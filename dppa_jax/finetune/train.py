@@ -274,8 +274,9 @@ def state_shardings(config: LlamaConfig, optimizer: AdamW, mesh: Mesh) -> State:
 def fsdp_spec(shape: tuple[int, ...], stacked: bool, size: int) -> PartitionSpec:
     """A matrix is divided along the longest of its axes that `size` divides; vectors are whole on every device.
 
-    >>> fsdp_spec((30, 1536, 576), True, 4), fsdp_spec((49152, 576), False, 4), fsdp_spec((30, 576), True, 4)
-    (PartitionSpec(None, 'fsdp', None), PartitionSpec('fsdp', None), PartitionSpec())
+    >>> shapes = {(30, 1536, 576): True, (49152, 576): False, (30, 576): True}
+    >>> [tuple(fsdp_spec(shape, stacked, 4)) for shape, stacked in shapes.items()]
+    [(None, 'fsdp', None), ('fsdp', None), ()]
     """
     axes = range(stacked, len(shape))
     divisible = [axis for axis in axes if shape[axis] % size == 0]

@@ -94,7 +94,7 @@ class Compared(NamedTuple):
 
     @property
     def name(self) -> str:
-        parts = self.expert or "merge", self.method, f"{self.rate:g}", self.coefficients
+        parts = self.method, f"{self.rate:g}", self.expert or "merge", self.coefficients
         return "-".join(part for part in parts if part)
 
 

@@ -39,7 +39,10 @@ def source(tmp_path_factory) -> Path:
     write(root / "fpb.jsonl", [*fpb, *again])
     labels = (*SOURCES["unfair_tos"].labels[:3], *["None"] * 5)
     unfair = numbered(160, "clause", labels)
-    write(root / "unfair_tos_full1607.jsonl", [*unfair, {**unfair[0], "id": "again"}, {**unfair[1], "id": "and again", "answer": "None"}])
+    write(
+        root / "unfair_tos_full1607.jsonl",
+        [*unfair, {**unfair[0], "id": "again"}, {**unfair[1], "id": "and again", "answer": "None"}],
+    )
     return root
 
 

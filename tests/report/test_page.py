@@ -150,7 +150,7 @@ def test_report_is_written_in_every_form(tmp_path):
     assert content["tables"]["table_6"] == next(table for table in TABLES if table.name == "table_6").as_dict()
     assert content["scores"]["0"]["base"]["addition"] == {"correct": 20, "total": 200}
     with (tmp_path / "tables/table_6.csv").open() as lines:
-        assert len(list(csv.reader(lines))) == 1 + 3 * 2
+        assert len(list(csv.reader(lines))) == 1 + 4 * 2
     assert "<svg" in (tmp_path / "figures/search.svg").read_text()
 
 

@@ -1,5 +1,6 @@
 """AdaMerging: the entropy it lowers is that of the merge it writes, in the memory and on the devices it promises."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -94,8 +95,9 @@ def as_tree(base, tensors: dict) -> dict:
     return Model(base.config, jax.tree.map(stack, tree, is_leaf=lambda x: isinstance(x, list))).tree
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*zip(MERGES, itertools.cycle(["float32", "bfloat16"])), ("magnitude", "float32")]
+)
 def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_measured(name, dtype):
     sizes = AWKWARD | {"head_dim": 30, "vocab_size": 4500, "tie_word_embeddings": name == "random"}
     base, experts = make_family(EXPERTS, dtype, **sizes)
@@ -130,14 +132,13 @@ def test_entropies_and_gradients_do_not_depend_on_the_devices(sizes):
         assert q_proj.base.addressable_shards[0].data.size == q_proj.base.size / 8
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_holds_no_second_copy_of_the_layers(dtype):
+def test_a_step_holds_no_second_copy_of_the_layers():
     """Not one of the merge, and none of base and experts in another dtype: little is added by a layer."""
     sizes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 64}
     batch = draw({"math": prompts_of(tokens(64), "all")}, 0, 4, seed=0)
     beside = {}
     for layers in (6, 12):
-        base, experts = make_family(EXPERTS, dtype, num_hidden_layers=layers, **sizes)
+        base, experts = make_family(EXPERTS, "bfloat16", num_hidden_layers=layers, **sizes)
         step, groups = step_of(base, experts, MergeConfig(EXPERTS, **MERGES["magnitude"]))
         zeros = np.zeros((len(groups), len(EXPERTS)), np.float32)
         step(zeros, zeros, zeros, 0, batch)
