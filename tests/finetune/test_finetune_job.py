@@ -175,7 +175,7 @@ def test_a_terminated_run_keeps_where_it_was_and_another_mesh_goes_on(material, 
         np.testing.assert_allclose(found[name], wanted[name], atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("changed", ["--learning_rate=1e-3", "--seed=1", "--train_length=40", "data"])
+@pytest.mark.parametrize("changed", ["--learning_rate=1e-3", "data"])
 def test_a_change_starts_anew(material, tmp_path, caplog, monkeypatch, changed):
     data = tmp_path / "own.jsonl"
     data.write_text((material / "train.jsonl").read_text())

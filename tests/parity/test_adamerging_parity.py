@@ -99,7 +99,11 @@ def by_tensor(raw: torch.Tensor, granularity: str, specs) -> dict[str, torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("granularity", ["task", "layer", "linear"])
+@pytest.mark.parametrize(
+    ("case", "granularity"),
+    [("unpruned", "layer"), ("dppa", "task"), ("dppa", "layer"), ("dppa", "linear"), ("dare", "linear")],
+    indirect=["case"],
+)
 def test_entropy_and_gradient_of_every_coefficient(case, domains, granularity):
     oracle, mixture, merge, specs = case
     values = start(granularity, specs, None)
