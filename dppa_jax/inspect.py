@@ -13,15 +13,14 @@ from dppa_jax.blocks import Loaded, Stream, make_blocks
 from dppa_jax.checkpoint import DTYPES, SafetensorsDirectory
 from dppa_jax.checkpoint.names import LINEARS, linear_name
 from dppa_jax.config import MergeConfig
-from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
+from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import sample_starts
 from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
-from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels
+from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels, surveyed
 from dppa_jax.progress import console, stage
 from dppa_jax.report.measurements import Remaining
 from dppa_jax.sharding import make_mesh, put_rows
-from dppa_jax.survey import survey
 
 SAMPLED = 4_000_000  # deltas of an expert that its deciles are read from: a standard error of 0.03 % in rank
 DECILES = np.linspace(0.1, 0.9, 9)
@@ -64,10 +63,7 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
     extremes = np.array([[np.inf, -np.inf]] * many)
     samples: list[list[tuple[np.ndarray, float]]] = [[] for _ in range(many)]
     share = max(1.0, sum(block.elements for block in stream.blocks) / SAMPLED)
-    statistics = None
-    if config.allocate and ALLOCATIONS[config.allocate].outliers:
-        with stage("survey", pass_bytes(stream)) as progress:
-            statistics = survey(stream, kernels, config, progress)
+    statistics = surveyed(stream, kernels, config)
     with stage("inspect", pass_bytes(stream), stream.bytes_read) as progress:
         for _, loaded in stream():
             for x in loaded:

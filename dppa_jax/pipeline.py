@@ -102,10 +102,7 @@ class Merger:
         self.base, self.config, self.quiet = base, config, quiet
         blocks = make_blocks(specs, layout.block_layers)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident)
-        self._kernels, self._dense = (
-            shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
-            for score in (config.score or "magnitude", "magnitude")
-        )
+        self._kernels, self._dense = kernels_of(mesh, config)
         self._pruner = Pruner(self._kernels, config, base.config["num_hidden_layers"], norms)
         self._surveyed = False
         self._statistics: list[Statistics] | None = None
@@ -127,7 +124,7 @@ class Merger:
         config = self.merge_config(factors, coefficients)
         stream, pruner, one_pass = self._stream, self._pruner, pass_bytes(self._stream)
         if not self._surveyed:
-            self._survey(one_pass)
+            self._survey()
         pruner.weigh(config)
         with (
             stage("merge", one_pass, stream.bytes_read, self.quiet) as progress,
@@ -163,12 +160,9 @@ class Merger:
         chosen = {"factors": factors, "coefficients": coefficients}
         return replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
 
-    def _survey(self, one_pass: int) -> None:
-        config = self.config
-        if config.score and ALLOCATIONS[config.allocate].outliers:
-            with stage("survey", one_pass, quiet=self.quiet) as progress:
-                self._statistics = survey(self._stream, self._dense, config, progress)
-        self._pruner.allocate(self._statistics or [_numel_only(self.base)] * len(config.experts))
+    def _survey(self) -> None:
+        self._statistics = surveyed(self._stream, self._dense, self.config, self.quiet)
+        self._pruner.allocate(self._statistics or [_numel_only(self.base)] * len(self.config.experts))
         self._surveyed = True
 
 
@@ -268,6 +262,20 @@ def _locate_nonfinite(x: Loaded, config: MergeConfig) -> CheckpointError:
         f"{x.part.pieces[0].name}: the merged values overflow {config.output_dtype or 'the output dtype'}; "
         f"lower --coefficient or --factors, or give --output_dtype=bfloat16."
     )
+
+
+def kernels_of(mesh: Mesh, config: MergeConfig) -> tuple[Kernels, Kernels]:
+    """Those of pruned linears, and those of dense tensors and of the survey."""
+    of = lambda score: shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)  # noqa: E731
+    return of(config.score or "magnitude"), of("magnitude")
+
+
+def surveyed(stream: Stream, dense: Kernels, config: MergeConfig, quiet: bool = False) -> list[Statistics] | None:
+    """Statistics of every expert in a pass over the weights; None where the allocation needs none."""
+    if not (config.allocate and ALLOCATIONS[config.allocate].outliers):
+        return None
+    with stage("survey", pass_bytes(stream), quiet=quiet) as progress:
+        return survey(stream, dense, config, progress)
 
 
 def merge_rates(base: Source, config: MergeConfig, statistics: list[Statistics] | None) -> np.ndarray:

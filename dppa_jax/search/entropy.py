@@ -26,16 +26,13 @@ from jaxtyping import Array, Float, Int
 from dppa_jax.blocks import Block, Loaded, Part, Piece, Source, Stream, make_blocks
 from dppa_jax.checkpoint.names import TensorSpec, check_patterns
 from dppa_jax.config import MergeConfig
-from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.combine import scaled
 from dppa_jax.kernels import Kernels
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import decoder_layer, rms_norm, rotary, unembed, visibility
-from dppa_jax.pipeline import check_compatible, merge_rates, output_tensors, pass_bytes, shared_kernels
-from dppa_jax.progress import stage
+from dppa_jax.pipeline import check_compatible, kernels_of, merge_rates, output_tensors, surveyed
 from dppa_jax.prune import Pruner
 from dppa_jax.sharding import AXES, PerLayer
-from dppa_jax.survey import survey
 
 CHUNK_ROWS = 4096  # of the vocabulary: with the logits of 6,000 positions 100 MB
 LEAST = -1e30  # a maximum of nothing; a difference from it is finite in float32
@@ -121,13 +118,12 @@ class Mixture:
         check_patterns(config.tensor_rates, specs, "--tensor_rate")
         self.mesh, self.names = mesh, tuple(specs)
         llama = LlamaConfig.from_hf(base.config)
-        linear, dense = (
-            shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)
-            for score in (config.score or "magnitude", "magnitude")
-        )
+        linear, dense = kernels_of(mesh, config)
         stream = Stream(base, list(experts.values()), make_blocks(specs, 1), mesh, resident=False)
         pruner = Pruner(linear, config, llama.num_hidden_layers, norms)
-        pruner.rates[:] = merge_rates(base, config, _survey(stream, dense, config)) if config.score else 0.0
+        pruner.rates[:] = (
+            merge_rates(base, config, surveyed(stream, dense, config, quiet=True)) if config.score else 0.0
+        )
         pruner.weigh(config)
         dtypes = {name: dtype for name, (_, dtype) in output_tensors(base, config).items()}
         self.tree: dict = {}
@@ -274,13 +270,6 @@ def _decoded(tensor: Tensor) -> Tensor:
 
 def _is_tensor(x) -> bool:
     return isinstance(x, Tensor)
-
-
-def _survey(stream: Stream, dense: Kernels, config: MergeConfig):
-    if not ALLOCATIONS[config.allocate].outliers:
-        return None
-    with stage("survey", pass_bytes(stream), quiet=True) as progress:
-        return survey(stream, dense, config, progress)
 
 
 def _whole_paths(specs: Mapping[str, TensorSpec]) -> list[Block]:
