@@ -6,149 +6,198 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
+import psutil
 from absl import logging
 from rich.table import Table
 
-from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter, tensor_specs
+from dppa_jax.benchmark_models import EXPERTS, SHAPES, make_family, model_config, parameters
+from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter
 from dppa_jax.config import choose
 from dppa_jax.progress import console
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
-    "0.3b": (1024, 2816, 22, 16, 4),
-    "1.1b": (2048, 5632, 22, 32, 4),
-    "3b": (3200, 8640, 26, 32, 32),
-    "7b": (4096, 11008, 32, 32, 32),
-}
-EXPERTS = ("expert0", "expert1", "expert2")
 OURS = {
     "task_arithmetic": ["--method=task_arithmetic", "--coefficient=0.3"],
     "dare": ["--method=dare", "--rate=0.9", "--coefficient=0.3"],
     "ties": ["--method=ties", "--rate=0.9", "--coefficient=0.3"],
     "dppa": ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3", "--coefficient=0.3"],
 }
+EXPERTS_OF = {"7b": 2}  # of other shapes all: three experts of 7 B, the base and an output are 67 GB
+COMPARED_SIZE = ("dppa", 2)  # what is compared over shapes, with as many experts as all of them have
 PEERS = {"task_arithmetic": {}, "dare_linear": {"density": 0.1}, "ties": {"density": 0.1}}
 COMPARED = (("task_arithmetic", "task_arithmetic"), ("dare", "dare_linear"), ("ties", "ties"))
 COMPARED += (("dppa", "dare_linear"), ("dppa", "ties"))
+FLOOR = "I/O floor"
 
 
 @dataclass(frozen=True)
 class Run:
+    """What a process, or several of one merge, took.
+
+    Attributes:
+      seconds: from start to end of all.
+      peak_bytes: resident, of the largest process.
+      cpu_seconds: of all, in the program and the system.
+      moved_bytes: read and written, as the merge counts it; 0 where nothing does.
+    """
+
     seconds: float
     peak_bytes: int
+    cpu_seconds: float
+    moved_bytes: int = 0
 
 
-def run_benchmark(shape: str, workdir: str, peer: str, peer_python: str, repeats: int) -> dict:
-    """Time every method, the peer's methods in turn with ours; print the table and write it to WORKDIR/benchmark."""
-    choose("--shape", shape, SHAPES)
+def run_benchmark(
+    shapes: Sequence[str], workdir: str, peer: str, peer_python: str, repeats: int, methods: Sequence[str] = ()
+) -> dict[str, dict]:
+    """Time methods on every shape, the peer's in turn with ours; print tables and write them to WORKDIR/benchmark."""
+    for shape in shapes:
+        choose("--shape", shape, SHAPES)
+    for method in methods:
+        choose("--methods", method, OURS)
     if peer:
         choose("--peer", peer, ("mergekit", "restart"))
-    root = Path(workdir) / "benchmark" / shape
-    models = {name: make_model(root / name, shape, name) for name in ("base", *EXPERTS)}
-    commands = {
-        "I/O floor": [sys.executable, "-m", "dppa_jax.benchmark", *map(str, models.values()), str(root / "out")]
+    if repeats < 1:
+        raise ValueError(f"--repeats={repeats}: it must be 1 or more.")
+    root = Path(workdir) / "benchmark"
+    results = {
+        shape: _run_shape(shape, root / shape, peer_python if peer else None, repeats, methods or tuple(OURS))
+        for shape in shapes
     }
-    for name, flags in OURS.items():
-        experts = [f"--expert={e}={models[e]}" for e in EXPERTS]
-        paths = [f"--base={models['base']}", *experts, f"--output={root / 'out'}", "--overwrite"]
-        commands[name] = [sys.executable, "-m", "dppa_jax.launch", *paths, *flags]
-    for name in PEERS if peer else ():
-        recipe = root / f"{name}.json"
-        recipe.write_text(json.dumps(_mergekit_recipe(name, models)))  # JSON is YAML
-        mergekit = Path(peer_python or sys.executable).parent / "mergekit-yaml"
-        commands[f"mergekit {name}"] = [str(mergekit), str(recipe), str(root / "out"), "--no-copy-tokenizer"]
+    _print_sizes(root)
+    return results
+
+
+def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, methods: Sequence[str]) -> dict:
+    config, experts = model_config(shape), EXPERTS[: EXPERTS_OF.get(shape, len(EXPERTS))]
+    models = make_family(root, config, experts)
+    output = root / "out"
+    commands = {FLOOR: [sys.executable, "-m", "dppa_jax.benchmark", *map(str, models.values()), str(output)]}
+    commands |= {name: merge_command(models, output, OURS[name]) for name in methods}
+    name, several = COMPARED_SIZE
+    if name in methods and len(experts) > several:
+        commands[size_row()] = merge_command(dict(list(models.items())[: 1 + several]), output, OURS[name])
+    if peer_python is not None:
+        commands |= _peer_commands(root, models, peer_python)
+    if 2 * parameters(config) * len(models) < psutil.virtual_memory().available:
+        timed([commands[FLOOR]], output)  # fills the page cache for all
     runs: dict[str, Run] = {}
-    _timed(commands["I/O floor"], root / "warm.log")  # fills the page cache for all
-    shutil.rmtree(root / "out")
     for _ in range(repeats):
         for name, command in commands.items():
-            run = _timed(command, root / f"{name.replace(' ', '_').replace('/', '_')}.log")
-            shutil.rmtree(root / "out")
-            logging.info("%s: %.1f s, peak %.2f GB", name, run.seconds, run.peak_bytes / 1e9)
+            run = timed([command], output)
+            logging.info("%s, %s: %.1f s, peak %.2f GB", shape, name, run.seconds, run.peak_bytes / 1e9)
             runs[name] = min(runs.get(name, run), run, key=lambda r: r.seconds)
-    result = {name: {"seconds": run.seconds, "peak_bytes": run.peak_bytes} for name, run in runs.items()}
-    (root / "benchmark.json").write_text(json.dumps(result, indent=1))
-    _print(shape, runs, bool(peer))
+    result = {name: asdict(run) for name, run in runs.items()}
+    (root / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    _print(shape, len(experts), runs)
     return result
 
 
-def make_model(directory: Path, shape: str, name: str) -> Path:
-    """A bf16 checkpoint of seeded weights; an expert is the base plus Student-t deltas of a scale per tensor."""
-    if directory.exists():
-        return directory
-    logging.info("making %s", directory)
-    specs = tensor_specs(_config(shape))
-    dtype = np.dtype(ml_dtypes.bfloat16)
-    writer = SafetensorsWriter(directory, {n: (s.shape, dtype) for n, s in specs.items()}, 2_000_000_000)
-    base = None if name == "base" else SafetensorsDirectory(directory.with_name("base"))
-    for i, spec in enumerate(specs.values()):
-        rng = np.random.default_rng([i, *name.encode()])
-        noise = rng.standard_normal((spec.rows, spec.columns), np.float32)
-        if base is None:
-            values = noise * np.float32(0.02) if spec.layer is not None or len(spec.shape) == 2 else 1 + noise * 0
-        else:
-            tails = np.sqrt(rng.chisquare(4, (spec.rows, 1)).astype(np.float32) / 4)
-            values = base.read(spec.name).reshape(noise.shape).astype(np.float32)
-            values += noise / tails * np.float32(rng.uniform(0.0005, 0.002))
-        writer.write_rows(spec.name, 0, values.astype(dtype))
-    writer.commit(_config(shape))
-    return directory
+def merge_command(models: Mapping[str, Path], output: Path, flags: Sequence[str]) -> list[str]:
+    """The merge of a family's experts as a process."""
+    base, *experts = models.items()
+    where = [f"--base={base[1]}", *(f"--expert={name}={path}" for name, path in experts), f"--output={output}"]
+    return [sys.executable, "-m", "dppa_jax.launch", *where, "--overwrite", *flags]
 
 
-def _config(shape: str) -> dict:
-    hidden, inner, layers, heads, kv_heads = SHAPES[shape]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 32000,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
+def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] = ()) -> Run:
+    """Run the processes of a merge at the same time, each on its core where `cores` says one; remove the output.
+
+    None goes on from what an earlier one left.
+
+    Raises OSError with the last lines of a process that failed; all that they print is beside `output`.
+    """
+    remove_output(output)
+    logs = [output.with_name(f"process{i}.log") for i in range(len(commands))]
+    started = time.perf_counter()
+    processes = [
+        _start(command, log, cores[i : i + 1]) for i, (command, log) in enumerate(zip(commands, logs, strict=True))
+    ]
+    ended = [os.wait4(process.pid, 0) for process in processes]
+    seconds = time.perf_counter() - started
+    for command, log, (_, status, _) in zip(commands, logs, ended, strict=True):
+        if status:
+            raise OSError(f"{' '.join(command[:3])} failed; see {log}:\n{log.read_text()[-2000:]}")
+    usages = [usage for *_, usage in ended]
+    recipe = output / "recipe.json"
+    cost = json.loads(recipe.read_text())["cost"] if recipe.exists() else {}
+    moved = cost.get("bytes_read", 0) + cost.get("bytes_written", 0)
+    remove_output(output)
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return Run(seconds, max(usage.ru_maxrss for usage in usages) * 1024, cpu, moved)
 
 
-def _mergekit_recipe(name: str, models: dict[str, Path]) -> dict:
-    parameters = {"weight": 0.3, **PEERS[name]}
-    experts = [{"model": str(models[e]), "parameters": parameters} for e in EXPERTS]
-    return {"models": experts, "base_model": str(models["base"]), "merge_method": name, "dtype": "bfloat16"}
+def remove_output(output: Path) -> None:
+    for place in (output, output.with_name(output.name + ".incomplete")):
+        shutil.rmtree(place, ignore_errors=True)
 
 
-def _timed(command: list[str], log: Path) -> Run:
-    """Wall time and peak resident memory of a process, its output in `log`."""
+def _start(command: Sequence[str], log: Path, cores: Sequence[int]) -> subprocess.Popen:
+    pin = partial(os.sched_setaffinity, 0, cores) if cores else None
     with open(log, "w") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-    if status:
-        raise OSError(f"{command[0]} failed; see {log}:\n{log.read_text()[-2000:]}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=pin)
 
 
-def _print(shape: str, runs: dict[str, Run], peer: bool) -> None:
-    floor = runs["I/O floor"].seconds
-    table = Table("method", "seconds", "peak GB", "× I/O floor", title=f"{shape}, base + {len(EXPERTS)} experts, bf16")
+def _peer_commands(root: Path, models: Mapping[str, Path], peer_python: str) -> dict[str, list[str]]:
+    commands = {}
+    mergekit = Path(peer_python or sys.executable).parent / "mergekit-yaml"
+    for name in PEERS:
+        recipe = root / f"{name}.json"
+        recipe.write_text(json.dumps(_mergekit_recipe(name, models)))  # JSON is YAML
+        commands[f"mergekit {name}"] = [str(mergekit), str(recipe), str(root / "out"), "--no-copy-tokenizer"]
+    return commands
+
+
+def _mergekit_recipe(name: str, models: Mapping[str, Path]) -> dict:
+    given = {"weight": 0.3, **PEERS[name]}
+    base, *experts = models.values()
+    listed = [{"model": str(expert), "parameters": given} for expert in experts]
+    return {"models": listed, "base_model": str(base), "merge_method": name, "dtype": "bfloat16"}
+
+
+def size_row() -> str:
+    method, experts = COMPARED_SIZE
+    return f"{method}, {experts} experts"
+
+
+def _print(shape: str, experts: int, runs: Mapping[str, Run]) -> None:
+    floor = runs[FLOOR].seconds
+    table = Table("method", "seconds", "peak GB", "× I/O floor", title=f"{shape}, base + {experts} experts, bf16")
     for name, run in runs.items():
         table.add_row(name, f"{run.seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}", f"{run.seconds / floor:.1f}")
     console().print(table)
-    if peer:
+    compared = [(ours, peer) for ours, peer in COMPARED if ours in runs and f"mergekit {peer}" in runs]
+    if compared:
         table = Table("dppa_jax", "mergekit", "times as fast")
-        for ours, theirs in COMPARED:
+        for ours, theirs in compared:
             speed = runs[f"mergekit {theirs}"].seconds / runs[ours].seconds
             table.add_row(ours, theirs, f"{speed:.1f}")
         console().print(table)
+
+
+def _print_sizes(root: Path) -> None:
+    """The same merge of every shape that was ever timed in this directory."""
+    found: dict[str, Run] = {}
+    for shape in SHAPES:
+        file = root / shape / "benchmark.json"
+        rows = json.loads(file.read_text()) if file.exists() else {}
+        row = rows.get(COMPARED_SIZE[0] if EXPERTS_OF.get(shape) == COMPARED_SIZE[1] else size_row(), {})
+        if "moved_bytes" in row:
+            found[shape] = Run(**row)
+    if not found:
+        return
+    table = Table("shape", "parameters", "seconds", "ns a parameter", "GB/s", "peak GB", title=f"{size_row()}, bf16")
+    for shape, run in found.items():
+        count = parameters(model_config(shape))
+        speed = run.moved_bytes / run.seconds / 1e9
+        numbers = (f"{run.seconds:.1f}", f"{run.seconds / count * 1e9:.2f}", f"{speed:.2f}")
+        table.add_row(shape, f"{count / 1e9:.2f} B", *numbers, f"{run.peak_bytes / 1e9:.2f}")
+    console().print(table)
 
 
 def _floor(paths: list[str]) -> None:

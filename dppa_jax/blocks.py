@@ -15,8 +15,10 @@ from jax.sharding import Mesh
 
 from dppa_jax.checkpoint.names import TensorSpec
 from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT
+from dppa_jax.distributed import share
 from dppa_jax.sharding import padded_rows, put_rows
 
+CHUNK = 1 << 24  # elements of embeddings at a time, in a process that has no layers
 READERS = 2  # of a block at a time; one thread copies from the page cache at half the speed of two
 
 
@@ -73,12 +75,24 @@ class Block:
         return sum(part.rows * part.columns for part in self.parts)
 
 
+def owners(specs: Mapping[str, TensorSpec], processes: int) -> dict[str, int]:
+    """The process that reads, merges and writes each tensor: layers in equal shares, what is before them first."""
+    layers = 1 + max(spec.layer for spec in specs.values() if spec.layer is not None)
+    of_layer = [process for process in range(processes) for _ in share(layers, processes, process)]
+    found, started = {}, False
+    for name, spec in specs.items():
+        started |= spec.layer is not None
+        outside = processes - 1 if started else 0
+        found[name] = outside if spec.layer is None else of_layer[spec.layer]
+    return found
+
+
 def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Block]:
     """Layers in blocks of `block_layers`, then embeddings and head in chunks that are no larger, then the norm."""
-    layers = 1 + max(spec.layer for spec in specs.values() if spec.layer is not None)
+    layers = sorted({spec.layer for spec in specs.values() if spec.layer is not None})
     blocks = []
-    for first in range(0, layers, block_layers):
-        chosen = tuple(range(first, min(first + block_layers, layers)))
+    for first in range(0, len(layers), block_layers):
+        chosen = tuple(layers[first : first + block_layers])
         groups: dict[tuple, list[TensorSpec]] = {}
         for spec in specs.values():
             if spec.layer in chosen:
@@ -88,7 +102,7 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Bloc
             for group in groups.values()
         ]
         blocks.append(Block(tuple(parts), chosen))
-    largest = max(block.elements for block in blocks)
+    largest = max((block.elements for block in blocks), default=CHUNK)
     for spec in specs.values():
         if spec.layer is None:
             step = max(1, largest // spec.columns)

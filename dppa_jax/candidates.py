@@ -1,5 +1,6 @@
 """Models to choose from or to compare: merges of open checkpoints, made where an evaluator asks for them and scored."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -7,19 +8,19 @@ from pathlib import Path
 
 import jax
 
-from dppa_jax.cache import digest, sources_digest
-from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax import distributed
+from dppa_jax.blocks import owners
+from dppa_jax.cache import digest
+from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint.names import with_dtype
 from dppa_jax.config import MergeConfig
-from dppa_jax.evaluate.evaluation import Cost, Evaluation
+from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.jobs import JobConfig, activation_norms, check_models, open_models, plan_of
 from dppa_jax.memory import merged_model
-from dppa_jax.pipeline import Layout, Merger
+from dppa_jax.pipeline import ARITHMETIC, Layout, Merger, output_tensors
 from dppa_jax.sharding import make_mesh
-
-CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "sharding.py")
-ARITHMETIC = sources_digest(Path(__file__).parent, *CODE)
 
 
 class Candidates:
@@ -27,6 +28,9 @@ class Candidates:
 
     The fingerprint of a merge is that of its inputs and of all that decides its bits, so that one whose responses are
     known is not made again.
+
+    Several processes make a merge together, each its layers, in a directory below `job.workdir` from which the first
+    one, which has the evaluator, takes it; all must call the same methods in the same order.
     """
 
     def __init__(self, job: JobConfig, evaluation: Evaluation):
@@ -34,6 +38,7 @@ class Candidates:
         self.base, self.experts = open_models(job)
         check_models(job, self.base, self.experts)
         self.mesh = make_mesh(job.mesh)
+        self._written: Path | None = None
 
     def __enter__(self) -> "Candidates":
         return self
@@ -41,10 +46,13 @@ class Candidates:
     def __exit__(self, *_) -> None:
         for model in (self.base, *self.experts.values()):
             model.close()
+        self._remove_written()
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        return {name: model.content_digest() for name, model in (("base", self.base), *self.experts.items())}
+        models = {"base": self.base, **self.experts}
+        digests = lambda: {name: model.content_digest() for name, model in models.items()}  # noqa: E731
+        return distributed.of_first("fingerprints", digests)
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
         """The scores of the base or of an expert as it is."""
@@ -57,7 +65,7 @@ class Candidates:
         models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
         plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
         norms = activation_norms(self.job, experts) if config.score == "wanda" else None
-        layout = Layout(plan.block_layers, plan.resident)
+        layout = Layout(plan.block_layers, plan.resident, distributed.count(), distributed.index())
         return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)
 
     def merged(
@@ -65,8 +73,28 @@ class Candidates:
     ) -> Scores:
         """The scores of what `merger` makes with these factors and coefficients."""
         fingerprint = self.fingerprint(merger.merge_config(**numbers))
-        make = lambda: merged_model(merger, self.companion.directory, **numbers)  # noqa: E731
+        make = lambda: self.made(merger, fingerprint, **numbers)  # noqa: E731
         return self.evaluation.scores(name, fingerprint, make, tasks, split, options)
+
+    def made(self, merger: Merger, fingerprint: str, **numbers) -> Weights:
+        """What `merger` makes with these factors and coefficients, for the evaluator; it stays until the next one."""
+        if distributed.count() == 1:
+            return merged_model(merger, self.companion.directory, **numbers)
+        config, base = merger.merge_config(**numbers), self.base
+        directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator knows
+        owner = owners(base.specs, distributed.count())
+        tensors = output_tensors(base, config)
+        with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
+            merger(writer, **numbers)
+            writer.commit(with_dtype(base.config, config.output_dtype or base.dtype.name), self.companion.directory)
+        if self._written != directory:
+            self._remove_written()
+        self._written = directory
+        return directory
+
+    def _remove_written(self) -> None:
+        if self._written and distributed.index() == 0:
+            shutil.rmtree(self._written, ignore_errors=True)
 
     def cost(self, config: MergeConfig) -> Cost:
         """Of the merge that `config` describes."""
@@ -81,6 +109,6 @@ class Candidates:
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])
 
     @property
-    def companion(self) -> SafetensorsDirectory:
+    def companion(self) -> Checkpoint:
         """The model whose tokenizer and generation config a merge gets."""
         return self.base if self.job.tokenizer == "base" else self.experts[self.job.tokenizer]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint import LINEARS, CheckpointError, SafetensorsDirectory
+from dppa_jax.checkpoint import LINEARS, Checkpoint, CheckpointError
 
 PIECE = 1 << 17  # elements compared at a time: what is made of them in float32 stays in a core's cache
 SINGLE = np.dtype(np.float32)
@@ -145,7 +145,7 @@ def kind(name: str) -> str:
     return module if module in KINDS else "other"
 
 
-def compare_tensor(name: str, sources: Sequence[SafetensorsDirectory]) -> Comparison:
+def compare_tensor(name: str, sources: Sequence[Checkpoint]) -> Comparison:
     """One tensor that the first two sources, ours and the reference, both have; a third is the base."""
     stored = [source.tensors.get(name) for source in sources]
     ours, theirs, *bases = stored
@@ -179,7 +179,7 @@ def compare_tensor(name: str, sources: Sequence[SafetensorsDirectory]) -> Compar
 class _Pair:
     """A tensor of ours and of the reference, and of the base where there is one; read again for every pass."""
 
-    def __init__(self, name: str, sources: Sequence[SafetensorsDirectory], rows: int, columns: int, common: np.dtype):
+    def __init__(self, name: str, sources: Sequence[Checkpoint], rows: int, columns: int, common: np.dtype):
         self.name, self.sources, self.rows, self.columns, self.common = name, sources, rows, columns, common
         self.bits = np.dtype(f"u{common.itemsize}")
         self.step = max(1, PIECE // columns)

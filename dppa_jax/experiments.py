@@ -9,9 +9,9 @@ import jax
 from absl import logging
 from rich.table import Table
 
-from dppa_jax import jobs
+from dppa_jax import distributed, jobs
 from dppa_jax.candidates import Candidates
-from dppa_jax.checkpoint import SafetensorsDirectory, locate
+from dppa_jax.checkpoint import locate, open_checkpoint
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import Evaluation, EvaluationConfig, open_evaluation
 from dppa_jax.evaluate.scores import Scores
@@ -47,7 +47,7 @@ def run_evaluate(
     All are asked with the tokenizer of one of them; of the first where there is no `tokenizer` among them.
     """
     check_tasks(config)
-    opened = {name: SafetensorsDirectory(locate(where, seed)) for name, where in models.items()}
+    opened = {name: open_checkpoint(where, seed) for name, where in models.items()}
     directories = {name: model.directory for name, model in opened.items()}
     reader = directories.get(tokenizer) or next(iter(directories.values()))
     with open_evaluation(config, reader, Path(workdir)) as evaluation:
@@ -206,7 +206,8 @@ def _report_merge(
     searched: Mapping[str, Searched],
     adamerged: AdaMerged | None,
 ) -> None:
-    merged = SafetensorsDirectory(Path(job.output))
+    merged = open_checkpoint(job.output)
+    content = distributed.of_first("content of the merge", merged.content_digest)
     every = job.evaluation.every_task
     with steps("evaluate", 2 + len(domains)) as advance:
         base = candidates.dense("base", every)
@@ -215,10 +216,12 @@ def _report_merge(
         for domain, tasks in domains.items():
             experts |= candidates.dense(domain, tasks)
             advance()
-        fingerprints = {**candidates.fingerprints, "merge": merged.content_digest()}
+        fingerprints = {**candidates.fingerprints, "merge": content}
         found = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
         advance()
     merged.close()
+    if distributed.index():
+        return
     known = published_merge(len(job.experts), domains, job.merge.method, job.merge.rate)
     table = evaluated(base, experts, found, domains, known if is_papers(job.base, job.experts) else None)
     models = {"base": job.base, **job.experts, "merge": job.output}
@@ -345,6 +348,9 @@ def run_of(
 
 
 def finish(workdir: Path, run: Run) -> None:
+    """Print the tables and write the report, in the first process."""
+    if distributed.index():
+        return
     for table in run.tables:
         console().print(table.printed())
     write_report(workdir, run)

@@ -4,21 +4,22 @@ import textwrap
 
 from absl import flags
 
-JOBS = ("merge", "plan", "inspect", "evaluate", "search", "finetune", "validate", "report", "benchmark")
+JOBS = ("merge", "plan", "inspect", "evaluate", "search", "finetune", "convert", "validate", "report", "benchmark")
 NAMED_ONLY = ("evaluation", "search of factors", "AdaMerging", "fine-tuning", "report, validate and benchmark")
 INDENT = {"subsequent_indent": "  ", "break_on_hyphens": False}
 
 # Groups of flags as --helpshort shows them: (name, kind, default, help).
 GROUPS = {
     "work": (
-        ("job", "string", "merge", f"what to do: {', '.join(JOBS)}"),
+        ("job", "string", "merge", ", ".join(JOBS)),
         ("workdir", "string", "runs", "responses, searches, reports, benchmark models"),
         ("overwrite", "bool", False, "replace what is in --output"),
+        ("resume", "bool", True, "go on from what a run of the same inputs and flags left in --workdir"),
     ),
     "models": (
-        ("base", "string", "", "directory, hub id (owner/name[@revision]), or demo:base"),
+        ("base", "string", "", "directory, hub id (owner/name[@revision]), orbax:DIR, or demo:base"),
         ("expert", "multi", [], "NAME=WHERE, repeated; demo:math, demo:finance, demo:law"),
-        ("output", "string", "", "directory of the merged model"),
+        ("output", "string", "", "directory of the merged model; convert: also orbax:DIR"),
         ("output_dtype", "string", "", "float32, bfloat16 or float16; default: each base tensor's own"),
         ("max_shard_size", "int", 2_000_000_000, "bytes of a safetensors file"),
         ("save_delta", "string", "", "also write each expert's pruned and scaled delta to DIR/NAME"),
@@ -56,6 +57,9 @@ GROUPS = {
         ("block_layers", "int", 0, "layers on the devices at a time; 0: from the memory there is"),
         ("residency", "string", "auto", "auto, resident (read once) or streamed"),
         ("device_memory", "float", 0.0, "GB of a device to plan for; 0: ask the device"),
+        ("coordinator", "string", "", "of several processes the first, HOST:PORT; auto: Slurm, TPU, Kubernetes, MPI"),
+        ("num_processes", "int", 0, "how many there are, with --coordinator=HOST:PORT; plan: to plan for"),
+        ("process_id", "int", -1, "which this is, from 0 on"),
     ),
     "evaluation": (
         ("evaluate", "list", [], "tasks, of the domains that experts are named after"),
@@ -123,13 +127,15 @@ GROUPS = {
         ("eval_every", "int", 0, "steps between losses on --eval_data; 0: at the end"),
     ),
     "report, validate and benchmark": (
-        ("methods", "list", [], "report: methods of the table of single experts"),
+        ("methods", "list", [], "report: methods of the table of single experts; benchmark: what to time"),
         ("merge_methods", "list", [], "report: methods of the table of merges; dppa+adamerging finds the coefficients"),
         ("rates", "list", [], "report: rates of both tables; 0.1:0.9:0.1 is a range"),
         ("seeds", "list", ["0"], "report: seeds, of the demo family and of random scores"),
         ("reference", "string", "", "validate: directory, of another implementation, that --output is compared with"),
         ("tolerance_ulp", "float", 1.0, "validate: how far apart values may be, in units in the last place"),
-        ("shape", "string", "0.3b", "benchmark: 0.3b, 1.1b, 3b or 7b"),
+        ("shape", "list", ["0.3b"], "benchmark: 0.3b, 1.1b, 3b, 7b; several make a table of sizes"),
+        ("device", "string", "", "benchmark: gpu or cpu, of the arithmetic alone, on weights made there"),
+        ("scaling", "bool", False, "benchmark: by 1, 2 and 4 processes"),
         ("peer", "string", "", "benchmark: mergekit, run alternately; restart: of vLLM, beside a search's candidates"),
         ("peer_python", "string", "", "benchmark: interpreter of an environment with mergekit; default: this one"),
         ("repeats", "int", 1, "benchmark: runs of each; the fastest counts"),

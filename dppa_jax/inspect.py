@@ -10,7 +10,7 @@ from jaxtyping import Float
 from rich.table import Table
 
 from dppa_jax.blocks import Loaded, Stream, make_blocks
-from dppa_jax.checkpoint import DTYPES, SafetensorsDirectory
+from dppa_jax.checkpoint import DTYPES, Checkpoint
 from dppa_jax.checkpoint.names import LINEARS, linear_name
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import Statistics
@@ -154,8 +154,8 @@ def _by_layer(title: str, values: np.ndarray, beside: np.ndarray | None = None) 
 
 
 def remaining(
-    base: SafetensorsDirectory,
-    expert: SafetensorsDirectory,
+    base: Checkpoint,
+    expert: Checkpoint,
     config: MergeConfig,
     layer: int,
     thresholds: Float[np.ndarray, "partitions linears"],

@@ -31,6 +31,11 @@ def check() -> None:
         raise _received[0]
 
 
+def stop(error: BaseException) -> None:
+    """End the run with this error when `check` is next called."""
+    _received[:] = _received or [error]
+
+
 @contextmanager
 def held() -> Iterator[None]:
     """A signal ends the run after the block and not within it, so that what the block makes gets its name."""

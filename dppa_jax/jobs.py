@@ -2,30 +2,44 @@
 
 import resource
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
+import psutil
 from absl import logging
 from rich.table import Table
 
-from dppa_jax import interrupts
-from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, SafetensorsDirectory, SafetensorsWriter, locate, read_config
+from dppa_jax import distributed, interrupts
+from dppa_jax.blocks import owners
+from dppa_jax.cache import digest
+from dppa_jax.checkpoint import (
+    DTYPES,
+    MAX_SHARD_SIZE,
+    Checkpoint,
+    SafetensorsWriter,
+    locate,
+    open_checkpoint,
+    read_config,
+)
 from dppa_jax.checkpoint.names import CheckpointError, tensor_specs, with_dtype
-from dppa_jax.checkpoint.recipe import licence, model_card, recipe
+from dppa_jax.checkpoint.recipe import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import EvaluationConfig
-from dppa_jax.pipeline import Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
+from dppa_jax.journal import Journal
+from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan
 from dppa_jax.progress import console
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
 from dppa_jax.sharding import make_mesh, mesh_shape
+from dppa_jax.speed import measure_speeds
 from dppa_jax.survey import NonfiniteError
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
@@ -47,8 +61,10 @@ class JobConfig:
     block_layers: int = 0
     residency: str = "auto"
     device_memory: int = 0
+    num_processes: int = 0  # to plan for; 0: as many as there are
     max_shard_size: int = MAX_SHARD_SIZE
     overwrite: bool = False
+    resume: bool = True
     allow_other_base: bool = False
     calibration: str = ""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -77,45 +93,99 @@ def run_merge(job: JobConfig) -> Outcome:
     for what, value in plan.lines():
         logging.info("plan: %s: %s", what, value)
     norms = activation_norms(job, experts) if job.merge.score == "wanda" else None
+    layout = Layout(plan.block_layers, plan.resident, distributed.count(), distributed.index())
 
     with ExitStack() as opened:
         for model in (base, *experts.values()):
             opened.callback(model.close)
-        writers = {name: opened.enter_context(writer) for name, writer in _writers(job, base)}
+        identity = identity_of(job, {"base": base, **experts}, layout) if job.resume else ""
+        writers = {name: opened.enter_context(writer) for name, writer in _writers(job, base, identity)}
         writer = writers.pop("--output")
-        layout = Layout(plan.block_layers, plan.resident)
+        journal = opened.enter_context(_journal(writer, writers.values(), identity))
         try:
-            outcome = merge_checkpoints(base, experts, job.merge, writer, mesh, layout, writers, norms)
+            outcome = merge_checkpoints(base, experts, job.merge, writer, mesh, layout, writers, norms, journal=journal)
         except NonfiniteError as error:
             raise _damaged(error, {"base": base, **experts}) from error
-        cost = {
-            "seconds": round(time.perf_counter() - started, 3),
-            "bytes_read": outcome.bytes_read,
-            "bytes_written": sum(w.nbytes for w in (writer, *writers.values())),
-            "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        texts = _texts(job, base, experts, outcome, cost)
+        texts = _texts(job, base, experts, outcome, _cost(outcome, (writer, *writers.values()), started))
         interrupts.check()
         for delta in writers.values():
-            delta.commit(with_dtype(base.config, job.merge.delta_dtype), base.directory)
+            delta.complete(with_dtype(base.config, job.merge.delta_dtype), base.directory)
         tokenizer = base if job.tokenizer == "base" else experts[job.tokenizer]
-        writer.commit(with_dtype(base.config, job.merge.output_dtype or base.dtype.name), tokenizer.directory, texts)
+        writer.complete(with_dtype(base.config, job.merge.output_dtype or base.dtype.name), tokenizer.directory, texts)
+        for whole in (*writers.values(), writer):
+            whole.publish()
     logging.info("wrote %s in %.1f s", job.output, time.perf_counter() - started)
     return outcome
 
 
+def identity_of(job: JobConfig, models: Mapping[str, Checkpoint], layout: Layout) -> str:
+    """Of all that decides what a merge writes: a run that was ended is taken up by one of the same identity only.
+
+    Several processes have one between them, and each may have copies of the inputs of its own.
+    """
+    inputs = {name: [model.fingerprint(), _files(model.directory)] for name, model in models.items()}
+    calibration = Path(job.calibration).read_text() if job.calibration else ""
+    outputs = {flag: str(Path(where).resolve()) for flag, where in _outputs(job).items()}
+    computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration]
+    mine = digest([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
+    return digest(distributed.exchange("identity", mine))
+
+
+def _files(directory: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change."""
+    found = ((path, path.stat()) for path in sorted(directory.rglob("*")) if path.is_file())
+    return [(str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+
+@contextmanager
+def _journal(writer: SafetensorsWriter, deltas: Iterable[SafetensorsWriter], identity: str) -> Iterator[Journal]:
+    """Of a merge into these directories, beside what it tells of."""
+    writers = (writer, *deltas)
+    flush = lambda: [each.flush() for each in writers]  # noqa: E731
+    journal = Journal(writer.journal if identity else None, all(each.resumed for each in writers), flush)
+    if journal.known:
+        logging.info("goes on after %d steps that an earlier run has done; --resume=false starts anew", journal.known)
+    try:
+        yield journal
+    finally:
+        journal.close()
+
+
+def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float) -> dict:
+    """Time, and what each process read and wrote; of resident memory the peak of a process."""
+    mine = outcome.bytes_read, sum(w.nbytes for w in writers), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    read, written, peak = zip(*distributed.exchange("cost", mine), strict=True)
+    cost = {"seconds": round(time.perf_counter() - started, 3), "bytes_read": sum(read), "bytes_written": sum(written)}
+    cost |= {"peak_memory": max(peak)}
+    return cost | ({"processes": {"bytes_read": read, "bytes_written": written}} if len(read) > 1 else {})
+
+
 def run_plan(job: JobConfig) -> Plan:
-    """Print the plan; reads config.json files only, and needs no devices of the mesh."""
+    """Print the plan; config.json files are enough, and devices of the mesh are needed only for the time."""
     where = {"base": job.base, **job.experts}
     configs = {name: read_config(locate(place, job.merge.seed, weights=False)) for name, place in where.items()}
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
     check_compatible(models.pop("base"), models)
     plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
     table = Table("plan", "", show_header=False)
-    for row in plan.lines():
+    for row in (*plan.lines(), ("time", _predicted_time(job, plan))):
         table.add_row(*row)
     console().print(table)
     return plan
+
+
+def _predicted_time(job: JobConfig, plan: Plan) -> str:
+    """From speeds measured here, where the weights are, or why there is none."""
+    if job.device_memory:
+        return "not predicted: the devices of --device_memory are not here to be measured"
+    if not job.output:
+        return "not predicted: give --output, as it depends on that disk"
+    try:
+        base, experts = open_models(job, weights=False)
+        speeds = measure_speeds((base, *experts.values()), Path(job.output), job.merge, make_mesh(job.mesh))
+    except (ValueError, OSError) as error:
+        return f"not predicted: {error}"
+    return plan.time(speeds)
 
 
 def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again: bool = False) -> Plan:
@@ -130,13 +200,18 @@ def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again
         memory = int(memory * (1 - job.evaluation.gpu_memory_utilization))  # vLLM has the rest from its start on
     if again:
         platform = "accelerator"
-    return make_plan(configs, job.merge, tuple(mesh), job.block_layers, job.residency, memory, platform)
+    free = 0 if job.device_memory else psutil.virtual_memory().available
+    processes = job.num_processes or distributed.count()
+    cut = (job.block_layers, job.residency, memory, platform, processes)
+    return make_plan(configs, job.merge, tuple(mesh), *cut, bool(job.save_delta), free)
 
 
-def open_models(job: JobConfig) -> tuple[SafetensorsDirectory, dict[str, SafetensorsDirectory]]:
+def open_models(job: JobConfig, weights: bool = True) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """Base and experts; without `weights` nothing large is fetched, and models that are not here are an error."""
     seed = job.merge.seed
-    base = SafetensorsDirectory(locate(job.base, seed))
-    return base, {name: SafetensorsDirectory(locate(where, seed)) for name, where in job.experts.items()}
+    with distributed.first_alone("models"):  # it fetches or builds what the others then find
+        base = open_checkpoint(job.base, seed, weights)
+        return base, {name: open_checkpoint(where, seed, weights) for name, where in job.experts.items()}
 
 
 def check_outputs(job: JobConfig) -> None:
@@ -147,7 +222,7 @@ def check_outputs(job: JobConfig) -> None:
         output_directory(directory, job.overwrite)
 
 
-def check_models(job: JobConfig, base: SafetensorsDirectory, experts: Mapping[str, SafetensorsDirectory]) -> None:
+def check_models(job: JobConfig, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
     """Everything that can be refused before the work begins."""
     models = {"base": base, **experts}
     outputs = {flag: where for flag, where in _outputs(job).items() if where}
@@ -178,12 +253,17 @@ def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path]) -> None:
         taken[f"the output of {flag}"] = path
 
 
-def check_same_base(base: SafetensorsDirectory, expert: SafetensorsDirectory, name: str) -> None:
-    """Refuse an expert whose delta is as large as the weights, on a few rows of every kind of linear."""
-    layers = base.config["num_hidden_layers"]
+def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
+    """Refuse an expert whose delta is as large as the weights, on a few rows of every kind of linear.
+
+    Each process looks at layers of its own.
+    """
+    own = distributed.share(base.config["num_hidden_layers"], distributed.count(), distributed.index())
+    if not own:
+        return
     difference = norm = 0.0
     for spec in base.specs.values():
-        if spec.linear is None or spec.layer not in (0, layers // 2, layers - 1):
+        if spec.linear is None or spec.layer not in (own[0], own[len(own) // 2], own[-1]):
             continue
         for row in np.linspace(0, spec.rows - 1, PROBED_ROWS).astype(int):
             b, e = (_row(source, spec.name, int(row)) for source in (base, expert))
@@ -201,7 +281,7 @@ def check_same_base(base: SafetensorsDirectory, expert: SafetensorsDirectory, na
         )
 
 
-def _row(source: SafetensorsDirectory, name: str, row: int) -> np.ndarray:
+def _row(source: Checkpoint, name: str, row: int) -> np.ndarray:
     tensor = source.tensors[name]
     out = np.empty(tensor.shape[-1], tensor.dtype)
     source.read_rows(name, row, row + 1, out)
@@ -214,17 +294,18 @@ def _outputs(job: JobConfig) -> dict[str, str]:
     return {"--output": job.output, **deltas}
 
 
-def _writers(job: JobConfig, base: SafetensorsDirectory) -> Iterator[tuple[str, SafetensorsWriter]]:
+def _writers(job: JobConfig, base: Checkpoint, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
     dtype = DTYPES[job.merge.delta_dtype]
     tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in _outputs(job)}
     tensors["--output"] = output_tensors(base, job.merge)
     outputs = {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
     check_space({where: total_bytes(tensors[name]) for name, where in outputs.items()})
+    owner = owners(base.specs, distributed.count()) if distributed.count() > 1 else None
     for name, where in outputs.items():
-        yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite)
+        yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite, identity, owner)
 
 
-def _damaged(error: NonfiniteError, models: Mapping[str, SafetensorsDirectory]) -> CheckpointError:
+def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> CheckpointError:
     """The error with the file and the place of the first NaN or Inf."""
     for name, model in models.items():
         bad = np.argwhere(~np.isfinite(model.read(error.tensor).astype(np.float32)))
@@ -237,7 +318,7 @@ def _damaged(error: NonfiniteError, models: Mapping[str, SafetensorsDirectory]) 
     return error
 
 
-def activation_norms(job: JobConfig, experts: Mapping[str, SafetensorsDirectory]) -> dict:
+def activation_norms(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict:
     """Per expert and linear, what the score "wanda" weighs columns by."""
     from dppa_jax.model import calibrate
 
@@ -251,7 +332,7 @@ def activation_norms(job: JobConfig, experts: Mapping[str, SafetensorsDirectory]
     return norms
 
 
-def _texts(job: JobConfig, base, experts: Mapping[str, SafetensorsDirectory], outcome: Outcome, cost: Mapping) -> dict:
+def _texts(job: JobConfig, base, experts: Mapping[str, Checkpoint], outcome: Outcome, cost: Mapping) -> dict:
     """recipe.json and README.md."""
     config = job.merge.as_dict()
     opened = {"base": base, **experts}

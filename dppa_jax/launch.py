@@ -17,9 +17,11 @@ FLAGS = flags.FLAGS
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
 UNSET = -1.0
+SEVERAL_PROCESSES = ("merge", "search", "finetune", "convert")
 
 
 def main(argv: list[str]) -> None:
+    from dppa_jax import distributed
     from dppa_jax.checkpoint.names import nearest
     from dppa_jax.config import choose
 
@@ -29,11 +31,19 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {given!r}; every input is a flag.{nearest(given, resolved_flags())}")
         _run(choose("--job", FLAGS.job, JOBS))
     except KeyboardInterrupt:
-        sys.exit("interrupted; what was unfinished has been removed")
-    except (ValueError, OSError) as error:
+        distributed.fail("interrupted", ended=True)
+        sys.exit("interrupted; the same command goes on from there")
+    except (ValueError, OSError, distributed.ProcessFailedError) as error:
+        distributed.fail(str(error))
         if FLAGS.verbosity > 0:
             raise
         sys.exit(f"error: {error}")
+    except SystemExit as error:
+        distributed.fail(f"ended with status {error.code}", ended=True)
+        raise
+    except BaseException as error:
+        distributed.fail(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _run(job: str) -> None:
@@ -42,17 +52,12 @@ def _run(job: str) -> None:
         logging.info("--expert=%s is replaced by a later one of that name", replaced)
     _keep_compilations()
     _keep_memory()
+    _check_output(job)
+    _start_processes(job)
     if FLAGS.evaluator == "vllm":  # JAX would take most of a GPU's memory, which vLLM needs
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    if job == "benchmark" and FLAGS.peer == "restart":
-        from dppa_jax.search.benchmark import run_restart_benchmark
-
-        run_restart_benchmark(job_config())
-        return
     if job == "benchmark":
-        from dppa_jax.benchmark import run_benchmark
-
-        run_benchmark(FLAGS.shape, FLAGS.workdir, FLAGS.peer, FLAGS.peer_python, FLAGS.repeats)
+        _benchmark()
         return
     if job == "evaluate":
         from dppa_jax.experiments import run_evaluate
@@ -63,6 +68,11 @@ def _run(job: str) -> None:
         from dppa_jax.finetune.job import run_finetune
 
         run_finetune(finetune_config())
+        return
+    if job == "convert":
+        from dppa_jax.convert import run_convert
+
+        run_convert(convert_config())
         return
     if job == "validate":
         from dppa_jax.validate import run_validate
@@ -97,6 +107,51 @@ def _run(job: str) -> None:
         from dppa_jax.jobs import run_merge
 
         run_merge(config)
+
+
+def _check_output(job: str) -> None:
+    if FLAGS.output.startswith("orbax:") and job not in ("convert", "evaluate", "validate"):
+        raise ValueError(
+            f"--output={FLAGS.output}: --job={job} writes a Hugging Face directory; give --output=DIR, and then "
+            f"--job=convert --base=DIR --output={FLAGS.output}."
+        )
+
+
+def _benchmark() -> None:
+    kinds = {"--peer": FLAGS.peer, "--device": FLAGS.device, "--scaling": FLAGS.scaling}
+    if len(given := [flag for flag, value in kinds.items() if value]) > 1:
+        raise ValueError(f"--job=benchmark: {' and '.join(given)} are benchmarks of their own; give one of them.")
+    if (FLAGS.device or FLAGS.scaling) and len(FLAGS.shape) > 1:
+        raise ValueError(f"--shape={','.join(FLAGS.shape)}: give one shape with {given[0]}.")
+    if FLAGS.peer == "restart":
+        from dppa_jax.search.benchmark import run_restart_benchmark
+
+        run_restart_benchmark(job_config())
+    elif FLAGS.scaling:
+        from dppa_jax.scaling import run_scaling
+
+        run_scaling(*FLAGS.shape, FLAGS.workdir)
+    elif FLAGS.device:
+        from dppa_jax.device_benchmark import run_device_benchmark
+
+        run_device_benchmark(*FLAGS.shape, FLAGS.device, FLAGS.workdir, FLAGS.repeats)
+    else:
+        from dppa_jax.benchmark import run_benchmark
+
+        peer = (FLAGS.peer, FLAGS.peer_python)
+        run_benchmark(FLAGS.shape, FLAGS.workdir, *peer, FLAGS.repeats, FLAGS.methods)
+
+
+def _start_processes(job: str) -> None:
+    from dppa_jax import distributed
+
+    if FLAGS.coordinator and job not in SEVERAL_PROCESSES:
+        several = ", ".join(SEVERAL_PROCESSES)
+        raise ValueError(f"--job={job} takes one process: leave out --coordinator. Several can do {several}.")
+    if FLAGS.coordinator:
+        distributed.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+    elif job != "plan" and (FLAGS.num_processes or FLAGS.process_id != -1):
+        raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT, the first process's address.")
 
 
 def job_config():
@@ -144,8 +199,10 @@ def job_config():
         block_layers=FLAGS.block_layers,
         residency=FLAGS.residency,
         device_memory=int(FLAGS.device_memory * 1e9),
+        num_processes=FLAGS.num_processes,
         max_shard_size=FLAGS.max_shard_size,
         overwrite=FLAGS.overwrite,
+        resume=FLAGS.resume,
         allow_other_base=FLAGS.allow_other_base,
         calibration=FLAGS.calibration,
         evaluation=evaluation(),
@@ -196,6 +253,7 @@ def evaluation():
         vllm_timeout=FLAGS.vllm_timeout,
         tensor_parallel_size=FLAGS.tensor_parallel_size,
         gpu_memory_utilization=FLAGS.gpu_memory_utilization,
+        resume=FLAGS.resume,
     )
 
 
@@ -205,7 +263,7 @@ def finetune_config():
     from dppa_jax.finetune.train import AdamW
 
     same = ("base", "output", "epochs", "learning_rate", "accumulate", "warmup", "remat", "pack", "seed", "mesh")
-    same += ("checkpoint_every", "eval_every", "workdir", "output_dtype", "max_shard_size", "overwrite")
+    same += ("checkpoint_every", "eval_every", "workdir", "output_dtype", "max_shard_size", "overwrite", "resume")
     return FinetuneConfig(
         data=tuple(FLAGS.train_data),
         eval_data=tuple(FLAGS.eval_data),
@@ -219,6 +277,14 @@ def finetune_config():
         command=command(),
         **{name: FLAGS[name].value for name in same},
     )
+
+
+def convert_config():
+    """The flags of --job=convert."""
+    from dppa_jax.convert import ConvertConfig
+
+    same = ("base", "output", "mesh", "output_dtype", "max_shard_size", "overwrite", "seed")
+    return ConvertConfig(**{name: FLAGS[name].value for name in same})
 
 
 def searches() -> bool:

@@ -1,9 +1,10 @@
 """The merge, top to bottom: survey, allocate, apply, write."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -11,16 +12,20 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dppa_jax.blocks import Loaded, Source, Stream, make_blocks
+from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, owners
+from dppa_jax.cache import sources_digest
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
 from dppa_jax.config import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
+from dppa_jax.journal import Journal
 from dppa_jax.kernels import Kernels
 from dppa_jax.progress import stage
 from dppa_jax.prune import Pruner, allocate
 from dppa_jax.survey import NonfiniteError, survey
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
+CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "sharding.py")
+ARITHMETIC = sources_digest(Path(__file__).parent, *CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 
 shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing
@@ -35,22 +40,24 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is cut and placed."""
+    """How the work is cut and placed: this `process` of several has the tensors that `blocks.owners` gives it."""
 
     block_layers: int = 1
     resident: bool = False
+    processes: int = 1
+    process: int = 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a merge decided: arrays (experts, partitions, layers, linears)."""
+    """What a merge decided, of all processes: arrays (experts, partitions, layers, linears)."""
 
     rates: np.ndarray
     thresholds: np.ndarray
     densities: np.ndarray
     weights: np.ndarray
     statistics: list[Statistics] | None
-    bytes_read: int
+    bytes_read: int  # by this process
 
 
 def merge_checkpoints(
@@ -63,9 +70,10 @@ def merge_checkpoints(
     delta_sinks: Mapping[str, Sink] | None = None,
     norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
     quiet: bool = False,
+    journal: Journal | None = None,
 ) -> Outcome:
     """merged = base + combine(λₖ · scaleₖ(keepₖ(expertₖ − base))), block by block, into `sink`: see `Merger`."""
-    return Merger(base, experts, config, mesh, layout, norms, quiet)(sink, delta_sinks)
+    return Merger(base, experts, config, mesh, layout, norms, quiet, journal)(sink, delta_sinks)
 
 
 class Merger:
@@ -79,6 +87,7 @@ class Merger:
       config: what is computed.
       norms: per expert and linear, activation norms (layers, columns) for the score "wanda".
       quiet: no progress, no log.
+      journal: of an earlier run, whose work is not done again; only for one merge.
 
     Raises CheckpointError for experts that do not fit the base, and for NaN or Inf unless `config.allow_nonfinite`.
     """
@@ -92,6 +101,7 @@ class Merger:
         layout: Layout,
         norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
         quiet: bool = False,
+        journal: Journal | None = None,
     ):
         specs = check_compatible(base, experts, quiet)
         for rules, flag in (
@@ -99,8 +109,10 @@ class Merger:
             (config.tensor_coefficients, "--tensor_coefficient"),
         ):
             check_patterns(rules, specs, flag)
-        self.base, self.config, self.quiet = base, config, quiet
-        blocks = make_blocks(specs, layout.block_layers)
+        self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
+        owner = owners(specs, layout.processes)
+        own = {name: spec for name, spec in specs.items() if owner[name] == layout.process}
+        blocks = make_blocks(own, layout.block_layers)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident)
         self._kernels, self._dense = kernels_of(mesh, config)
         self._pruner = Pruner(self._kernels, config, base.config["num_hidden_layers"], norms)
@@ -132,15 +144,15 @@ class Merger:
             ThreadPoolExecutor(SEARCHES, "threshold") as searcher,
         ):
             pending = []
-            for _, loaded in stream():
+            for _, loaded in stream(self._undone()):
                 searches = [[searcher.submit(pruner.tables, x, e) for e in range(len(config.experts))] for x in loaded]
                 checks = []
                 for x, found in zip(loaded, searches, strict=True):
                     chosen = self._kernels if x.part.linear is not None else self._dense
                     tables = [f.result() for f in found]
-                    merged = _merge_part(x, tables, chosen, pruner, self.base, config, delta_sinks)
-                    checks.append(searcher.submit(_check_finite, x, merged, chosen, config))
-                    pending.append(writer.submit(_write, sink, x, merged, self.base, config))
+                    merged = merge_part(x, tables, chosen, pruner, self.base, config, delta_sinks)
+                    checks.append(searcher.submit(check_finite, x, merged, chosen, config))
+                    pending.append(writer.submit(self._write, sink, x, merged, config, checks[-1]))
                     while len(pending) > WRITES_BEHIND:
                         pending.pop(0).result()
                 for check in checks:  # with them the merges are done: the next block may be read over this one
@@ -148,6 +160,7 @@ class Merger:
                 progress.advance(stream.bytes_read)
             for future in pending:
                 future.result()
+        pruner.joined()
         tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())
         return Outcome(*tables, self._statistics, stream.bytes_read)
 
@@ -160,15 +173,35 @@ class Merger:
         chosen = {"factors": factors, "coefficients": coefficients}
         return replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
 
+    def _undone(self) -> list[Block]:
+        """The blocks without the parts that an earlier run has merged."""
+        blocks = []
+        for block in self._stream.blocks:
+            left = []
+            for part in block.parts:
+                if (decided := self._journal.get(_key(part))) is None:
+                    left.append(part)
+                else:
+                    self._pruner.restore(part, decided)
+            if left:
+                blocks.append(block if len(left) == len(block.parts) else replace(block, parts=tuple(left)))
+        return blocks
+
+    def _write(self, sink: Sink, x: Loaded, merged: jax.Array, config: MergeConfig, check: Future) -> None:
+        _write_pieces(sink, x, np.asarray(merged), lambda name: _output_dtype(name, self.base, config))
+        check.result()
+        self._journal.add(_key(x.part), self._pruner.decided(x.part))
+
     def _survey(self) -> None:
-        self._statistics = surveyed(self._stream, self._dense, self.config, self.quiet)
+        self._statistics = surveyed(self._stream, self._dense, self.config, self.quiet, self._journal)
         self._pruner.allocate(self._statistics or [_numel_only(self.base)] * len(self.config.experts))
         self._surveyed = True
 
 
-def _merge_part(
+def merge_part(
     x: Loaded, tables: list[tuple], kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks
 ) -> jax.Array:
+    """The merged rows of a part, on the devices; its pruned deltas go to `delta_sinks`."""
     sides, bounds, weights = [], [], []
     for e, (name, (side, bound, weight)) in enumerate(zip(config.experts, tables, strict=True)):
         sides.append(side)
@@ -184,14 +217,16 @@ def _merge_part(
     return kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
 
 
-def _check_finite(x: Loaded, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
+def check_finite(x: Loaded, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
+    """Raises CheckpointError for NaN or Inf, unless the config allows them."""
     jax.block_until_ready(merged)
     if not config.allow_nonfinite and kernels.nonfinite(merged):
         raise _locate_nonfinite(x, config)
 
 
-def _write(sink: Sink, x: Loaded, merged: jax.Array, base: Source, config: MergeConfig) -> None:
-    _write_pieces(sink, x, np.asarray(merged), lambda name: _output_dtype(name, base, config))
+def _key(part: Part) -> str:
+    """Of a part that is merged, in a journal."""
+    return f"merge {part.pieces[0].name} {part.pieces[0].start}"
 
 
 def _write_pieces(sink: Sink, x: Loaded, rows: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:
@@ -270,12 +305,14 @@ def kernels_of(mesh: Mesh, config: MergeConfig) -> tuple[Kernels, Kernels]:
     return of(config.score or "magnitude"), of("magnitude")
 
 
-def surveyed(stream: Stream, dense: Kernels, config: MergeConfig, quiet: bool = False) -> list[Statistics] | None:
+def surveyed(
+    stream: Stream, dense: Kernels, config: MergeConfig, quiet: bool = False, journal: Journal | None = None
+) -> list[Statistics] | None:
     """Statistics of every expert in a pass over the weights; None where the allocation needs none."""
     if not (config.allocate and ALLOCATIONS[config.allocate].outliers):
         return None
     with stage("survey", pass_bytes(stream), quiet=quiet) as progress:
-        return survey(stream, dense, config, progress)
+        return survey(stream, dense, config, progress, journal)
 
 
 def merge_rates(base: Source, config: MergeConfig, statistics: list[Statistics] | None) -> np.ndarray:

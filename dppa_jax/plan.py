@@ -1,4 +1,4 @@
-"""What a merge will cost, from config.json files alone: memory, bytes, passes, block size."""
+"""What a merge will cost, from config.json files alone: memory, bytes, passes, block size; with speeds, the time."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,48 +7,150 @@ from dataclasses import dataclass
 import jax
 import psutil
 
-from dppa_jax.blocks import make_blocks
-from dppa_jax.checkpoint.names import CheckpointError, tensor_specs
+from dppa_jax.blocks import Block, Part, make_blocks, owners
+from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
+from dppa_jax.delta.statistics import WAYS
+from dppa_jax.pipeline import SEARCHES, WRITES_BEHIND
+from dppa_jax.speed import Speeds
+from dppa_jax.survey import SURVEYS
 
-DEVICE_SHARE = 0.8  # of a device's memory that weights may take; the rest is for folds, samples and the allocator
+DEVICE_SHARE = 0.8  # of a device's memory that is filled; the rest is for the allocator
+BLOCK = 8 * 10**9  # bytes of base and experts in a block at most, where more would fit: the host holds two blocks
+RUNTIME = 250_000_000  # bytes of a process without weights: Python, JAX, compiled functions; measured on a CPU
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
+class Work:
+    """What a merge reads, holds and writes.
+
+    Attributes:
+      read, merged: bytes of an element of base and experts together, and of the merged model.
+      delta: bytes of an element of an expert's saved delta; 0 when none is saved.
+      experts: how many.
+      survey: is there a survey, a pass of its own over the layers?
+      counts: are thresholds found by counting?
+      checked: bytes of an element of the merged model while it is checked for NaN and Inf: XLA on a CPU takes float16,
+        and no other dtype, to float32 first.
+      devices: of one process; rows are padded to a multiple of them.
+    """
+
+    read: int
+    merged: int
+    delta: int
+    experts: int
+    survey: bool
+    counts: bool
+    checked: int
+    devices: int
+
+    @property
+    def written(self) -> int:
+        """Bytes of an element of all outputs."""
+        return self.merged + self.experts * self.delta
+
+    def weights(self, blocks: Sequence[Block], resident: bool) -> int:
+        """Bytes of base and experts that are held: all of them, or the block worked on and the one read ahead."""
+        sizes = [sum(map(self._elements, block.parts)) * self.read for block in blocks]
+        return sum(sizes) if resident else sum(max(sizes[turn::2], default=0) for turn in (0, 1))
+
+    def results(self, blocks: Sequence[Block]) -> int:
+        """Peak bytes of what is computed: the survey's sums; then rows that wait for the disk and the counts."""
+        waiting = [self._elements(part) * self.merged for block in blocks for part in block.parts]
+        merging = max(sum(waiting[i : i + WRITES_BEHIND + 1]) for i in range(len(waiting))) + self._deltas(blocks)
+        merging += self._largest(blocks) * self.checked
+        linears = [[self._elements(part) for part in block.parts if part.linear is not None] for block in blocks]
+        if self.counts:  # the first fold leaves an eighth of the columns, in words of four counters
+            merging += SEARCHES * max(max(block, default=0) for block in linears) // WAYS * 4
+        surveying = min(SURVEYS, self.experts) * max(map(sum, linears)) // WAYS * 8  # two float32 sums in one number
+        return max(merging, surveying) if self.survey else merging
+
+    def copies(self, blocks: Sequence[Block]) -> int:
+        """Bytes of the rows that an accelerator's host fetches before it writes them."""
+        return self._largest(blocks) * self.merged + self._deltas(blocks)
+
+    def _deltas(self, blocks: Sequence[Block]) -> int:
+        """One is computed while the last is written."""
+        return 2 * self._largest(blocks) * ITEMSIZE["float32"] if self.delta else 0
+
+    def _largest(self, blocks: Sequence[Block]) -> int:
+        """Elements of the largest matrix."""
+        return max(self._elements(part) for block in blocks for part in block.parts)
+
+    def _elements(self, part: Part) -> int:
+        return -(-part.rows // self.devices) * self.devices * part.columns
+
+
+@dataclass(frozen=True)
 class Plan:
+    """The cost of a merge. Figures of a process are those of the one that has most."""
+
     parameters: int
     models: int  # base and experts
-    mesh: tuple[int, int]
+    processes: int
+    mesh: tuple[int, int]  # of each process
+    platform: str
     block_layers: int
-    blocks: int
+    blocks: int  # of a process
     resident: bool
     passes: int  # over the inputs
     bytes_read: int
     bytes_written: int
+    process_parameters: int
+    process_read: int  # bytes
+    process_written: int  # bytes
     device_bytes: int  # peak, per device
     device_memory: int  # of one device
-    host_bytes: int  # peak of this program's buffers, per process; on a CPU they are the devices' memory
+    host_bytes: int  # peak resident set of a process; a CPU's devices are part of it
+    host_memory: int  # that a process can have; 0: not known
 
     def lines(self) -> list[tuple[str, str]]:
-        """What `--job=plan` prints."""
+        """What `--job=plan` prints, and a merge logs."""
         layer, row = self.mesh
-        return [
+        several = f", in each of {self.processes} processes: {self.processes * layer * row} devices"
+        one = f": {layer * row} devices"
+        lines = [
             ("models", f"base + {self.models - 1} experts of {self.parameters / 1e9:.3f} B parameters"),
-            ("mesh", f"layer={layer}, row={row}: {layer * row} devices"),
+            ("mesh", f"layer={layer}, row={row}" + (several if self.processes > 1 else one)),
             ("blocks", f"{self.blocks}, of {self.block_layers} layers"),
             ("residency", "read once, kept on the devices" if self.resident else f"streamed, {self.passes} passes"),
-            ("read", gigabytes(self.bytes_read)),
-            ("written", gigabytes(self.bytes_written)),
-            ("peak per device", self._peak()),
-            ("peak host buffers", gigabytes(self.host_bytes)),
+            ("read", self._moved(self.bytes_read, self.process_read)),
+            ("written", self._moved(self.bytes_written, self.process_written)),
         ]
+        if self.platform != "cpu":
+            lines.append(("peak per device", self._fit(self.device_bytes, self.device_memory)))
+        return [*lines, ("peak per process", self._fit(self.host_bytes, self.host_memory))]
 
-    def _peak(self) -> str:
-        peak = f"{gigabytes(self.device_bytes)} of {gigabytes(self.device_memory)}"
-        fits = self.device_bytes <= self.device_memory
-        return peak if fits else f"{peak}: too much; give more devices, or fewer --block_layers"
+    def time(self, speeds: Speeds) -> str:
+        """Of the process with most to do at these speeds, and how it comes about."""
+        work = (
+            ("compute", self.process_parameters / speeds.merge, f"{speeds.merge / 1e9:.3f} B parameters/s"),
+            ("read", self.process_read / speeds.read, f"{gigabytes(speeds.read)}/s"),
+            ("write", self.process_written / speeds.write, f"{gigabytes(speeds.write)}/s"),
+        )
+        seconds = speeds.start + max(needed for _, needed, _ in work)
+        told = ", ".join(f"{what} {needed:.1f} s ({speed})" for what, needed, speed in work)
+        return f"{seconds:.1f} s: start {speeds.start:.1f} s + the longest of {told}"
+
+    def _moved(self, total: int, most: int) -> str:
+        return gigabytes(total) + f", at most {gigabytes(most)} by a process" * (self.processes > 1)
+
+    def _fit(self, peak: int, memory: int) -> str:
+        if not memory:
+            return gigabytes(peak)
+        fits = f"{gigabytes(peak)} of {gigabytes(memory)}"
+        return fits if peak <= memory else f"{fits}: too much; {self._advice()}"
+
+    def _advice(self) -> str:
+        if self.resident:
+            return "give --residency=streamed"
+        if self.block_layers > self.mesh[0]:
+            return f"give --block_layers={self.mesh[0]}"
+        if self.platform == "cpu":
+            return "no block is smaller: merge fewer experts, or on a machine with more memory"
+        return "give more devices in --mesh"
 
 
 def make_plan(
@@ -59,51 +161,92 @@ def make_plan(
     residency: str,
     device_memory: int,
     platform: str,
+    processes: int = 1,
+    save_delta: bool = False,
+    host_memory: int = 0,
 ) -> Plan:
     """Plan for base and experts given by their config.json dicts, base first.
 
     Residency "auto" keeps everything on the devices when it fits, except on a CPU: there the operating system's page
     cache already makes the second read a copy in memory. `block_layers` 0 takes one layer per index of the mesh's layer
-    axis on a CPU, and as many as fit on an accelerator.
+    axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
     """
-    devices = mesh[0] * mesh[1]
-    layers = configs[0]["num_hidden_layers"]
-    specs = tensor_specs(configs[0])
-    sizes = [ITEMSIZE[dtype_name(c)] for c in configs]
-    parameters = sum(math.prod(spec.shape) for spec in specs.values())
-    surveyed = sum(math.prod(spec.shape) for spec in specs.values() if spec.layer is not None)
-    output_size = ITEMSIZE[config.output_dtype] if config.output_dtype else sizes[0]
-    layer_elements = max(block.elements for block in make_blocks(specs, 1))
-    # In flight per layer of a block: base and experts, twice for reading ahead, and the rows being merged and written.
-    in_flight = layer_elements * (2 * sum(sizes) + 2 * output_size)
-    kept = parameters * sum(sizes) / devices
-    fits = kept + in_flight * mesh[0] / devices < DEVICE_SHARE * device_memory
-    resident = fits and platform != "cpu" if residency == "auto" else residency == "resident"
+    specs, work = tensor_specs(configs[0]), make_work(configs, config, math.prod(mesh), save_delta)
+    shares = process_specs(specs, processes)
+    most_layers = max(len({spec.layer for spec in own.values()} - {None}) for own in shares)
+    room = DEVICE_SHARE * device_memory * work.devices
+
+    def cut(layers: int) -> list[list[Block]]:
+        return [make_blocks(own, min(layers, most_layers)) for own in shares]
+
+    def peak(layers: int, resident: bool) -> int:
+        return max(work.weights(blocks, resident) + work.results(blocks) for blocks in cut(layers))
+
+    resident = residency == "resident"
+    if residency == "auto":
+        resident = platform != "cpu" and peak(mesh[0], resident=True) < room
     if not block_layers:
-        block_layers = mesh[0]
-        if platform != "cpu":
-            room = DEVICE_SHARE * device_memory - (kept if resident else 0)
-            block_layers = max(mesh[0], int(room * devices / in_flight) // mesh[0] * mesh[0])
-    block_layers = min(block_layers, layers)
-    survey = bool(config.score and ALLOCATIONS[config.allocate].outliers)
-    passes = 1 + survey
-    inputs = parameters * sum(sizes)
-    again = surveyed * sum(sizes) if survey and not resident else 0
-    buffers = block_layers * layer_elements * 2 * sum(sizes)
+        layer = max(block.elements for blocks in cut(1) for block in blocks) * work.read
+        most = min(-(-most_layers // mesh[0]), BLOCK // (layer * mesh[0])) if platform != "cpu" else 1
+        larger = range(most * mesh[0], mesh[0], -mesh[0])
+        block_layers = next((layers for layers in larger if peak(layers, resident) < room), mesh[0])
+    cuts, on_devices = cut(block_layers), peak(block_layers, resident)
+    again = work.survey and not resident
+    elements, in_layers = zip(*(_elements(own) for own in shares), strict=True)
+    all_elements, all_in_layers = _elements(specs)
+    on_host = max(work.weights(blocks, resident=False) + work.copies(blocks) for blocks in cuts)
     return Plan(
-        parameters=parameters,
+        parameters=all_elements,
         models=len(configs),
+        processes=processes,
         mesh=mesh,
-        block_layers=block_layers,
-        blocks=len(make_blocks(specs, block_layers)),
+        platform=platform,
+        block_layers=min(block_layers, most_layers),
+        blocks=max(map(len, cuts)),
         resident=resident,
-        passes=passes,
-        bytes_read=inputs + again,
-        bytes_written=parameters * output_size,
-        device_bytes=int((kept if resident else 0) + block_layers * in_flight / devices),
+        passes=1 + work.survey,
+        bytes_read=(all_elements + again * all_in_layers) * work.read,
+        bytes_written=all_elements * work.written,
+        process_parameters=max(elements),
+        process_read=max(a + again * b for a, b in zip(elements, in_layers, strict=True)) * work.read,
+        process_written=max(elements) * work.written,
+        device_bytes=on_devices // work.devices,
         device_memory=device_memory,
-        host_bytes=int(inputs if resident and platform == "cpu" else buffers),
+        host_bytes=RUNTIME + (on_devices if platform == "cpu" else on_host),
+        host_memory=host_memory,
     )
+
+
+def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, save_delta: bool = False) -> Work:
+    """The work of a merge of base and experts on the devices of one process."""
+    dtypes = [dtype_name(each) for each in configs]
+    sizes, output_dtype = [ITEMSIZE[each] for each in dtypes], config.output_dtype or dtypes[0]
+    return Work(
+        read=sum(sizes),
+        merged=ITEMSIZE[output_dtype],
+        delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
+        experts=len(configs) - 1,
+        survey=bool(config.score and ALLOCATIONS[config.allocate].outliers),
+        counts=config.score not in (None, "random"),
+        checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
+        devices=devices,
+    )
+
+
+def process_specs(specs: Mapping[str, TensorSpec], processes: int) -> list[dict[str, TensorSpec]]:
+    """The tensors of each process, of those that have equal ones only one."""
+    owner = owners(specs, processes)
+    shares: list[dict[str, TensorSpec]] = [{} for _ in range(processes)]
+    for name, spec in specs.items():
+        shares[owner[name]][name] = spec
+    different = {tuple(spec.shape for spec in own.values()): own for own in shares if own}
+    return list(different.values())
+
+
+def _elements(specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """Of all tensors, and of those of layers."""
+    sizes = [(spec.layer is not None, math.prod(spec.shape)) for spec in specs.values()]
+    return sum(size for _, size in sizes), sum(size for in_layer, size in sizes if in_layer)
 
 
 def device_memory(given: int = 0) -> tuple[int, str]:

@@ -16,11 +16,16 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from dppa_jax import interrupts
+from dppa_jax import distributed, interrupts
 
 
 def console() -> Console:
-    """For tables: as wide as the terminal, or wide enough for all of them when there is none."""
+    """For tables: as wide as the terminal, or wide enough for all of them when there is none.
+
+    Of several processes the first one prints.
+    """
+    if distributed.index():
+        return Console(quiet=True)
     return Console() if sys.stdout.isatty() else Console(width=150)
 
 

@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
-from dppa_jax.blocks import Loaded
+from dppa_jax.blocks import Loaded, Part
 from dppa_jax.checkpoint.names import LINEARS, first_match, linear_name
 from dppa_jax.config import MergeConfig, check_tensors
 from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
+from dppa_jax.distributed import joined
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.sharding import PerLayer, put_rows
+
+DECIDED = ("thresholds", "densities")
 
 
 def allocate(config: MergeConfig, statistics: Statistics) -> np.ndarray:
@@ -98,6 +101,22 @@ class Pruner:
             side = self._side(x, e)
             self._found[part, e] = side, self._bounds(x, e, side, at)
         return *self._found[part, e], self.weights[e][at].T
+
+    def decided(self, part: Part) -> dict[str, list]:
+        """What was found of a part, for a journal."""
+        if part.linear is None:
+            return {}
+        return {name: getattr(self, name)[:, :, list(part.layers), part.linear].tolist() for name in DECIDED}
+
+    def restore(self, part: Part, decided: Mapping[str, list]) -> None:
+        """Take it from a journal."""
+        for name, values in decided.items():
+            getattr(self, name)[:, :, list(part.layers), part.linear] = values
+
+    def joined(self) -> None:
+        """Learn what the other processes found of their layers."""
+        for name in DECIDED:
+            setattr(self, name, joined(name, getattr(self, name), axis=2))
 
     def on_rows(self, x: Loaded, per_piece: np.ndarray) -> jax.Array:
         return put_rows(self.kernels.mesh, x.part.per_row(per_piece))

@@ -6,7 +6,7 @@ bits do not depend on the mesh.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -49,13 +49,32 @@ def mesh_shape(text: str, devices: int | None = None, axes: tuple[str, str] = AX
     return sizes[first], sizes[second]
 
 
-def make_mesh(text: str = "", axes: tuple[str, str] = AXES) -> Mesh:
-    """The mesh of a --mesh flag over this process's devices."""
-    devices = jax.local_devices()
+def make_mesh(text: str = "", axes: tuple[str, str] = AXES, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a --mesh flag over the first of these devices, by default this process's."""
+    devices = jax.local_devices() if devices is None else devices
     shape = mesh_shape(text, len(devices), axes)
-    if np.prod(shape) > len(devices):
-        raise ValueError(f"--mesh={text} asks for {np.prod(shape)} devices, {len(devices)} are here.")
-    return Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), axes)
+    size = int(np.prod(shape))
+    if size > len(devices):
+        raise ValueError(f"--mesh={text} asks for {size} devices, {len(devices)} are here.")
+    if left := {device.process_index for device in devices} - {device.process_index for device in devices[:size]}:
+        raise ValueError(f"--mesh={text} leaves process {min(left)} without a device: there are {len(devices)} in all.")
+    return Mesh(np.array(devices[:size]).reshape(shape), axes)
+
+
+def across_processes(mesh: Mesh) -> Mesh:
+    """The mesh over this process's devices, and those that the other processes have, one after another."""
+    processes = sorted({device.process_index for device in jax.devices()})
+    own = [[d for d in jax.devices() if d.process_index == process][: mesh.size] for process in processes]
+    if len(own) == 1:
+        return mesh
+    return Mesh(np.array(own).reshape(len(own) * mesh.devices.shape[0], -1), mesh.axis_names)
+
+
+def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """A host array that every process has; each puts the slices of its own devices there."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def padded_rows(mesh: Mesh, rows: int) -> int:

@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.blocks import Loaded, Stream
+from dppa_jax.blocks import Block, Loaded, Stream
 from dppa_jax.checkpoint.names import LINEARS, CheckpointError
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
 from dppa_jax.delta.threshold import BOUNDS
+from dppa_jax.distributed import joined
+from dppa_jax.journal import Journal
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.progress import Stage
 from dppa_jax.sharding import put_rows
@@ -19,15 +21,26 @@ from dppa_jax.sharding import put_rows
 SURVEYS = 2  # experts at a time: one's host work beside another's reading
 
 
-def survey(stream: Stream, kernels: Kernels, config: MergeConfig, stage: Stage) -> list[Statistics]:
-    """Statistics of each expert, in their order. `kernels` are those of the score "magnitude"."""
-    allocation = ALLOCATIONS[config.allocate]
-    blocks = [block for block in stream.blocks if block.layers]
-    shape = (sum(len(block.layers) for block in blocks), len(LINEARS))
+def survey(
+    stream: Stream, kernels: Kernels, config: MergeConfig, stage: Stage, journal: Journal | None = None
+) -> list[Statistics]:
+    """Statistics of each expert, in their order. `kernels` are those of the score "magnitude".
+
+    The stream has the layers of this process; those of the others are told. `journal` keeps what is done.
+    """
+    allocation, journal = ALLOCATIONS[config.allocate], journal or Journal()
+    shape = (stream.sources[0].config["num_hidden_layers"], len(LINEARS))
     experts = range(len(config.experts))
     numel = np.zeros(shape)
     linear = np.zeros((len(experts), *shape))
     layer = np.zeros((len(experts), shape[0]))
+    blocks = []
+    for block in (block for block in stream.blocks if block.layers):
+        at = list(block.layers)
+        if (known := journal.get(_key(block))) is None:
+            blocks.append(block)
+        else:
+            numel[at], linear[:, at], layer[:, at] = (known[name] for name in ("numel", "linear", "layer"))
 
     def of_expert(e: int, linears: list[Loaded], at: list[int]) -> None:
         sums = _per_piece(linears, [kernels.row_sums("absolute", x.base, x.experts[e]) for x in linears])
@@ -46,8 +59,15 @@ def survey(stream: Stream, kernels: Kernels, config: MergeConfig, stage: Stage) 
                 numel[at, x.part.linear] = x.part.piece_rows * x.part.columns
             for done in [pool.submit(of_expert, e, linears, at) for e in experts]:
                 done.result()
+            found = {"numel": numel[at], "linear": linear[:, at], "layer": layer[:, at]}
+            journal.add(_key(block), {name: array.tolist() for name, array in found.items()})
             stage.advance(stream.bytes_read)
+    numel, linear, layer = (joined("survey", array, axis) for array, axis in ((numel, 0), (linear, 1), (layer, 1)))
     return [Statistics(numel, linear[e], layer[e]) for e in experts]
+
+
+def _key(block: Block) -> str:
+    return f"survey {block.layers[0]}"
 
 
 def _per_piece(linears: Sequence[Loaded], folded: Sequence) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dppa_jax.checkpoint import SafetensorsDirectory, locate, tensor_specs
+from dppa_jax.checkpoint import Checkpoint, open_checkpoint, tensor_specs
 from dppa_jax.comparison import (
     DIFFERENT,
     EQUAL,
@@ -151,7 +151,7 @@ def run_validate(
             raise ValueError(f"{flag} is empty: --job=validate compares --output=DIR with --reference=DIR.")
     if not tolerance_ulp >= 0:
         raise ValueError(f"--tolerance_ulp={tolerance_ulp}: give 0 or more.")
-    opened = [SafetensorsDirectory(locate(where, seed)) for where in (output, reference, *([base] if base else []))]
+    opened = [open_checkpoint(where, seed) for where in (output, reference, *([base] if base else []))]
     found = Validation(output, reference, base, tolerance_ulp, compare(*opened))
     for source in opened:
         source.close()
@@ -167,9 +167,7 @@ def run_validate(
     return found
 
 
-def compare(
-    ours: SafetensorsDirectory, theirs: SafetensorsDirectory, base: SafetensorsDirectory | None = None
-) -> tuple[Comparison, ...]:
+def compare(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint | None = None) -> tuple[Comparison, ...]:
     """Every tensor that either has, in the order of the model's layers; what no LLaMA has comes last."""
     sources = [ours, theirs, *([base] if base else [])]
     listed = [_names(source) for source in sources]
@@ -188,7 +186,7 @@ def compare(
     return tuple(measured.get(name) or Comparison(name, problem=missing[name in listed[0]]) for name in names)
 
 
-def _names(source: SafetensorsDirectory) -> list[str]:
+def _names(source: Checkpoint) -> list[str]:
     tied = source.config.get("tie_word_embeddings")  # then a head in the file is a copy that some exports carry
     return [name for name in source.tensors if not (tied and name == "lm_head.weight")]
 

@@ -117,7 +117,7 @@ def test_interruption_is_told(merge, monkeypatch):
     monkeypatch.setattr("dppa_jax.jobs.run_merge", interrupted)
     with pytest.raises(SystemExit) as error:
         merge()
-    assert error.value.code == "interrupted; what was unfinished has been removed"
+    assert error.value.code == "interrupted; the same command goes on from there"
 
 
 def test_verbosity_shows_where_an_error_came_from(merge):

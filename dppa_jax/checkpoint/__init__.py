@@ -8,18 +8,23 @@ import ml_dtypes
 import numpy as np
 
 from dppa_jax.checkpoint.names import LINEARS, CheckpointError, TensorSpec, check_config, tensor_specs, with_dtype
+from dppa_jax.checkpoint.orbax_dir import PREFIX, OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, read_config
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, SafetensorsWriter
 
 __all__ = [
     "LINEARS",
     "MAX_SHARD_SIZE",
+    "Checkpoint",
     "CheckpointError",
+    "OrbaxDirectory",
     "SafetensorsDirectory",
     "SafetensorsWriter",
     "TensorSpec",
+    "is_orbax",
     "load_tree",
     "locate",
+    "open_checkpoint",
     "read_config",
     "save_tree",
     "tensor_specs",
@@ -32,20 +37,36 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+Checkpoint = SafetensorsDirectory | OrbaxDirectory
+
+
+def open_checkpoint(where: str | Path, seed: int = 0, weights: bool = True) -> Checkpoint:
+    """A model given as `locate` takes it, open to be read lazily."""
+    directory = locate(where, seed, weights)
+    return OrbaxDirectory(directory) if is_orbax(directory) else SafetensorsDirectory(directory)
+
 
 def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
-    """The directory of a model given as a directory, `demo:NAME` or a hub id; fetches or builds it when needed.
+    """The directory of a model given as a directory, `orbax:DIR`, `demo:NAME` or a hub id.
 
-    With weights=False only the small files of a hub id are fetched: enough for a plan.
+    It is fetched or built when needed. With weights=False only the small files of a hub id are: enough for a plan.
     """
     text = str(where)
     if text.startswith("demo:"):
         from dppa_jax import demo
 
         return demo.directory(text.removeprefix("demo:"), seed)
-    path = Path(text).expanduser()
+    path = Path(text.removeprefix(PREFIX)).expanduser()
+    if path.is_dir() and text.startswith(PREFIX) and not is_orbax(path):
+        raise CheckpointError(
+            f"{text}: {path} is not an Orbax checkpoint of a tree; --job=convert --base=WHERE --output={PREFIX}DIR "
+            f"makes one. A Hugging Face directory is given without {PREFIX}, and of a CheckpointManager's directory "
+            f"the item of a step: {PREFIX}DIR/STEP/default."
+        )
     if path.is_dir():
         return path
+    if text.startswith(PREFIX):
+        raise CheckpointError(f"{text}: no such directory: {path}.")
     if path.exists():
         raise CheckpointError(f"{text} is a file; give the directory that holds it and config.json.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):
@@ -77,7 +98,7 @@ def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
 
     An array has its tensors' dtype, and float32 where the layers' differ.
     """
-    source = SafetensorsDirectory(locate(where, seed))
+    source = open_checkpoint(where, seed)
     dtypes: dict[tuple[str, ...], set] = {}
     for spec in source.specs.values():
         dtypes.setdefault(spec.path, set()).add(source.tensors[spec.name].dtype)

@@ -20,10 +20,10 @@ _of_thread = threading.local()
 
 
 class DirectFile:
-    """Random-access writes; one thread at a time."""
+    """Random-access writes; one thread at a time. A file that is there is written anew, or with `keep` written on."""
 
-    def __init__(self, path: Path):
-        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    def __init__(self, path: Path, keep: bool = False):
+        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
         try:
             self._direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
         except OSError:
@@ -42,6 +42,10 @@ class DirectFile:
             piece = data[start : min(start + STEP, first + whole)]
             self._write_direct(piece, position + start)
         self._write_cached(data[first + whole :], position + first + whole)
+
+    def sync(self) -> None:
+        """Return when all that was written would survive a power failure."""
+        os.fsync(self._cached)
 
     def close(self) -> None:
         self._drop_direct()

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -109,23 +110,14 @@ class SafetensorsDirectory:
 
     def fingerprint(self) -> str:
         """Of config, headers, sizes and 64 pages spread over every file: a second, not the minutes of a full hash."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for file in sorted({tensor.file for tensor in self.tensors.values()}):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            for position in np.linspace(0, max(size - 4096, 0), 64).astype(int):
-                digest.update(os.pread(self._descriptor(file), 4096, int(position)))
-        return digest.hexdigest()
+        return fingerprint(self.config, self._by_name())
 
     def content_digest(self) -> str:
         """Of config, generation config and every byte of the weights: about a second for each GB."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        generation = self.directory / "generation_config.json"
-        digest.update(generation.read_bytes() if generation.is_file() else b"")
-        for file in sorted({tensor.file for tensor in self.tensors.values()}):
-            stat = file.stat()
-            digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
-        return digest.hexdigest()
+        return content_digest(self.directory, self.config, self._by_name())
+
+    def _by_name(self) -> dict[str, Path]:
+        return {file.name: file for file in sorted({tensor.file for tensor in self.tensors.values()})}
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._files:
@@ -135,6 +127,29 @@ class SafetensorsDirectory:
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
+
+
+def fingerprint(config: Mapping, files: Mapping[str, Path]) -> str:
+    """Of config, and of the sizes and 64 pages of every file by its name."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, file in files.items():
+        with file.open("rb", buffering=0) as content:
+            size = os.fstat(content.fileno()).st_size
+            digest.update(f"{name} {size}".encode())
+            for position in np.linspace(0, max(size - 4096, 0), 64).astype(int):
+                digest.update(os.pread(content.fileno(), 4096, int(position)))
+    return digest.hexdigest()
+
+
+def content_digest(directory: Path, config: Mapping, files: Mapping[str, Path]) -> str:
+    """Of config, the directory's generation config and every byte of the files."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    generation = directory / "generation_config.json"
+    digest.update(generation.read_bytes() if generation.is_file() else b"")
+    for file in files.values():
+        stat = file.stat()
+        digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
+    return digest.hexdigest()
 
 
 @cache  # a report opens its models for every seed
@@ -151,7 +166,7 @@ def read_config(directory: Path) -> dict:
             f"{directory} is an adapter (adapter_config.json), not a model: merge it into its base first, with peft's "
             f"merge_and_unload().save_pretrained(DIR)."
         )
-    config = _read_json(_inside(directory, "config.json"))
+    config = read_json(_inside(directory, "config.json"))
     check_config(config, directory / "config.json")
     return config
 
@@ -185,7 +200,7 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(directory: Path, index: Path) -> dict[str, str]:
-    weight_map = _read_json(_inside(directory, index.name)).get("weight_map")
+    weight_map = read_json(_inside(directory, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files; download it again.")
     return weight_map
@@ -272,7 +287,8 @@ def _inside(directory: Path, name: str, what: str = "") -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The JSON object in a file of a model directory."""
     try:
         return _parse(path.read_bytes(), path)
     except FileNotFoundError:

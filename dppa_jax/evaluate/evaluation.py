@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from dppa_jax import distributed
 from dppa_jax.cache import digest, sources_digest
 from dppa_jax.config import choose
 from dppa_jax.evaluate.scores import Score, Scores
@@ -54,6 +55,7 @@ class EvaluationConfig:
     vllm_timeout: float = 1800.0
     tensor_parallel_size: int = 1
     gpu_memory_utilization: float = 0.9
+    resume: bool = True  # take responses that an earlier run has kept
 
     def __post_init__(self):
         choose("--evaluator", self.evaluator, EVALUATORS)
@@ -100,10 +102,14 @@ class Evaluation:
     Responses are kept in `directory` as JSON lines, a file for each model and task, keyed by the fingerprint of the
     weights and by what else decides a response: prompt, decoding, number of tokens. So nothing is asked twice, and an
     interrupted evaluation goes on where it was. Verdicts are kept beside them with the rules they were made by.
+    With resume=False, responses of earlier runs are removed when they are come upon.
+
+    Of several processes the first one asks, and tells the others; all must call `scores` in the same order.
     """
 
-    def __init__(self, evaluator: Evaluator, tokenizer, options: TaskOptions, directory: Path):
+    def __init__(self, evaluator: Evaluator, tokenizer, options: TaskOptions, directory: Path, resume: bool = True):
         self.evaluator, self.tokenizer, self.options, self.directory = evaluator, tokenizer, options, directory
+        self._begun: set[Path] | None = None if resume else set()  # by this run, where no other's responses count
         self.costs: dict[str, Cost] = {}  # by fingerprint
         self._in_use = ""
         self._questions: dict[tuple, list[Question]] = {}
@@ -122,7 +128,8 @@ class Evaluation:
         Args:
           name: of the model, for the log.
           fingerprint: of its weights.
-          weights: makes or finds them; called when a response is missing and the evaluator has others.
+          weights: makes or finds them; called, by all processes, when a response is missing and the evaluator has
+            others.
           tasks: what to answer.
           split: "test" for what is reported, "validation" for what is chosen by.
           options: in place of the evaluation's own.
@@ -130,18 +137,27 @@ class Evaluation:
         options = options or self.options
         cost = self.costs.setdefault(fingerprint, Cost())
         questions = {task.name: self.questions(task, split, options) for task in tasks}
-        logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
-        missing = [q for task in tasks for q in questions[task.name] if not logs[task.name].has(q)]
+        logs: dict[str, ResponseLog] = {}
+        missing: list[Question] = []
+        if distributed.index() == 0:
+            logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
+            missing = [q for task in tasks for q in questions[task.name] if not logs[task.name].has(q)]
         for question in missing:
             if not question.prompt:  # longer than the model may read
                 logs[question.task.name].add(question, "")
-        if missing := [question for question in missing if question.prompt]:
+        missing = [question for question in missing if question.prompt]
+        if distributed.of_first("wanted", lambda: bool(missing) and self._in_use != fingerprint):
             self._hand_over(fingerprint, weights, cost)
+        if missing:
             self._ask(name, missing, logs, cost)
-        return {
-            name: Score(sum(logs[name].verdict(question, options) for question in asked), len(asked))
-            for name, asked in questions.items()
-        }
+
+        def judged() -> Scores:
+            return {
+                name: Score(sum(logs[name].verdict(question, options) for question in asked), len(asked))
+                for name, asked in questions.items()
+            }
+
+        return distributed.of_first("scores", judged)
 
     def questions(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> list[Question]:
         """A task's items as a model is asked; read and encoded once."""
@@ -164,8 +180,11 @@ class Evaluation:
             "max_new_tokens": options.max_new_tokens or task.max_new_tokens,
             "max_length": options.max_length,
         }
-        name = f"{task.name}-{digest(decides)[:8]}.jsonl"
-        return ResponseLog(self.directory / fingerprint[:16] / name, {"weights": fingerprint, **decides})
+        file = self.directory / fingerprint[:16] / f"{task.name}-{digest(decides)[:8]}.jsonl"
+        if self._begun is not None and file not in self._begun:
+            file.unlink(missing_ok=True)
+            self._begun.add(file)
+        return ResponseLog(file, {"weights": fingerprint, **decides})
 
     def release(self) -> None:
         """Free what the evaluator holds; the next model that is asked is handed over anew."""
@@ -173,12 +192,12 @@ class Evaluation:
         self._in_use = ""
 
     def _hand_over(self, fingerprint: str, weights: Callable[[], Weights], cost: Cost) -> None:
-        if self._in_use == fingerprint:
-            return
         self._in_use = ""
         started = time.perf_counter()
         made = weights()
         cost.apply += time.perf_counter() - started
+        if distributed.index():
+            return
         started = time.perf_counter()
         self.evaluator.use(made)
         cost.hand_over += time.perf_counter() - started
@@ -255,7 +274,7 @@ def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir
     evaluator = make_evaluator(config, workdir)
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
-        yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses")
+        yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses", config.resume)
     finally:
         evaluator.close()
 

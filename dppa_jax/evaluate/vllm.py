@@ -16,10 +16,10 @@ from typing import NamedTuple, TypeVar
 import psutil
 from absl import logging
 
-from dppa_jax.checkpoint import SafetensorsDirectory, save_tree
+from dppa_jax.checkpoint import SafetensorsDirectory, is_orbax, save_tree
 from dppa_jax.evaluate.local import end_tokens, room_for
 from dppa_jax.evaluate.worker import Worker, WorkerError
-from dppa_jax.memory import Model
+from dppa_jax.memory import Model, load
 from dppa_jax.model import LlamaConfig
 
 CHILD = Path(__file__).with_name("vllm_worker.py")
@@ -215,14 +215,15 @@ class VllmEvaluator:
     @contextmanager
     def _directory(self) -> Iterator[Path]:
         """The weights in use as a directory of a name that vLLM has not seen before."""
-        if not isinstance(self._weights, Model):
+        if not isinstance(self._weights, Model) and not is_orbax(self._weights):
             with scratch(self._workdir) as parent:
                 (parent / "model").symlink_to(Path(self._weights).resolve())
                 yield parent / "model"
             return
-        with scratch(roomy(self._weights, self._workdir)) as parent:
+        model = self._weights if isinstance(self._weights, Model) else load(self._weights)
+        with scratch(roomy(model, self._workdir)) as parent:
             started = time.perf_counter()
-            save_tree(parent / "model", self._weights.tree, self._weights.config)
+            save_tree(parent / "model", model.tree, model.config)
             self.seconds["write"].append(time.perf_counter() - started)
             yield parent / "model"
 

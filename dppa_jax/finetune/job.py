@@ -5,16 +5,22 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial, reduce
 from importlib.metadata import version
+from operator import getitem
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
+from dppa_jax import distributed
 from dppa_jax.cache import digest, sources_digest
-from dppa_jax.checkpoint import DTYPES, SafetensorsDirectory, load_tree, locate, save_tree
+from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
+from dppa_jax.checkpoint.names import with_dtype
 from dppa_jax.checkpoint.recipe import library_versions
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, check_space, output_directory
 from dppa_jax.config import choose
@@ -27,6 +33,7 @@ from dppa_jax.jobs import check_apart
 from dppa_jax.model import LlamaConfig
 from dppa_jax.progress import steps
 from dppa_jax.sharding import make_mesh
+from dppa_jax.stored import stored_tree
 
 STATE_BYTES = 12  # of a parameter: weight and two moments in float32
 
@@ -43,6 +50,7 @@ class FinetuneConfig:
       length: tokens of a row; longer examples are cut.
       pack: several examples to a row, each of which sees itself only.
       checkpoint_every, eval_every: steps; 0 for never.
+      resume: go on from what is kept; else it is removed.
       held_out: the tasks whose items must not be learned.
     """
 
@@ -69,6 +77,7 @@ class FinetuneConfig:
     output_dtype: str = ""
     max_shard_size: int = MAX_SHARD_SIZE
     overwrite: bool = False
+    resume: bool = True
     held_out: EvaluationConfig = field(default_factory=EvaluationConfig)
     flags: Mapping = field(default_factory=dict)
     command: str = ""
@@ -109,19 +118,23 @@ class FinetuneConfig:
 def run_finetune(job: FinetuneConfig) -> list[dict]:
     """Train, and write a Hugging Face directory; returns what was logged: loss, tokens a second, loss on `eval_data`.
 
-    The state is kept in `job.workdir` every `checkpoint_every` steps and when a signal ends the run. The same command
-    goes on from there, to the same bits; a change of the inputs, of an option or of the code starts anew. On another
-    mesh it goes on as well, to the same weights but for rounding.
+    The state is kept in `job.workdir` every `checkpoint_every` steps and when a signal ends the run, if it has one
+    process. The same command goes on from there, to the same bits; a change of the inputs, of an option or of the code
+    starts anew. On another mesh it goes on as well, to the same weights but for rounding.
+
+    Several processes share one mesh. Each reads the same batches, and holds the slices of its own devices.
     """
     started = time.perf_counter()
     output_directory(job.output, job.overwrite)
-    mesh = make_mesh(job.mesh, TRAIN_AXES)
-    source = locate(job.base, job.seed)
+    mesh = make_mesh(job.mesh, TRAIN_AXES, jax.devices())
+    with distributed.first_alone("base"):
+        source = locate(job.base, job.seed)
     check_apart({"--output": job.output}, {"base": source})
     examples, checked = (_read(files) for files in (job.data, job.eval_data))
     check_held_out(job.held_out, examples)
-    hf_config, tree = load_tree(source)
-    config, tokenizer = LlamaConfig.from_hf(hf_config), _tokenizer(source)
+    model = open_checkpoint(source)
+    tree = stored_tree(model, model.specs)
+    config, tokenizer = LlamaConfig.from_hf(model.config), _tokenizer(source)
     rows = _rows(job, tokenizer, config, examples)
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
@@ -132,15 +145,14 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
         len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
     )  # fmt: skip
-    key = fingerprint(job, options, source, rows, eval_rows)
-    with checkpoints(Path(job.workdir) / f"finetune-{key[:12]}", job.checkpoint_every) as kept:
+    key = distributed.of_first("fingerprint", lambda: fingerprint(job, options, model, rows, eval_rows))
+    with checkpoints(Path(job.workdir) / f"finetune-{key[:12]}", job.checkpoint_every, job.resume) as kept:
         state, log = kept.restore(trainer) or (trainer.start(tree), [])
-        del tree  # the state has its own copy
+        model.close()
         state, log = _trained(job, trainer, state, log, rows, eval_rows, kept)
-        tree = jax.tree.map(lambda weight, dtype: np.asarray(weight).astype(dtype), state.tree, dtypes)
         seconds = time.perf_counter() - started
         record = _record(job, options, source, log, seconds)
-        save_tree(job.output, tree, hf_config, source, job.max_shard_size, job.overwrite, {"finetune.json": record})
+        write_expert(job, state.tree, dtypes, model, {"finetune.json": record})
         kept.finished()
     logging.info("wrote %s in %.1f s", job.output, seconds)
     return log
@@ -155,7 +167,10 @@ def _trained(
     eval_rows: Rows | None,
     kept: Checkpoints,
 ) -> tuple[State, list[dict]]:
-    """From a state on to the last step. A signal may come at any point: what it finds whole is kept."""
+    """From a state on to the last step. A signal may come at any point: what it finds whole is kept.
+
+    That takes all processes, which a signal finds at different steps: of several none keeps anything then.
+    """
     options, first = trainer.options, state.steps
     if first:
         logging.info("goes on after step %d", first)
@@ -180,11 +195,33 @@ def _trained(
                     kept.save(state, log)
                 advance()
     except (KeyboardInterrupt, SystemExit):
-        if job.checkpoint_every and not _given_away(state) and 0 < state.steps < options.steps:
+        alone = distributed.count() == 1
+        if alone and job.checkpoint_every and not _given_away(state) and 0 < state.steps < options.steps:
             kept.save(state, log)
             logging.info("kept the state after step %d; the same command goes on from there", state.steps)
         raise
     return state, log
+
+
+def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint, texts: Mapping[str, str]) -> None:
+    """The Hugging Face directory, written by the first process. A tensor at a time is whole on every device."""
+    specs, at = base.specs, lambda tree, spec: reduce(getitem, spec.path, tree)
+    tensors = {name: (spec.shape, at(dtypes, spec)) for name, spec in specs.items()}
+    whole = NamedSharding(jax.tree.leaves(tree)[0].sharding.mesh, PartitionSpec())
+    of_layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=whole)
+    of_all = jax.jit(lambda array: array, out_shardings=whole)
+    with ExitStack() as opened:
+        writer = None
+        if distributed.index() == 0:
+            writer = opened.enter_context(SafetensorsWriter(job.output, tensors, job.max_shard_size, job.overwrite))
+        for name, spec in specs.items():
+            found = of_all(at(tree, spec)) if spec.layer is None else of_layer(at(tree, spec), spec.layer)
+            if writer:
+                writer.write_rows(name, 0, np.asarray(found).astype(tensors[name][1], copy=False))
+        if writer:
+            dtype = at(dtypes, specs["model.layers.0.self_attn.q_proj.weight"])
+            writer.commit(with_dtype(base.config, dtype.name), base.directory, texts)
+    distributed.barrier("expert")
 
 
 def _given_away(state: State) -> bool:
@@ -224,18 +261,19 @@ class Pace:
         evaluated = f", eval loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else ""
         minutes = (self.steps - entry["step"]) * entry["seconds_per_step"] / 60
         values = entry["step"], self.steps, entry["loss"], evaluated, entry["tokens_per_second"], minutes
-        logging.info("step %d of %d: loss %.4f%s, %.0f tokens/s, %.1f minutes left", *values)
+        if distributed.index() == 0:
+            logging.info("step %d of %d: loss %.4f%s, %.0f tokens/s, %.1f minutes left", *values)
         self._restart()
 
     def _restart(self) -> None:
         self._taken, self._tokens, self._since = 0, 0, time.perf_counter()
 
 
-def fingerprint(job: FinetuneConfig, options: TrainConfig, source: Path, rows: Rows, eval_rows: Rows | None) -> str:
+def fingerprint(
+    job: FinetuneConfig, options: TrainConfig, model: Checkpoint, rows: Rows, eval_rows: Rows | None
+) -> str:
     """Of all that decides what is learned and logged, apart from the devices."""
-    model = SafetensorsDirectory(source)
     weights = model.content_digest()
-    model.close()
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
     code = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/llama.py")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dppa_jax.config import choose
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
-from dppa_jax.sharding import WIDE_VECTORS
+from dppa_jax.sharding import WIDE_VECTORS, put
 
 STEPS_PER_REPORT = 10  # waiting for a loss empties the device's queue, so not every step
 TRAIN_AXES = ("data", "fsdp")
@@ -120,7 +120,7 @@ class Trainer:
     Args:
       config: of the model.
       options: how to train.
-      mesh: of the axes `TRAIN_AXES`; one device by default.
+      mesh: of the axes `TRAIN_AXES`; one device by default. Its devices may be those of several processes.
     """
 
     def __init__(self, config: LlamaConfig, options: TrainConfig, mesh: Mesh | None = None):
@@ -141,8 +141,13 @@ class Trainer:
         return state_shardings(self.config, self.options.optimizer, self.mesh)
 
     def start(self, tree: dict) -> State:
-        """Float32 copies of the weights, and moments of 0."""
-        tree = jax.device_put(jax.tree.map(lambda w: np.array(w, np.float32), tree), self.shardings.tree)
+        """Float32 copies of the weights, of which a process looks at those that its devices hold, and moments of 0."""
+
+        def place(weight, sharding: NamedSharding) -> Array:
+            copied = lambda index: np.array(weight[index], np.float32)  # noqa: E731
+            return jax.make_array_from_callback(weight.shape, sharding, copied)
+
+        tree = jax.tree.map(place, tree, self.shardings.tree)
         init = jax.jit(self.options.optimizer.transform().init, out_shardings=self.shardings.moments)
         return State(tree, init(tree))
 
@@ -175,7 +180,8 @@ class Trainer:
     def _placed(self, rows: Rows, parts: int) -> Rows:
         """On the mesh, (parts, rows of a part, tokens)."""
         split = lambda array: array.reshape(parts, -1, array.shape[-1])  # noqa: E731
-        return jax.device_put(jax.tree.map(split, rows), NamedSharding(self.mesh, PartitionSpec(None, TRAIN_AXES)))
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, TRAIN_AXES))
+        return jax.tree.map(lambda array: put(split(array), sharding), rows)
 
 
 def train(
@@ -241,7 +247,7 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
     options = WIDE_VECTORS if mesh.devices.flat[0].platform == "cpu" else None
     return (
         jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
-        jax.jit(batch_loss, compiler_options=options),
+        jax.jit(batch_loss, out_shardings=whole, compiler_options=options),
     )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dppa_jax.checkpoint import LINEARS, SafetensorsDirectory
+from dppa_jax.checkpoint import LINEARS, Checkpoint
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
 
@@ -29,7 +29,7 @@ def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tok
 
 
 def activation_norms(
-    model: SafetensorsDirectory, tokens: Int[np.ndarray, "rows tokens"]
+    model: Checkpoint, tokens: Int[np.ndarray, "rows tokens"]
 ) -> dict[str, Float[np.ndarray, "layers columns"]]:
     """‖x_j‖₂ over all tokens for every input j of every linear, by the names in LINEARS. Source: Sun et al. 2023."""
     config = LlamaConfig.from_hf(model.config)

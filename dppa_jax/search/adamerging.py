@@ -31,6 +31,7 @@ from absl import logging
 from jax import lax
 from jaxtyping import Array, Float
 
+from dppa_jax import distributed
 from dppa_jax.cache import digest, sources_digest, write_whole
 from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint.names import TensorSpec, check_patterns, first_match
@@ -39,7 +40,6 @@ from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs import activation_norms
 from dppa_jax.kernels import ZERO
-from dppa_jax.memory import merged_model
 from dppa_jax.model.generate import check_prompts
 from dppa_jax.progress import steps as progress_of
 from dppa_jax.search.coefficients import AdaMergingConfig
@@ -129,8 +129,8 @@ def adamerge(
     """The coefficients of the merge that `merge` describes, by the prompts of these domains.
 
     `workdir`/coefficients.json holds them with all that a further run needs to go on from where this one was ended; a
-    run of other inputs or options begins anew. `report` is called after each step with how many are done and the
-    entropy.
+    run of other inputs or options, or with `candidates.job.resume` false, begins anew. `report` is called after each
+    step with how many are done and the entropy. Several processes take each step together.
 
     Raises:
       ValueError: `combine` is not "sum"; a domain without prompts; an entropy that is not finite.
@@ -144,14 +144,20 @@ def adamerge(
     file = workdir / "coefficients.json"
     workdir.mkdir(parents=True, exist_ok=True)
     groups, of_tensor = groups_of(given.granularity, specs)
-    state, finished = _read(file, fingerprint, (len(groups), len(merge.experts)), given.start)
+    shape = (len(groups), len(merge.experts))
+    kept = lambda: _read(file if candidates.job.resume else None, fingerprint, shape, given.start)  # noqa: E731
+    state, finished = distributed.of_first("coefficients", kept)
     if not finished:
         prompts = _prompts(candidates, asked, budgets, merge, given, workdir, fingerprint)
         experts = {name: candidates.experts[name] for name in merge.experts}
         norms = activation_norms(candidates.job, experts) if merge.score == "wanda" else None
         mixture = Mixture(candidates.base, experts, merge, candidates.mesh, norms)
         step = Step(mixture, of_tensor, fixed_coefficients(merge, specs), given.learning_rate)
-        save = lambda done: _write(file, fingerprint, state, groups, of_tensor, merge, mixture.names, done)  # noqa: E731
+
+        def save(done: bool) -> None:
+            if distributed.index() == 0:
+                _write(file, fingerprint, state, groups, of_tensor, merge, mixture.names, done)
+
         try:
             _descend(step, prompts, given, state, save, report)
         except BaseException:
@@ -229,7 +235,7 @@ class Step:
 
     def __init__(self, mixture: Mixture, of_tensor: np.ndarray, fixed: np.ndarray, learning_rate: float):
         self.mixture, self.learning_rate, self.peak_bytes = mixture, np.float32(learning_rate), 0
-        self._constants = jnp.asarray(of_tensor, jnp.int32), jnp.asarray(fixed, jnp.float32)
+        self._constants = np.asarray(of_tensor, np.int32), np.asarray(fixed, np.float32)
         self._compiled: dict[tuple, Callable] = {}
 
     def __call__(
@@ -260,7 +266,7 @@ class Step:
 def _step(arithmetic, learning_rate, raw, adam, constants, tree, batch, zero):
     rows, gradient = _gradient(arithmetic, raw, constants, tree, batch, zero)
     update, adam = optax.scale_by_adam().update(gradient, adam)
-    return rows, raw - learning_rate * update, adam
+    return arithmetic.everywhere((rows, raw - learning_rate * update, adam))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -270,12 +276,12 @@ def _gradient(arithmetic, raw, constants, tree, batch, zero):
         return rows.sum(), rows
 
     (_, rows), gradient = jax.value_and_grad(total, has_aux=True)(raw)
-    return rows, gradient
+    return arithmetic.everywhere((rows, gradient))
 
 
 @partial(jax.jit, static_argnums=0)
 def _entropies(arithmetic, raw, constants, tree, batch, zero):
-    return row_entropies(arithmetic, tree, coefficients_of(raw, *constants), batch, zero)
+    return arithmetic.everywhere(row_entropies(arithmetic, tree, coefficients_of(raw, *constants), batch, zero))
 
 
 def coefficients_of(raw: Float[Array, "groups experts"], of_tensor: Array, fixed: Array) -> Array:
@@ -357,21 +363,28 @@ def _prompts(
     if given.positions != "generated":
         return {domain: prompts_of(prompts, given.positions) for domain, prompts in asked.items()}
     file = workdir / "continuations.json"
-    kept = json.loads(file.read_text()) if file.is_file() else {}
+    read = lambda: json.loads(file.read_text()) if candidates.job.resume and file.is_file() else {}  # noqa: E731
+    kept = distributed.of_first("continuations", read)
     if kept.get("fingerprint") != fingerprint:
-        evaluator = JaxEvaluator(max_length=candidates.evaluation.options.max_length)
-        evaluator.use(merged_model(candidates.merger(merge), candidates.companion.directory))
-        answers = {domain: evaluator.generate(asked[domain], budgets[domain]) for domain in asked}
-        evaluator.close()
-        kept = {"fingerprint": fingerprint, "answers": answers}
-        write_whole(file, json.dumps(kept) + "\n")
+        weights = candidates.made(candidates.merger(merge), candidates.fingerprint(merge))
+
+        def generate() -> dict:
+            evaluator = JaxEvaluator(max_length=candidates.evaluation.options.max_length)
+            evaluator.use(weights)
+            answers = {domain: evaluator.generate(asked[domain], budgets[domain]) for domain in asked}
+            evaluator.close()
+            found = {"fingerprint": fingerprint, "answers": answers}
+            write_whole(file, json.dumps(found) + "\n")
+            return found
+
+        kept = distributed.of_first("answers", generate)
     return {domain: prompts_of(asked[domain], "generated", kept["answers"][domain]) for domain in asked}
 
 
-def _read(file: Path, fingerprint: str, shape: tuple[int, int], start: float) -> tuple[_State, bool]:
+def _read(file: Path | None, fingerprint: str, shape: tuple[int, int], start: float) -> tuple[_State, bool]:
     """The state of an earlier run of the same inputs and options, and whether it came to its end; else the start."""
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text()) if file else {}
     except (OSError, ValueError):
         found = {}
     if found.get("fingerprint") == fingerprint:

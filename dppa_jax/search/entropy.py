@@ -8,10 +8,12 @@ logits are formed, a chunk of the vocabulary at a time. So beside base and exper
 weights, one layer of their gradients, and the hidden states between layers.
 
 Rows of all weight matrices are spread over both axes of the mesh, of stacked layers the rows of each layer: a scan over
-a layer axis that is spread over devices would gather all layers on each of them.
+a layer axis that is spread over devices would gather all layers on each of them. The mesh has the devices of all
+processes, each of which reads the rows of its own; statistics and thresholds are found as for a merge, by each process
+for its share of the layers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,16 +25,19 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dppa_jax.blocks import Block, Loaded, Part, Piece, Source, Stream, make_blocks
+from dppa_jax import distributed
+from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, owners
 from dppa_jax.checkpoint.names import TensorSpec, check_patterns
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.combine import scaled
+from dppa_jax.delta.score import SCORES, row_keys
 from dppa_jax.kernels import Kernels
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import decoder_layer, rms_norm, rotary, unembed, visibility
 from dppa_jax.pipeline import check_compatible, kernels_of, merge_rates, output_tensors, surveyed
 from dppa_jax.prune import Pruner
-from dppa_jax.sharding import AXES, PerLayer
+from dppa_jax.sharding import AXES, REPLICATED, PerLayer, across_processes, put
+from dppa_jax.stored import StoredArray
 
 CHUNK_ROWS = 4096  # of the vocabulary: with the logits of 6,000 positions 100 MB
 LEAST = -1e30  # a maximum of nothing; a difference from it is finite in float32
@@ -90,6 +95,10 @@ class Arithmetic:
     def kernels(self, tensor: Tensor) -> Kernels:
         return self.linear if tensor.linear else self.dense
 
+    def everywhere(self, tree):
+        """The same, whole on every device, where any process can fetch it."""
+        return lax.with_sharding_constraint(tree, NamedSharding(self.linear.mesh, REPLICATED))
+
 
 class Mixture:
     """Base and experts on the devices as stacked trees, with the bounds and weights of a merge of them.
@@ -97,12 +106,14 @@ class Mixture:
     Args:
       experts: by name, in the order of `config.experts`.
       config: the merge; its coefficients are not looked at, but `tensor_coefficients` are.
+      mesh: of this process; the trees are on that and on the like of every other process.
       norms: of the score "wanda", see `Merger`.
 
     Attributes:
       names: of the tensors, in the order of the rows of coefficients.
       tree: `Tensor`s at the places of the model's weights.
       model_bytes: of base and experts, per device.
+      bytes_read: by this process.
     """
 
     def __init__(
@@ -116,30 +127,130 @@ class Mixture:
         check_combine(config)
         specs = check_compatible(base, experts, quiet=True)
         check_patterns(config.tensor_rates, specs, "--tensor_rate")
-        self.mesh, self.names = mesh, tuple(specs)
-        llama = LlamaConfig.from_hf(base.config)
-        linear, dense = kernels_of(mesh, config)
-        stream = Stream(base, list(experts.values()), make_blocks(specs, 1), mesh, resident=False)
-        pruner = Pruner(linear, config, llama.num_hidden_layers, norms)
-        pruner.rates[:] = (
-            merge_rates(base, config, surveyed(stream, dense, config, quiet=True)) if config.score else 0.0
-        )
-        pruner.weigh(config)
-        dtypes = {name: dtype for name, (_, dtype) in output_tensors(base, config).items()}
+        self.mesh, self.names, self.bytes_read = across_processes(mesh), tuple(specs), 0
+        self._sources, llama = (base, *experts.values()), LlamaConfig.from_hf(base.config)
+        self._pruner = Pruner(kernels_of(mesh, config)[0], config, llama.num_hidden_layers, norms)
+        self._found = self._thresholds(specs, mesh) if config.score else {}
+        self._dtypes = {name: dtype for name, (_, dtype) in output_tensors(base, config).items()}
+        groups: dict[tuple[str, ...], list[TensorSpec]] = {}
+        for spec in specs.values():
+            groups.setdefault(spec.path, []).append(spec)
         self.tree: dict = {}
-        for block in _whole_paths(specs):
-            ((_, (loaded,)),) = list(stream([block]))
-            spec = specs[block.parts[0].pieces[0].name]
-            *parents, leaf = spec.path
+        for (*parents, leaf), group in groups.items():
             node = self.tree
             for parent in parents:
                 node = node.setdefault(parent, {})
-            node[leaf] = _tensor(loaded, spec, pruner, mesh, self.names, dtypes)
+            node[leaf] = self._tensor(group)
         on_cpu = jax.default_backend() == "cpu"  # where bfloat16 is slower than float32
         activations = "float32" if on_cpu else self.tree["norm"].dtype
-        self.arithmetic = Arithmetic(llama, linear, dense, activations)
+        self.arithmetic = Arithmetic(llama, *kernels_of(self.mesh, config), activations)
         weights = [(t.base, t.experts) for t in jax.tree.leaves(self.tree, is_leaf=_is_tensor)]
         self.model_bytes = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(weights))
+
+    def _thresholds(self, specs: Mapping[str, TensorSpec], mesh: Mesh) -> dict[tuple[int, int, int], tuple]:
+        """Side and bounds of each linear by (layer, linear, expert), on the host: found as for a merge.
+
+        Those of random scores need no weights, and are not among them.
+        """
+        owner, config, pruner = owners(specs, distributed.count()), self._pruner.config, self._pruner
+        own = {n: s for n, s in specs.items() if s.layer is not None and owner[n] == distributed.index()}
+        base, *experts = self._sources
+        stream = Stream(base, experts, make_blocks(own, 1), mesh, resident=True)
+        pruner.rates[:] = merge_rates(base, config, surveyed(stream, kernels_of(mesh, config)[1], config, quiet=True))
+        pruner.weigh(config)
+        found = {}
+        for block, loaded in stream() if SCORES[config.score].side != "row_keys" else ():
+            for x in (x for x in loaded if x.part.linear is not None):
+                for e in range(len(config.experts)):
+                    side, bounds, _ = pruner.tables(x, e)
+                    found[block.layers[0], x.part.linear, e] = _on_host(side, x.part.rows), bounds[0]
+        self.bytes_read += stream.bytes_read
+        return {key: one for part in distributed.exchange("thresholds", found) for key, one in part.items()}
+
+    def _tensor(self, group: Sequence[TensorSpec]) -> Tensor:
+        """Of all layers, or of one tensor outside them."""
+        spec = group[0]
+        stacked = spec.layer is not None
+        arrays = [StoredArray(source, group) for source in self._sources]
+        base, *experts = (self._placed(array, spec) for array in arrays)
+        sides, bounds, weights = zip(*(self._tables(group, e, base) for e in range(len(experts))), strict=True)
+        whole = NamedSharding(self.mesh, REPLICATED)
+        small = lambda table, dtype: put(np.asarray(table if stacked else table[0], dtype), whole)  # noqa: E731
+        dtypes = {self._dtypes[one.name].name for one in group}
+        return Tensor(
+            base=base,
+            experts=tuple(experts),
+            sides=sides,
+            bounds=tuple(small(table, np.uint32) for table in bounds),
+            weights=tuple(small(table, np.float32) for table in weights),
+            place=small([self.names.index(one.name) for one in group], np.int32),
+            linear=spec.linear is not None,
+            vector=len(spec.shape) == 1,
+            stored=tuple(array.dtype.name for array in arrays),
+            dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        )
+
+    def _placed(self, array: StoredArray, spec: TensorSpec) -> jax.Array:
+        """(layers, rows, columns), or (rows, columns), spread over the mesh; each process reads its own rows.
+
+        A vocabulary of several chunks is filled up with zeros to equal ones that all devices share evenly.
+        """
+        vocabulary = spec.path in (("embed_tokens",), ("lm_head",))
+        chunks = chunks_of(spec.rows) if vocabulary else 0
+        padded = spec.rows + (-spec.rows % (chunks * self.mesh.size) if chunks > 1 else 0)
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            *layers, rows, columns = index
+            start, stop, _ = rows.indices(padded)
+            within = () if len(spec.shape) == 1 else (slice(start, min(stop, spec.rows)),)
+            found = array[(*layers, *within, columns)]
+            self.bytes_read += found.nbytes
+            found = found.reshape(*found.shape[: len(layers)], -1, found.shape[-1])
+            if missing := stop - start - found.shape[-2]:
+                found = np.concatenate([found, np.zeros((missing, found.shape[-1]), found.dtype)])
+            return found.view(np.uint16) if found.dtype.itemsize == 2 else found
+
+        shape = (*array.shape[: spec.layer is not None], padded, spec.columns)
+        return jax.make_array_from_callback(shape, self._by_rows(shape), read)
+
+    def _by_rows(self, shape: tuple[int, ...]) -> NamedSharding:
+        axes = row_axes(self.mesh, shape[-2])
+        return NamedSharding(self.mesh, PartitionSpec(*([None] * (len(shape) - 2)), axes))
+
+    def _tables(self, group: Sequence[TensorSpec], e: int, placed: jax.Array) -> tuple:
+        """Side, bounds and weights of an expert; weights without the coefficient."""
+        spec, pruner = group[0], self._pruner
+        if self._found and spec.linear is not None:
+            sides, bounds = zip(*(self._found[one.layer, spec.linear, e] for one in group), strict=True)
+            return self._side(group, e, sides), np.array(bounds), pruner.weights[e][:, :, spec.linear].T
+        pieces = tuple(Piece(one.name, 0, one.rows) for one in group)
+        layers = tuple(one.layer for one in group if one.layer is not None)
+        part = Part(pieces, spec.columns, spec.linear, layers)
+        side, bounds, weights = pruner.tables(Loaded(part, placed, ()), e)  # that look at nothing but the part
+        return None if side is None else self._side(group, e, ()), bounds, weights
+
+    def _side(self, group: Sequence[TensorSpec], e: int, found: Sequence[np.ndarray | None]):
+        """What the score needs beside the delta, of all layers: of rows (layers, rows, numbers), or of columns."""
+        config = self._pruner.config
+        match SCORES[config.score].side:
+            case None:
+                return None
+            case "row_keys":
+                keys = partial(row_keys, config.seed, config.experts[e])
+                return self._of_rows(group, 2, lambda layer, *rows: keys(group[layer].name, *rows))
+            case "row_sums":
+                return self._of_rows(group, 1, lambda layer, start, stop: found[layer][start:stop])
+        return PerLayer(put(np.stack(found), NamedSharding(self.mesh, REPLICATED)), None)
+
+    def _of_rows(self, group: Sequence[TensorSpec], numbers: int, of: Callable[[int, int, int], np.ndarray]):
+        """`numbers` for every row, spread as the rows are."""
+        shape = (len(group), group[0].rows, numbers)
+
+        def of_slice(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(shape[1])
+            return np.stack([of(layer, start, stop) for layer in range(len(group))])
+
+        return jax.make_array_from_callback(shape, self._by_rows(shape), of_slice)
 
 
 def check_combine(config: MergeConfig) -> None:
@@ -272,72 +383,11 @@ def _is_tensor(x) -> bool:
     return isinstance(x, Tensor)
 
 
-def _whole_paths(specs: Mapping[str, TensorSpec]) -> list[Block]:
-    """A block for every array of the tree: one linear, or norm, of all layers; embeddings, norm and head whole."""
-    groups: dict[tuple, list[TensorSpec]] = {}
-    for spec in specs.values():
-        groups.setdefault(spec.path, []).append(spec)
-    blocks = []
-    for group in groups.values():
-        layers = tuple(s.layer for s in group if s.layer is not None)
-        pieces = tuple(Piece(s.name, 0, s.rows) for s in group)
-        blocks.append(Block((Part(pieces, group[0].columns, group[0].linear, layers),), layers))
-    return blocks
-
-
-def _tensor(
-    x: Loaded, spec: TensorSpec, pruner: Pruner, mesh: Mesh, names: tuple[str, ...], dtypes: Mapping[str, np.dtype]
-) -> Tensor:
-    """A part with all its layers as arrays of their own, apart from the buffers that it was read into."""
-    stacked, vocabulary = spec.layer is not None, spec.path in (("embed_tokens",), ("lm_head",))
-    sides, bounds, weights = zip(*(pruner.tables(x, e) for e in range(len(x.experts))), strict=True)
-    place = _stack(mesh, x.part.rows, len(x.part.pieces), stacked, chunks_of(spec.rows) if vocabulary else 0)
-    of_partitions = lambda table, dtype: np.asarray(table if stacked else table[0], dtype)  # noqa: E731
-    positions = np.array([names.index(piece.name) for piece in x.part.pieces], np.int32)
-    found = {dtypes[piece.name].name for piece in x.part.pieces}
-    tensor = Tensor(
-        base=place(_bits(x.base)),
-        experts=tuple(place(_bits(expert)) for expert in x.experts),
-        sides=tuple(_side(side, place) for side in sides),
-        bounds=tuple(of_partitions(table, np.uint32) for table in bounds),
-        weights=tuple(of_partitions(table, np.float32) for table in weights),
-        place=positions if stacked else positions[0],
-        linear=spec.linear is not None,
-        vector=len(spec.shape) == 1,
-        stored=tuple(array.dtype.name for array in (x.base, *x.experts)),
-        dtype=found.pop() if len(found) == 1 else "float32",
-    )
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    small = {f: jax.device_put(getattr(tensor, f), everywhere) for f in ("bounds", "weights", "place")}
-    return jax.block_until_ready(replace(tensor, **small))
-
-
-def _bits(array: jax.Array) -> jax.Array:
-    return array.view(np.uint16) if array.dtype.itemsize == 2 else array
-
-
-def _side(side, place: Callable[[Array], Array]):
+def _on_host(side, rows: int) -> np.ndarray | None:
+    """Of a matrix of one layer."""
     if side is None:
         return None
-    return PerLayer(side.values, None) if isinstance(side, PerLayer) else place(side)
-
-
-def _stack(mesh: Mesh, rows: int, pieces: int, stacked: bool, chunks: int) -> Callable[[Array], Array]:
-    """From the padded rows of all pieces to (layers, rows, columns), or (rows, columns), spread over the mesh.
-
-    A vocabulary of several chunks is filled up with zeros to equal ones that all devices share evenly.
-    """
-    each = rows // pieces
-    unit = chunks * mesh.size if chunks > 1 else 1
-    padding = -each % unit
-    spec = PartitionSpec(None, row_axes(mesh, each)) if stacked else PartitionSpec(row_axes(mesh, each + padding))
-
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, spec))
-    def place(array):
-        array = jnp.pad(array[:rows], ((0, padding), (0, 0)))
-        return array.reshape(pieces, each, -1) if stacked else array
-
-    return place
+    return np.asarray(side.values)[0] if isinstance(side, PerLayer) else np.asarray(side)[:rows]
 
 
 def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...] | str | None:

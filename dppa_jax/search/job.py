@@ -8,6 +8,7 @@ from pathlib import Path
 from absl import logging
 from rich.table import Table
 
+from dppa_jax import distributed
 from dppa_jax.cache import write_whole
 from dppa_jax.candidates import Candidates
 from dppa_jax.config import MergeConfig
@@ -96,8 +97,12 @@ def search_expert(
     file = workdir / f"search-{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
+    def keep() -> None:
+        if distributed.index() == 0:
+            write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
+
     def report(visit: Visit) -> None:
-        write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
+        keep()
         chosen = name, visit.method, _join(visit.factors), 100 * visit.score
         logging.info("%s: method %d, factors %s: domain ratio %.2f %%", *chosen)
 
@@ -112,7 +117,7 @@ def search_expert(
             return found.ratio(factors)
 
         found.result = search(score, len(alone.partitions), given.config(alone), report)
-    write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
+    keep()
     return found
 
 

@@ -296,10 +296,7 @@ def test_interrupted_while_writing(merge, name):
 
     aside = merge.output.with_name("out.incomplete")
     assert not merge.output.exists()
-    if name == "SIGKILL":
-        assert [path.name for path in aside.iterdir()] == ["model.safetensors.incomplete"]
-    else:
-        assert not aside.exists(), "what can clean up does"
+    assert "model.safetensors.incomplete" in [path.name for path in aside.iterdir()], "what a second run goes on with"
     for left in (merge.output, aside):
         with pytest.raises((OSError, ValueError)):
             transformers.AutoModelForCausalLM.from_pretrained(left, local_files_only=True)

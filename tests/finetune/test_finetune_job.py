@@ -10,40 +10,17 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from command import Merge, launch
-from transformers import AutoTokenizer
+from training import STEPS, WEIGHTS, flags, kept, write_material
 
-from dppa_jax.checkpoint import save_tree
-from dppa_jax.demo.family import examples, model_config, save_companions
 from dppa_jax.finetune.data import read_examples
-from dppa_jax.model import init_tree
-
-STEPS = 30
-WEIGHTS = "model.safetensors"
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory) -> Path:
-    """A tiny random LLaMA with the demo tokenizer, and sums to learn."""
-    root = tmp_path_factory.mktemp("material")
-    save_companions(root / "tokenizer")
-    config = model_config(AutoTokenizer.from_pretrained(root / "tokenizer"))
-    weights = jax.tree.map(np.asarray, init_tree(config, jax.random.key(0), stddev=0.08))
-    save_tree(root / "base", weights, config.to_hf(), root / "tokenizer")
-    sums = examples("math", 0)[-240:]
-    for name, part in (("train", sums[:200]), ("eval", sums[200:])):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(example._asdict()) + "\n" for example in part))
-    return root
-
-
-def flags(material: Path, root: Path, *more: str) -> list[str]:
-    inputs = [f"--base={material}/base", f"--train_data={material}/train.jsonl", f"--eval_data={material}/eval.jsonl"]
-    sizes = [f"--train_steps={STEPS}", "--train_length=48", "--train_batch_size=4", "--learning_rate=3e-3"]
-    rest = ["--job=finetune", f"--output={root}/out", f"--workdir={root}/runs", "--checkpoint_every=5", "--mesh=data=1"]
-    return [*rest, *inputs, *sizes, "--train_dtype=float32", "--noremat", *more]
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +33,7 @@ def undisturbed(material, tmp_path_factory) -> Path:
 def loss_by_transformers(model: Path, file: Path) -> float:
     """Of the completions, an example at a time."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
     total = count = 0.0
@@ -125,11 +102,6 @@ def until(run: subprocess.Popen, condition, seconds: float = 240) -> None:
         assert run.poll() is None, run.stderr.read()
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.002)
-
-
-def kept(root: Path) -> list[int]:
-    """Steps of the complete checkpoints."""
-    return sorted(int(path.name) for path in root.glob("runs/*/*") if path.name.isdigit())
 
 
 def weights(root: Path) -> bytes:
@@ -207,7 +179,7 @@ def stop_before_writing(monkeypatch, given: list[str]) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dppa_jax.finetune.job.save_tree", fail)
+        patch.setattr("dppa_jax.finetune.job.write_expert", fail)
         with pytest.raises(SystemExit, match="disk full"):
             launch(*given)
 

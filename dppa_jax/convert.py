@@ -1,0 +1,170 @@
+"""--job=convert: between Hugging Face directories of safetensors and Orbax checkpoints of the stacked tree.
+
+Tensors keep their bits. Of several processes each reads and writes its own slices.
+"""
+
+import math
+import resource
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+
+from dppa_jax import distributed
+from dppa_jax.blocks import aligned, owners
+from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
+from dppa_jax.checkpoint.names import with_dtype
+from dppa_jax.checkpoint.orbax_dir import PREFIX
+from dppa_jax.checkpoint.safetensors_dir import companions
+from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
+from dppa_jax.config import choose
+from dppa_jax.jobs import check_apart
+from dppa_jax.progress import Stage, stage
+from dppa_jax.sharding import across_processes, make_mesh
+
+PIECE = 1 << 26  # bytes that are read and written at a time on the way to safetensors
+RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # that go with the weights
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What is converted, where to, and how it is sharded and stored there."""
+
+    base: str
+    output: str
+    mesh: str = ""
+    output_dtype: str = ""
+    max_shard_size: int = MAX_SHARD_SIZE
+    overwrite: bool = False
+    seed: int = 0
+
+    def __post_init__(self):
+        for flag, given in (("--base", self.base), ("--output", self.output.removeprefix(PREFIX))):
+            if not given:
+                raise ValueError(
+                    f"{flag} is empty: --job=convert reads --base=WHERE and writes --output={PREFIX}DIR, an Orbax "
+                    f"checkpoint, or --output=DIR, a Hugging Face directory."
+                )
+        if self.output_dtype:
+            choose("--output_dtype", self.output_dtype, DTYPES)
+
+
+def run_convert(job: ConvertConfig) -> None:
+    """Write job.base to job.output, whole or not at all."""
+    started = time.perf_counter()
+    output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
+    with distributed.first_alone("model"):  # it fetches or builds what the others then find
+        opened = open_checkpoint(job.base, job.seed)
+    with closing(opened) as source:
+        check_apart({"--output": str(output)}, {"base": source.directory})
+        tensors = converted_tensors(source, job.output_dtype)
+        write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
+        with stage("convert", total_bytes(tensors) // distributed.count()) as progress:
+            reader = Reader(source, progress)
+            write(reader, output, tensors, job)
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    logging.info(
+        "wrote %s in %.1f s: read %d bytes here, with %.2f GB of memory", job.output, seconds, reader.done, peak / 1e9
+    )
+
+
+def converted_tensors(source: Checkpoint, output_dtype: str = "") -> Tensors:
+    """Shape and dtype of every tensor of the output, by name."""
+    tensors = {}
+    for name, spec in source.specs.items():
+        tensors[name] = spec.shape, DTYPES[output_dtype] if output_dtype else source.tensors[name].dtype
+    return tensors
+
+
+def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
+    """A Hugging Face directory; tensors are read and written in pieces of at most PIECE bytes."""
+    source = reader.source
+    owner = owners(source.specs, distributed.count()) if distributed.count() > 1 else None
+    with SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, owners=owner) as writer:
+        for name, (_, dtype) in tensors.items():
+            if owner and owner[name] != distributed.index():
+                continue
+            spec = source.specs[name]
+            step = max(1, PIECE // (spec.columns * dtype.itemsize))
+            for start in range(0, spec.rows, step):
+                writer.write_rows(name, start, reader.rows([spec], dtype, start, min(start + step, spec.rows))[0])
+        texts = {path.name: path.read_text() for path in _records(source.directory)}
+        writer.commit(_config(source, job.output_dtype), source.directory, texts)
+
+
+def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
+    """An Orbax checkpoint; memory holds this process's slices of one array at a time."""
+    from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # a second of imports
+
+    source = reader.source
+    copies = [*companions(source.directory), *_records(source.directory)]
+    with OrbaxWriter(output, total_bytes(tensors), job.overwrite) as writer:
+        tree = _deferred(reader, tensors, across_processes(make_mesh(job.mesh)))
+        writer.commit(tree, _config(source, job.output_dtype), copies)
+
+
+class Reader:
+    """Reads tensors into arrays of a given dtype, and tells how far it is."""
+
+    def __init__(self, source: Checkpoint, progress: Stage):
+        self.source, self._progress, self.done = source, progress, 0
+
+    def rows(self, specs: Sequence[TensorSpec], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop of tensors of one shape, (tensors, rows, columns), where a CPU device takes them as is."""
+        shape = len(specs), stop - start, specs[0].columns
+        found = aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        for spec, rows in zip(specs, found, strict=True):
+            stored = self.source.tensors[spec.name].dtype
+            out = rows if stored == dtype else np.empty(rows.shape, stored)
+            self.source.read_rows(spec.name, start, stop, out)
+            if stored != dtype:
+                rows[...] = out
+            self.done += out.nbytes
+            self._progress.advance(self.done)
+        return found
+
+    def slice(self, specs: Sequence[TensorSpec], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+        """What one device has of an array of the tree: rows of the tensor, or of some layers'."""
+        first, stacked = specs[0], specs[0].layer is not None
+        start, stop, _ = index[-2].indices(first.rows) if len(first.shape) == 2 else (0, 1, 1)
+        found = self.rows(specs[index[0]] if stacked else specs, dtype, start, stop)
+        shape = (stop - start, first.columns) if len(first.shape) == 2 else (first.columns,)
+        return found.reshape(-1, *shape) if stacked else found.reshape(shape)
+
+
+def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:
+    """The tree, of arrays that are read when they are written."""
+    from dppa_jax.checkpoint.orbax_writer import Deferred, array_sharding
+
+    groups: dict[tuple[str, ...], list[TensorSpec]] = {}
+    for spec in reader.source.specs.values():
+        groups.setdefault(spec.path, []).append(spec)
+    tree: dict = {}
+    for path, specs in groups.items():
+        dtypes = {tensors[spec.name][1] for spec in specs}
+        if len(dtypes) > 1:
+            logging.warning("%s: layers have several dtypes; the array has float32, which holds all", ".".join(path))
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        stacked = specs[0].layer is not None
+        shape = (len(specs), *specs[0].shape) if stacked else specs[0].shape
+        *parents, leaf = path
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = Deferred(shape, dtype, array_sharding(mesh, shape, stacked), partial(reader.slice, specs, dtype))
+    return tree
+
+
+def _config(source: Checkpoint, output_dtype: str) -> dict:
+    return with_dtype(source.config, output_dtype or source.dtype.name)
+
+
+def _records(directory: Path) -> list[Path]:
+    """What tells how the weights were made."""
+    return [directory / name for name in RECORDS if (directory / name).is_file()]

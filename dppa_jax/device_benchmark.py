@@ -1,0 +1,291 @@
+"""--job=benchmark --device=gpu: a merge's arithmetic on weights that are made on the device, and a merge from disk.
+
+What is timed is the code of a merge (survey, thresholds, apply) over all layers and dense tensors of a shape, host work
+included, reading and writing not. The weights of `RESIDENT` layers serve for all layers in turn: a layer of 7 B and
+three experts is 1.6 GB, thirty times what a GPU's cache holds, so that nothing is read faster for being used again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from rich.table import Table
+
+from dppa_jax.benchmark_models import EXPERTS, SHAPES, model_config, parameters
+from dppa_jax.blocks import Block, Loaded, Part, Stream, make_blocks
+from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
+from dppa_jax.config import MergeConfig, choose
+from dppa_jax.kernels import Kernels
+from dppa_jax.pipeline import SEARCHES, check_finite, merge_part, pass_bytes
+from dppa_jax.progress import console, stage
+from dppa_jax.prune import Pruner
+from dppa_jax.sharding import ROWS, make_mesh, padded_rows
+from dppa_jax.survey import survey
+
+DEVICES = ("cpu", "gpu")
+RESIDENT = 4  # layers
+COPIED = 1 << 30  # bytes of the copy that measures bandwidth; a CPU's share is an eighth
+COPIES = 10
+FROM_DISK = "1.1b"  # at most
+GOAL_SHARE, GOAL_SECONDS = 0.7, 2.0
+PEAKS = {  # bytes a second that the makers state, by JAX's name of the device
+    "NVIDIA A100-PCIE-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100 80GB PCIe": 1.935e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 PCIe": 2.0e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H100 NVL": 3.9e12,
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA H200 NVL": 4.8e12,
+}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one stage: the fastest run's seconds, and the bytes of weights that it read and wrote."""
+
+    seconds: float
+    moved_bytes: int
+
+    @property
+    def speed(self) -> float:
+        return self.moved_bytes / self.seconds
+
+
+class Tallied(Kernels):
+    """Kernels that note the bytes of matrices they are given and give, and what they merge."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.moved: list[int] = []  # appended to by several threads
+        self.merges: list[tuple] = []
+
+    def row_sums(self, term, base, expert, *per_row):
+        self.moved.append(base.nbytes + expert.nbytes)
+        return super().row_sums(term, base, expert, *per_row)
+
+    def counts(self, base, expert, side, bounds):
+        self.moved.append(base.nbytes + expert.nbytes)
+        return super().counts(base, expert, side, bounds)
+
+    def nonfinite(self, x):
+        self.moved.append(x.nbytes)
+        return super().nonfinite(x)
+
+    def merge(self, output_dtype, base, experts, *tables):
+        merged = super().merge(output_dtype, base, experts, *tables)
+        self.moved.append(base.nbytes + sum(expert.nbytes for expert in experts) + merged.nbytes)
+        self.merges.append((output_dtype, base, experts, *tables))
+        return merged
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """A model of which a merge asks shapes and dtypes only."""
+
+    config: dict
+    specs: Mapping[str, TensorSpec]
+    tensors: Mapping
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        raise AssertionError(f"{name} is on the devices and is not read")
+
+
+class DeviceStream(Stream):
+    """Blocks of a layer, and the dense tensors, that are on the devices from the beginning.
+
+    Bfloat16: the base is normal, an expert the base plus Student-t deltas (4 degrees of freedom) of a scale per part.
+    """
+
+    def __init__(self, config: dict, experts: Sequence[str], mesh: Mesh):
+        specs = tensor_specs(config)
+        tensors = {name: SimpleNamespace(dtype=DTYPES["bfloat16"], shape=spec.shape) for name, spec in specs.items()}
+        source = _Shapes(config, specs, tensors)
+        super().__init__(source, [source] * len(experts), make_blocks(specs, 1), mesh, resident=True)
+        sharding = NamedSharding(mesh, ROWS)
+        self._random = jax.jit(_random_weights, static_argnums=0, out_shardings=sharding)
+        self._kept = dict(self._made(len(experts)))
+
+    def _made(self, experts: int) -> Iterator[tuple[Block, list[Loaded]]]:
+        made: dict[tuple[Part, ...], list[Loaded]] = {}
+        layers = [block for block in self.blocks if block.layers]
+        for i, block in enumerate(self.blocks):
+            twin = layers[i % RESIDENT] if block.layers and i >= RESIDENT else block
+            if twin is block:
+                made[block.parts] = [self._weights(part, i, j, experts) for j, part in enumerate(block.parts)]
+            yield (
+                block,
+                [Loaded(part, x.base, x.experts) for part, x in zip(block.parts, made[twin.parts], strict=True)],
+            )
+
+    def _weights(self, part: Part, block: int, number: int, experts: int) -> Loaded:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0, impl="rbg"), block), number)
+        shape = padded_rows(self.mesh, part.rows), part.columns
+        scales = np.random.default_rng([block, number]).uniform(0.0005, 0.002, experts).astype(np.float32)
+        base, *tuned = jax.block_until_ready(self._random(shape, key, scales))
+        return Loaded(part, base, tuple(tuned))
+
+
+def _random_weights(shape: tuple[int, int], key: jax.Array, scales: jax.Array) -> list[jax.Array]:
+    keys = jax.random.split(key, 1 + 3 * scales.shape[0])
+    base = (0.02 * jax.random.normal(keys[0], shape)).astype(jnp.bfloat16)
+    models = [base]
+    for scale, (normal, first, second) in zip(scales, keys[1:].reshape(-1, 3), strict=True):
+        halved = (jax.random.exponential(first, shape) + jax.random.exponential(second, shape)) / 2
+        delta = scale * jax.random.normal(normal, shape) * jax.lax.rsqrt(halved)
+        models.append((base.astype(jnp.float32) + delta).astype(jnp.bfloat16))
+    return models
+
+
+def run_device_benchmark(shape: str, device: str, workdir: str, repeats: int) -> dict:
+    """Time a merge from disk and the arithmetic of a merge; print, and write to WORKDIR/benchmark/device-SHAPE.json.
+
+    Raises ValueError where JAX has no such device, before anything is made.
+    """
+    choose("--shape", shape, SHAPES)
+    choose("--device", device, DEVICES)
+    if repeats < 1:
+        raise ValueError(f"--repeats={repeats}: it must be 1 or more.")
+    use(device)
+    from_disk = _from_disk(shape, workdir, repeats)
+    mesh = make_mesh("layer=1,row=1")
+    timings = time_compute(model_config(shape), mesh, repeats)
+    kind = mesh.devices.flat[0].device_kind
+    result = {
+        "device": kind,
+        "shape": shape,
+        "peak_bandwidth": PEAKS.get(kind),
+        "copy_bandwidth": copy_bandwidth(mesh),
+        "stages": {name: asdict(timing) for name, timing in timings.items()},
+        "from_disk": from_disk,
+    }
+    (Path(workdir) / "benchmark" / f"device-{device}-{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+    _print(result, timings)
+    return result
+
+
+def use(device: str) -> None:
+    """Have JAX, here and in processes that are started from here, use this kind of device."""
+    os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[device]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the merge from disk needs its share
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    try:
+        found = jax.devices()[0].platform
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device={device}: JAX finds none here ({str(error).splitlines()[0]}). For NVIDIA GPUs install "
+            f"'jax[cuda12]', or 'jax[cuda13]'; --device=cpu runs the same on this machine's processor."
+        ) from error
+    if found != device:
+        raise ValueError(f"--device={device}: JAX has already begun with {found}.")
+
+
+def time_compute(config: dict, mesh: Mesh, repeats: int) -> dict[str, Timing]:
+    """Each stage of DPPA at 80 %, two partitions, after a run that compiles; "apply" is the merging kernel alone."""
+    factors = dict.fromkeys(EXPERTS, (1.8, 1.3))
+    merge = MergeConfig(EXPERTS, rate=0.8, factors=factors, coefficients=dict.fromkeys(EXPERTS, 0.3))
+    stream = DeviceStream(config, EXPERTS, mesh)
+    kernels = Tallied(mesh, merge.score, merge.combine, merge.delta_dtype)
+    best: dict[str, Timing] = {}
+    for _ in range(1 + repeats):
+        for name, run in _stages(stream, kernels, merge):
+            kernels.moved.clear()
+            begin = time.perf_counter()
+            run()
+            found = Timing(time.perf_counter() - begin, sum(kernels.moved))
+            if name in best:
+                logging.info("%s: %.3f s", name, found.seconds)
+            best[name] = min(best.get(name, found), found, key=lambda timing: timing.seconds)
+    return best
+
+
+def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Names and calls, in the order of a merge."""
+    source = stream.sources[0]
+    pruner = Pruner(kernels, merge, source.config["num_hidden_layers"])
+    pairs: list[tuple[Loaded, list[tuple]]] = []
+
+    def surveying():
+        with stage("survey", pass_bytes(stream), quiet=True) as progress:
+            pruner.allocate(survey(stream, kernels, merge, progress))
+        pruner.weigh(merge)
+
+    def thresholds():
+        with ThreadPoolExecutor(SEARCHES, "threshold") as searcher:
+            for _, loaded in stream():
+                found = [[searcher.submit(pruner.tables, x, e) for e in range(len(EXPERTS))] for x in loaded]
+                pairs.extend((x, [f.result() for f in each]) for x, each in zip(loaded, found, strict=True))
+
+    def applying():
+        kernels.merges.clear()
+        with ThreadPoolExecutor(SEARCHES, "check") as checker:
+            checks = []
+            for x, tables in pairs:
+                merged = merge_part(x, tables, kernels, pruner, source, merge, None)
+                checks.append(checker.submit(check_finite, x, merged, kernels, merge))
+                while len(checks) > SEARCHES:
+                    checks.pop(0).result()
+            for check in checks:
+                check.result()
+
+    def apply():
+        for arguments in kernels.merges[:]:
+            last = kernels.merge(*arguments)
+        jax.block_until_ready(last)  # a device computes in order
+
+    yield "survey", surveying
+    yield "thresholds", thresholds
+    yield "tables, apply, check for NaN", applying
+    yield "apply", apply
+
+
+def copy_bandwidth(mesh: Mesh) -> float:
+    """Bytes a second, read and written, of adding one to each number of a large array."""
+    device = mesh.devices.flat[0]
+    numbers = COPIED // (8 if device.platform == "cpu" else 1) // 4
+    add = jax.jit(lambda x: x + np.uint32(1))
+    array = add(jax.device_put(jnp.zeros(numbers, jnp.uint32), device)).block_until_ready()
+    seconds = []
+    for _ in range(COPIES):
+        begin = time.perf_counter()
+        add(array).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * array.nbytes / min(seconds)
+
+
+def _from_disk(shape: str, workdir: str, repeats: int) -> dict:
+    from dppa_jax.benchmark import run_benchmark
+
+    smaller = min(shape, FROM_DISK, key=lambda name: parameters(model_config(name)))
+    found = run_benchmark([smaller], workdir, "", "", repeats, ["dppa"])[smaller]
+    return {"shape": smaller, **found["dppa"]}
+
+
+def _print(result: dict, timings: dict[str, Timing]) -> None:
+    copy, peak = result["copy_bandwidth"], result["peak_bandwidth"]
+    count, whole = parameters(model_config(result["shape"])), sum(t.seconds for n, t in timings.items() if n != "apply")
+    title = f"{result['shape']}, {count / 1e9:.2f} B, base + {len(EXPERTS)} experts in bf16 on {result['device']}"
+    stated = f"{peak / 1e12:.2f} TB/s stated, " if peak else ""
+    table = Table("stage", "seconds", "GB of weights", "GB/s", "of a copy", "of the stated", title=title)
+    for name, timing in timings.items():
+        share = f"{timing.speed / peak:.0%}" if peak else "–"
+        numbers = (f"{timing.seconds:.3f}", f"{timing.moved_bytes / 1e9:.1f}", f"{timing.speed / 1e9:.0f}")
+        table.add_row(name, *numbers, f"{timing.speed / copy:.0%}", share)
+    console().print(table)
+    lines = [
+        f"bandwidth: {stated}{copy / 1e12:.2f} TB/s in a copy; goal of apply, the kernel alone: {GOAL_SHARE:.0%}",
+        f"the whole of DPPA without reading and writing: {whole:.2f} s; goal {GOAL_SECONDS:g} s for 7b on an H100",
+        f"a merge of {result['from_disk']['shape']} from disk to disk: {result['from_disk']['seconds']:.1f} s",
+    ]
+    console().print("\n".join(lines))

@@ -1,0 +1,87 @@
+"""--job=benchmark --scaling: DPPA by 1, 2 and 4 processes, of one family and of families that grow with them."""
+
+import json
+import os
+import socket
+from dataclasses import asdict
+from pathlib import Path
+
+from absl import logging
+from rich.table import Table
+
+from dppa_jax.benchmark import OURS, Run, merge_command, timed
+from dppa_jax.benchmark_models import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
+from dppa_jax.config import choose
+from dppa_jax.progress import console
+
+PROCESSES = (1, 2, 4)
+NOTE = (
+    "Each process has one core, so that a process is what scales; more processes than the {cores} cores take turns. "
+    "Up to {cores} processes the seconds are those of as many hosts that share disk, page cache and memory bandwidth, "
+    "and whose network costs nothing. Beyond that only processor seconds say something: what more processes cost in "
+    "all (start, compilation, statistics told to each other). What a network, or a disk for each host, would do is not "
+    "seen here."
+)
+
+
+def run_scaling(shape: str, workdir: str) -> dict[str, dict[int, dict]]:
+    """Strong scaling (the shape's layers) and weak scaling (N times as many), printed and written to WORKDIR/benchmark.
+
+    Returns `Run`s as dicts, by "strong" and "weak" and the number of processes.
+    """
+    choose("--shape", shape, SHAPES)
+    root = Path(workdir) / "benchmark"
+    layers = model_config(shape)["num_hidden_layers"]
+    places = {n: root / (shape if n == 1 else f"{shape}-{n * layers}layers") for n in PROCESSES}
+    families = [family_sizes(places[n], model_config(shape, n * layers), EXPERTS) for n in PROCESSES]
+    check_scratch(root, {place: size for family in families for place, size in family.items()})
+    models = {n: make_family(places[n], model_config(shape, n * layers), EXPERTS) for n in PROCESSES}
+    cores = sorted(os.sched_getaffinity(0))
+    timed([merge_command(models[1], places[1] / "out", OURS["dppa"])], places[1] / "out")  # fills caches
+    strong = {n: _run(models[1], places[1] / "out", n, cores) for n in PROCESSES}
+    weak = {n: strong[1] if n == 1 else _run(models[n], places[n] / "out", n, cores) for n in PROCESSES}
+    _print(shape, layers, strong, weak, len(cores))
+    result = {name: {n: asdict(run) for n, run in runs.items()} for name, runs in (("strong", strong), ("weak", weak))}
+    (root / f"scaling-{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def _run(models: dict[str, Path], output: Path, processes: int, cores: list[int]) -> Run:
+    command = merge_command(models, output, OURS["dppa"])
+    if processes > 1:
+        joined = [*command, f"--coordinator=127.0.0.1:{_free_port()}", f"--num_processes={processes}"]
+        commands = [[*joined, f"--process_id={i}"] for i in range(processes)]
+    else:
+        commands = [command]
+    run = timed(commands, output, [cores[i % len(cores)] for i in range(processes)])
+    logging.info("%s by %d processes: %.1f s", models["base"].parent.name, processes, run.seconds)
+    return run
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _print(shape: str, layers: int, strong: dict[int, Run], weak: dict[int, Run], cores: int) -> None:
+    columns = (
+        "scaling",
+        "processes",
+        "cores",
+        "layers",
+        "seconds",
+        "efficiency",
+        "processor seconds",
+        "peak GB of one",
+    )
+    table = Table(*columns, title=f"{shape}, base + {len(EXPERTS)} experts, DPPA")
+    for name, runs in (("strong", strong), ("weak", weak)):
+        for n, run in runs.items():
+            ideal = runs[1].seconds / (n if name == "strong" else 1)
+            of_layers = layers * (n if name == "weak" else 1)
+            numbers = (str(n), str(min(n, cores)), str(of_layers), f"{run.seconds:.1f}")
+            efficiency = f"{ideal / run.seconds:.0%}"
+            table.add_row(name, *numbers, efficiency, f"{run.cpu_seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}")
+    console().print(table)
+    console().print(NOTE.format(cores=cores))

@@ -1,0 +1,132 @@
+"""How fast this machine reads the inputs, merges, and writes the output: a few seconds of doing each."""
+
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import psutil
+from jax.sharding import Mesh
+
+from dppa_jax.blocks import READERS, Source
+from dppa_jax.checkpoint.direct import DirectFile
+from dppa_jax.checkpoint.names import LINEARS, tensor_specs
+from dppa_jax.config import MergeConfig
+from dppa_jax.pipeline import Layout, merge_checkpoints
+
+READ = 512 << 20  # bytes
+WRITTEN = 256 << 20  # bytes
+PIECE = 8 << 20  # bytes that are read or written at a time
+MERGED = 64_000_000  # parameters of a layer at most: one of 7 B is halved in rows and columns
+VALUES = 1 << 23  # random numbers, that the synthetic weights repeat
+
+
+@dataclass(frozen=True)
+class Speeds:
+    read: float  # bytes a second, of the inputs, as much of them as is in memory now
+    write: float  # bytes a second, beside the output
+    merge: float  # parameters a second, of all models on the devices of this process, copies of the inputs included
+    start: float  # seconds: imports, and compiling or loading what was compiled before
+
+
+def measure_speeds(sources: Sequence[Source], output: Path, config: MergeConfig, mesh: Mesh) -> Speeds:
+    """Of reading these models, base first, of merging layers like theirs, and of writing where `output` will be."""
+    started = time.time() - psutil.Process().create_time()
+    dtype = sources[0].tensors["model.layers.0.self_attn.q_proj.weight"].dtype
+    models = synthetic(sources[0].config, dtype, config.experts)
+    first, again = (_merge_seconds(models, config, mesh) for _ in range(2))  # only the first compiles
+    parameters = sum(math.prod(spec.shape) for spec in models[0].specs.values())
+    start = started + max(0.0, first - again)
+    return Speeds(read_speed(sources), write_speed(output), parameters / again, start)
+
+
+def read_speed(sources: Sequence[Source]) -> float:
+    """Bytes a second, of pieces spread over all models."""
+    matrices = [(source, spec) for source in sources for spec in source.specs.values() if len(spec.shape) == 2]
+    chosen = {int(i) for i in np.linspace(0, len(matrices) - 1, READ // PIECE)}
+
+    def read(source: Source, spec) -> int:
+        dtype = source.tensors[spec.name].dtype
+        rows = min(spec.rows, max(1, PIECE // (spec.columns * dtype.itemsize)))
+        out = np.empty((rows, spec.columns), dtype)
+        source.read_rows(spec.name, 0, rows, out)
+        return out.nbytes
+
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(READERS, "read") as readers:
+        count = sum(readers.map(lambda i: read(*matrices[i]), sorted(chosen)))
+    return count / (time.perf_counter() - begin)
+
+
+def write_speed(output: Path) -> float:
+    """Bytes a second, into a file that is removed again, on the disk of a directory that need not be there yet."""
+    existing = next(place for place in (output, *output.parents) if place.is_dir())
+    piece = memoryview(np.random.default_rng(0).bytes(PIECE))
+    with tempfile.NamedTemporaryFile(dir=existing, prefix=".dppa_jax-") as name:
+        file = DirectFile(Path(name.name))
+        try:
+            begin = time.perf_counter()
+            for position in range(0, WRITTEN, PIECE):
+                file.write(piece, position)
+            file.sync()
+            return WRITTEN / (time.perf_counter() - begin)
+        finally:
+            file.close()
+
+
+class _Synthetic:
+    """A model of random numbers in the proportions of another one, in memory."""
+
+    def __init__(self, config: Mapping, dtype: np.dtype, values: np.ndarray):
+        self.config, self.specs = dict(config), tensor_specs(config)
+        self.tensors = {name: SimpleNamespace(dtype=dtype, shape=spec.shape) for name, spec in self.specs.items()}
+        self._values = values.astype(dtype)
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        flat = out.reshape(-1)
+        for begin in range(0, flat.size, VALUES):
+            flat[begin : begin + VALUES] = self._values[: flat.size - begin]
+
+
+class _Nowhere:
+    """A sink that keeps nothing."""
+
+    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
+        pass
+
+
+def synthetic(given: Mapping, dtype: np.dtype, experts: Sequence[str]) -> list[_Synthetic]:
+    """Base and experts of one layer, with embeddings in proportion, for the config.json of a model."""
+    specs = tensor_specs(given).values()
+    layer = sum(math.prod(spec.shape) for spec in specs if spec.layer == 0)
+    part = math.ceil(math.sqrt(layer / MERGED))
+    heads = given["num_attention_heads"]
+    sizes = {
+        "hidden_size": given["hidden_size"],
+        "intermediate_size": given["intermediate_size"],
+        "head_dim": given.get("head_dim") or given["hidden_size"] // heads,
+        "vocab_size": given["vocab_size"] // given["num_hidden_layers"],
+    }
+    config = {**given, "num_hidden_layers": 1} | {name: max(1, size // part) for name, size in sizes.items()}
+    random = np.random.default_rng(0)
+    values = random.standard_normal(VALUES, np.float32) * np.float32(0.02)
+    deltas = [random.standard_normal(VALUES, np.float32) * np.float32(0.001) for _ in experts]
+    return [_Synthetic(config, dtype, values), *(_Synthetic(config, dtype, values + delta) for delta in deltas)]
+
+
+def _merge_seconds(models: Sequence[_Synthetic], config: MergeConfig, mesh: Mesh) -> float:
+    """Of one merge; what is said of single tensors cannot be said of this model and costs nothing."""
+    plain = replace(config, coefficients={}, tensor_rates=(), tensor_coefficients=())
+    base, *experts = models
+    named = dict(zip(config.experts, experts, strict=True))
+    columns = {LINEARS[spec.linear]: spec.columns for spec in base.specs.values() if spec.linear is not None}
+    ones = {linear: np.ones((1, count), np.float32) for linear, count in columns.items()}
+    begin = time.perf_counter()
+    norms = dict.fromkeys(named, ones)
+    merge_checkpoints(base, named, plain, _Nowhere(), mesh, Layout(), norms=norms, quiet=True)
+    return time.perf_counter() - begin

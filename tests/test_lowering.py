@@ -1,0 +1,216 @@
+"""Every jitted function lowers for TPUs and for NVIDIA GPUs from a machine that has neither: nothing is run here."""
+
+from collections.abc import Callable
+from functools import cached_property, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support import AWKWARD, make_family
+
+from dppa_jax import kernels
+from dppa_jax.config import MergeConfig
+from dppa_jax.delta.combine import COMBINATIONS
+from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.score import SCORES
+from dppa_jax.delta.threshold import BOUNDS
+from dppa_jax.finetune.data import Rows
+from dppa_jax.finetune.train import TRAIN_AXES, TrainConfig, Trainer, compiled
+from dppa_jax.kernels import ZERO, Kernels
+from dppa_jax.model import LlamaConfig, abstract_tree, calibrate, forward
+from dppa_jax.model.generate import decode
+from dppa_jax.model.llama import Cache, init_tree
+from dppa_jax.search import adamerging
+from dppa_jax.search.entropy import Batch, Mixture
+from dppa_jax.sharding import PerLayer, make_mesh, over_rows
+
+PLATFORMS = ("tpu", "cuda")
+MESH = "layer=2,row=4"
+EXPERTS = ("math", "law")
+LAYERS, ROWS, COLUMNS = 2, 16, 70
+LLAMA = LlamaConfig(
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+)
+PRESETS = sorted({(of.score or "magnitude", of.combine) for of in METHODS.values()})
+OTHERS = [(score, "sum") for score in SCORES if (score, "sum") not in PRESETS]
+
+
+def assert_lowers(function: Callable, *arguments, **named) -> jax.export.Exported:
+    for platform in PLATFORMS:
+        exported = jax.export.export(function, platforms=[platform])(*arguments, **named)
+        assert exported.platforms == (platform,)
+    return exported
+
+
+def array(*shape: int, dtype="bfloat16") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+@pytest.fixture
+def lowered(monkeypatch) -> None:
+    """Kernels lower what they are called with, and give zeros in place of a result."""
+
+    def lowering(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
+        def run(*arguments):
+            shapes = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), arguments)
+            exported = assert_lowers(over_rows.__wrapped__(mesh, function, replicated), *shapes)
+            return jax.tree.unflatten(exported.out_tree, [jnp.zeros(x.shape, x.dtype) for x in exported.out_avals])
+
+        return run
+
+    monkeypatch.setattr(kernels, "over_rows", lowering)
+
+
+def side_of(score: str) -> jax.ShapeDtypeStruct | PerLayer | None:
+    """What a score needs beside the delta, as `Pruner` makes it."""
+    per_layer = PerLayer(array(LAYERS, COLUMNS, dtype=np.float32), array(ROWS, dtype=np.int32))
+    return {
+        None: None,
+        "row_keys": array(ROWS, 2, dtype=np.uint32),
+        "row_sums": array(ROWS, 1, dtype=np.float32),
+        "column_sums": per_layer,
+        "activation_norms": per_layer,
+    }[SCORES[score].side]
+
+
+# ---- merges
+
+BASE, EXPERT = array(ROWS, COLUMNS), array(ROWS, COLUMNS, dtype=np.float32)
+
+
+@pytest.mark.parametrize(("score", "combine"), PRESETS + OTHERS)
+def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
+    of = Kernels(make_mesh(MESH), score, combine, "float32")
+
+    def drive(base, expert, side, bounds, weights):
+        each = tuple(zip(*[(expert, side, bounds, weights)] * len(EXPERTS), strict=True))
+        return of.merge(base.dtype, base, *each), of.prune(base, expert, side, bounds, weights)
+
+    partitions = [array(ROWS, 2, dtype=dtype) for dtype in (np.uint32, np.float32)]
+    merged, pruned = jax.eval_shape(drive, BASE, EXPERT, side_of(score), *partitions)
+    assert (merged.dtype, pruned.dtype) == (BASE.dtype, np.float32)
+    assert merged.shape == pruned.shape == BASE.shape
+
+
+@pytest.mark.parametrize("score", [score for score in SCORES if score != "random"])  # whose thresholds are the rates
+def test_kernels_of_thresholds_on_a_mesh(score, lowered):
+    of = Kernels(make_mesh(MESH), score, "sum", "float32")
+
+    def drive(base, expert, side, bounds, starts):
+        return of.counts(base, expert, side, bounds), of.sample(base, expert, side, starts, 3)
+
+    counts, sample = jax.eval_shape(
+        drive, BASE, EXPERT, side_of(score), array(ROWS, BOUNDS, dtype=np.uint32), array(ROWS, 1, dtype=np.int32)
+    )
+    assert (counts.shape, sample.shape) == ((ROWS, BOUNDS), (ROWS, 3))
+
+
+@pytest.mark.parametrize("delta_dtype", ["float32", "float16", "bfloat16"])
+def test_kernels_of_surveys_and_inspections_on_a_mesh(delta_dtype, lowered):
+    of = Kernels(make_mesh(MESH), "magnitude", "sum", delta_dtype, allow_nonfinite=True)
+
+    def drive(base, expert, thresholds, starts):
+        sums = [of.row_sums(term, base, expert) for term in ("absolute", "square")]
+        sums.append(of.row_sums("above", base, expert, thresholds))
+        return sums, of.sample_delta(base, expert, starts, 3), of.extremes(base, expert)
+
+    per_row = array(ROWS, 2, dtype=np.float32), array(ROWS, 1, dtype=np.int32)
+    sums, sample, extremes = jax.eval_shape(drive, BASE, EXPERT, *per_row)
+    assert {x.shape for x in sums} == {extremes.shape} == {(ROWS, 2)}
+    assert sample.shape == (ROWS, 3)
+
+
+def test_check_for_nan_on_a_mesh():
+    assert_lowers(over_rows.__wrapped__(make_mesh(MESH), kernels.zeros), BASE)
+
+
+def test_every_combination_is_a_presets():
+    assert {combine for _, combine in PRESETS} == set(COMBINATIONS)
+
+
+def test_no_kernel_is_left_out():
+    """A new one belongs in the tests above."""
+    found = {name for name, value in vars(Kernels).items() if isinstance(value, cached_property)}
+    assert found == {"_sums", "_fold_again", "_fold_bytes", "_unpack", "_reached", "extremes", "prune", "_zeros"}
+
+
+# ---- the model
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_and_decoding(dtype, backend, monkeypatch):
+    """With what the model chooses by the backend, as there; in float32 at the highest precision."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tree, tokens, row = abstract_tree(LLAMA, dtype), array(2, 8, dtype=np.int32), array(2, dtype=np.int32)
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        assert_lowers(forward, LLAMA, tree, tokens, remat=True)
+        assert_lowers(decode, LLAMA, tree, tokens, row, row, array(1, dtype=np.int32), answer_slots=4)
+
+
+def test_model_with_a_cache():
+    tokens, cache = array(2, 8, dtype=np.int32), jax.eval_shape(lambda: Cache.empty(LLAMA, 2, 16, "bfloat16"))
+    assert_lowers(forward, LLAMA, abstract_tree(LLAMA, "bfloat16"), tokens, None, cache)
+
+
+def test_first_weights():
+    assert_lowers(init_tree, LLAMA, jax.random.key(0), "bfloat16")
+
+
+def test_layer_of_a_calibration():
+    weights = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), abstract_tree(LLAMA)["layers"])
+    assert_lowers(jax.jit(partial(calibrate._layer, LLAMA)), weights, array(2, 8, LLAMA.hidden_size, dtype=np.float32))
+
+
+# ---- steps
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "dare"])
+def test_step_of_adamerging_on_a_mesh(method, monkeypatch):
+    """With bfloat16 activations, as on an accelerator; models are placed by functions that lower as well."""
+    jit = jax.jit
+
+    def lowering_jit(function: Callable, **options) -> Callable:
+        def run(*arguments):
+            placed.append(assert_lowers(jit(function, **options), *arguments))
+            return jit(function, **options)(*arguments)
+
+        return run
+
+    placed: list = []
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    base, experts = make_family(EXPERTS, num_hidden_layers=LAYERS, **AWKWARD | {"head_dim": 30})
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "jit", lowering_jit)
+        mixture = Mixture(base, experts, MergeConfig(EXPERTS, method=method), make_mesh(MESH))
+    assert placed
+    assert mixture.arithmetic.activations == "bfloat16"
+    constants = np.zeros(len(base.specs), np.int32), np.full(len(base.specs), np.nan, np.float32)
+    batch = Batch(np.ones((4, 8), np.int32), np.zeros((4, 3), np.int32), np.ones((4, 3), np.float32))
+    raw = np.full((1, len(EXPERTS)), 0.3, np.float32)
+    adam = optax.ScaleByAdamState(np.int32(0), raw, raw)
+    arguments = (np.float32(1e-3), raw, adam, constants, mixture.tree, batch, ZERO)
+    assert_lowers(adamerging._step, mixture.arithmetic, *arguments)
+
+
+@pytest.mark.parametrize(("dtype", "accumulate"), [("float32", 1), ("bfloat16", 2)])
+def test_step_and_loss_of_fine_tuning_on_a_mesh(dtype, accumulate):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), TRAIN_AXES)
+    options = TrainConfig(steps=2, learning_rate=1e-3, batch_size=8, accumulate=accumulate, dtype=dtype, remat=True)
+    state = Trainer(LLAMA, options, mesh).abstract()
+    update, loss = compiled(LLAMA, options.optimizer, accumulate, dtype, True, mesh)
+    rows = NamedSharding(mesh, PartitionSpec(None, TRAIN_AXES))
+    shape = (accumulate, 8 // accumulate, 12)
+    tokens, learned = (jax.ShapeDtypeStruct(shape, d, sharding=rows) for d in (np.int32, bool))
+    batch = Rows(tokens, learned, tokens)
+    assert_lowers(update, state, np.float32(1e-3), batch)
+    assert_lowers(loss, state.tree, batch)

@@ -1,0 +1,178 @@
+"""A merge that is killed goes on where it was: the same bytes, and no more than a block of work done twice."""
+
+import multiprocessing
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import ml_dtypes  # noqa: F401  safetensors reads bfloat16 with it
+import numpy as np
+import pytest
+from command import Merge, launch, tree
+from families import edit_json, edit_tensors
+from safetensors.numpy import load_file
+
+DPPA = ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3"]
+BLOCK_PARTS = 9  # seven linears and two norms
+
+processes = multiprocessing.get_context("forkserver")  # a fresh process without a second of imports
+processes.set_forkserver_preload(["jax", "dppa_jax.jobs", "dppa_jax.launch"])
+
+
+def killed_after(events: int, log: Path, environment: dict, flags: list[str]) -> None:
+    """The command line, which writes what it does to a log and kills itself after so many of its writes and notes."""
+    from dppa_jax.checkpoint import SafetensorsWriter
+    from dppa_jax.journal import Journal
+
+    os.environ.update(environment)
+    left = [events]
+
+    def told(function, key):
+        def wrapped(self, *arguments):
+            function(self, *arguments)
+            with log.open("a") as file:
+                file.write(f"{key} {arguments[0]}\n")
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return wrapped
+
+    SafetensorsWriter.write_rows = told(SafetensorsWriter.write_rows, "wrote")
+    Journal.add = told(Journal.add, "noted")
+    launch(*flags)
+
+
+def run(events: int, log: Path, flags: list[str]) -> bool:
+    """Did it come to its end?"""
+    environment = {"DPPA_JAX_CACHE": os.environ["DPPA_JAX_CACHE"], "JAX_PLATFORMS": "cpu"}
+    process = processes.Process(target=killed_after, args=(events, log, environment, flags))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
+
+
+def weights(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.glob("*.safetensors")}
+
+
+def log_of(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def test_killed_at_random_points_again_and_again_gives_the_same_bytes(merge, tmp_path):
+    deltas = tmp_path / "deltas"
+    flags = [*merge.flags(), *DPPA, f"--save_delta={deltas}"]
+    wanted, wanted_deltas = tmp_path / "undisturbed", tmp_path / "undisturbed deltas"
+    assert run(0, tmp_path / "undisturbed log", [*flags, f"--output={wanted}", f"--save_delta={wanted_deltas}"])
+    log, generator, kills = log_of(tmp_path), np.random.default_rng(), 0
+    points = []
+    for _ in range(20):
+        points.append(int(generator.integers(3, 70)))
+        if run(points[-1], log, flags):
+            break
+        kills += 1
+        assert not merge.output.exists()
+    what = f"killed after {points[:-1]} writes and notes"
+    assert kills >= 2, what
+    assert weights(merge.output) == weights(wanted), what
+    for name in ("math", "law"):
+        assert weights(deltas / name) == weights(wanted_deltas / name), what
+
+    counts, undisturbed = (Counter(file.read_text().splitlines()) for file in (log, tmp_path / "undisturbed log"))
+    again = sum((counts - undisturbed)[event] for event in counts if event.startswith("wrote"))
+    directories = 3
+    assert again <= kills * BLOCK_PARTS * directories, f"{what}: {again} pieces were written again"
+    surveyed = [event for event in counts if event.startswith("noted survey")]
+    assert len(surveyed) == 3
+    assert sum(counts[event] - 1 for event in surveyed) <= kills, what
+    assert sorted(path.name for path in tmp_path.iterdir() if "incomplete" in path.name) == []
+
+
+@pytest.fixture
+def half(merge, tmp_path) -> Merge:
+    """A merge that was killed in its middle."""
+    assert not run(40, log_of(tmp_path), [*merge.flags(), *DPPA])
+    log_of(tmp_path).unlink()
+    return merge
+
+
+def written_by(merge: Merge, *flags: str) -> set[str]:
+    """The tensors that a rerun, in a process of its own, writes."""
+    assert run(0, log_of(merge.root), [*merge.flags(), *DPPA, *flags])
+    lines = (line.split() for line in log_of(merge.root).read_text().splitlines())
+    return {words[1] for words in lines if words[0] == "wrote"}
+
+
+def change_weight(merge: Merge) -> list[str]:
+    edit_tensors(merge.math / "model.safetensors", lambda arrays: arrays["model.norm.weight"].__setitem__(0, 2))
+    return []
+
+
+CHANGES = {
+    "a weight of an expert": change_weight,
+    "config.json": lambda merge: edit_json(merge.base / "config.json", rms_norm_eps=1e-6) or [],
+    "factors": lambda merge: ["--factors=1.8,1.2"],
+    "layers of a block": lambda merge: ["--block_layers=2"],
+    "no resume": lambda merge: ["--noresume"],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_anything_that_changes_the_merge_starts_it_anew(half, tmp_path, change):
+    flags = change(half)
+    written = written_by(half, *flags)
+    launch(*half.flags(), *DPPA, *flags, f"--output={tmp_path / 'other'}")
+    assert weights(half.output) == weights(tmp_path / "other")
+    assert written == load_file(half.output / "model.safetensors").keys()
+
+
+def test_the_same_again_goes_on(half, tmp_path):
+    assert written_by(half) < load_file(half.output / "model.safetensors").keys()
+
+
+def test_journal_of_files_that_are_gone_is_not_believed(half, tmp_path):
+    aside = half.output.with_name("out.incomplete")
+    (aside / "model.safetensors.incomplete").unlink()
+    written_by(half)
+    launch(*half.flags(), *DPPA, f"--output={tmp_path / 'other'}")
+    assert weights(half.output) == weights(tmp_path / "other")
+
+
+def test_what_another_merge_left_is_replaced(half, tmp_path):
+    half("--method=dare", "--rate=0.5")
+    launch(*half.flags(), "--method=dare", "--rate=0.5", f"--output={tmp_path / 'other'}")
+    assert weights(half.output) == weights(tmp_path / "other")
+    assert not [name for name in tree(half.output) if "journal" in name or "identity" in name]
+
+
+def test_after_a_restart_of_the_machine_only_what_was_flushed_counts(tmp_path, monkeypatch):
+    from dppa_jax import journal
+
+    flushed = []
+    notes = journal.Journal(tmp_path / "notes", flush=lambda: flushed.append("work"))
+    notes.add("first", {"sum": 0.1})
+    notes.mark()
+    notes.add("second", [1 / 3])
+    notes.close()
+    assert flushed == ["work"]
+    again = journal.Journal(tmp_path / "notes", keep=True)
+    assert (again.get("first"), again.get("second"), again.known) == ({"sum": 0.1}, [1 / 3], 2)
+    again.close()
+    monkeypatch.setattr(journal, "_boot", lambda: "another")
+    after = journal.Journal(tmp_path / "notes", keep=True)
+    assert (after.get("second"), after.known) == (None, 0), "what was taken over was not flushed again"
+
+
+def test_line_that_was_cut_off_is_ignored(tmp_path):
+    from dppa_jax import journal
+
+    notes = journal.Journal(tmp_path / "notes")
+    notes.add("first", 1)
+    notes.add("second", 2)
+    notes.close()
+    text = (tmp_path / "notes").read_text()
+    (tmp_path / "notes").write_text(text[:-5])
+    assert journal.Journal(tmp_path / "notes", keep=True).known == 1

@@ -1,0 +1,39 @@
+"""A model and examples that are fine-tuned in a few seconds, by the command line."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from transformers import AutoTokenizer
+
+from dppa_jax.checkpoint import save_tree
+from dppa_jax.demo.family import examples, model_config, save_companions
+from dppa_jax.model import init_tree
+
+STEPS = 30
+WEIGHTS = "model.safetensors"
+
+
+def write_material(root: Path) -> Path:
+    """A tiny random LLaMA with the demo tokenizer, and sums to learn."""
+    save_companions(root / "tokenizer")
+    config = model_config(AutoTokenizer.from_pretrained(root / "tokenizer"))
+    weights = jax.tree.map(np.asarray, init_tree(config, jax.random.key(0), stddev=0.08))
+    save_tree(root / "base", weights, config.to_hf(), root / "tokenizer")
+    sums = examples("math", 0)[-240:]
+    for name, part in (("train", sums[:200]), ("eval", sums[200:])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(example._asdict()) + "\n" for example in part))
+    return root
+
+
+def flags(material: Path, root: Path, *more: str) -> list[str]:
+    inputs = [f"--base={material}/base", f"--train_data={material}/train.jsonl", f"--eval_data={material}/eval.jsonl"]
+    sizes = [f"--train_steps={STEPS}", "--train_length=48", "--train_batch_size=4", "--learning_rate=3e-3"]
+    rest = ["--job=finetune", f"--output={root}/out", f"--workdir={root}/runs", "--checkpoint_every=5", "--mesh=data=1"]
+    return [*rest, *inputs, *sizes, "--train_dtype=float32", "--noremat", *more]
+
+
+def kept(root: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return sorted(int(path.name) for path in root.glob("runs/*/*") if path.name.isdigit())
