@@ -17,30 +17,25 @@ from dppa_jax.search.prompts import draw, prompts_of
 from dppa_jax.sharding import make_mesh
 
 EXPERTS = ("math", "law")
-FACTORS = {"math": (1.8, 0.7), "law": (0.4, 2.5)}
-MERGES = {
-    "dppa": MergeConfig(EXPERTS, method="dppa", rate=0.8, partitions=(0.9, 0.8), factors=FACTORS),
-    "dare": MergeConfig(EXPERTS, method="dare", rate=0.7, seed=5),
-}
+MERGE = MergeConfig(EXPERTS, method="dare", rate=0.7, seed=5)
 
 
 def steps(mesh: str) -> dict[str, np.ndarray]:
-    """Entropies and gradient of one merge; of both what every process read, and the share of a linear that it has."""
+    """Entropies and gradient, what every process read, and the share of a linear that this one has."""
     base, experts = make_family(EXPERTS, "bfloat16", num_hidden_layers=3)
     generator = np.random.default_rng(3)
     tokens = [generator.integers(1, base.config["vocab_size"], n).tolist() for n in (5, 17, 9, 12)]
     batch = draw({"math": prompts_of(tokens, "all")}, 0, 4, seed=0)
-    found = {}
-    for name, merge in MERGES.items():
-        mixture = Mixture(base, experts, merge, make_mesh(mesh))
-        found[f"{name} bytes read"] = np.array(distributed.exchange("bytes read", mixture.bytes_read))
-        found[f"{name} share of q_proj"] = np.array(share(mixture.tree["layers"]["self_attn"]["q_proj"].base))
-        if name == "dppa":  # a gradient takes seconds to compile
-            groups, of_tensor = groups_of("linear", base.specs)
-            step = Step(mixture, of_tensor, fixed_coefficients(merge, base.specs), 1e-3)
-            raw = np.full((len(groups), len(EXPERTS)), 0.3, np.float32)
-            found["entropies"], found["gradient"] = step.gradient(raw, batch)
-    return found
+    mixture = Mixture(base, experts, MERGE, make_mesh(mesh))
+    groups, of_tensor = groups_of("linear", base.specs)
+    step = Step(mixture, of_tensor, fixed_coefficients(MERGE, base.specs), 1e-3)
+    entropies, gradient = step.gradient(np.full((len(groups), len(EXPERTS)), 0.3, np.float32), batch)
+    return {
+        "entropies": entropies,
+        "gradient": gradient,
+        "bytes read": np.array(distributed.exchange("bytes read", mixture.bytes_read)),
+        "share of q_proj": np.array(share(mixture.tree["layers"]["self_attn"]["q_proj"].base)),
+    }
 
 
 def share(array) -> float:
