@@ -1,5 +1,6 @@
-"""The flags of the command line, defined when this is imported, and what --help says of them."""
+"""The flags of the command line, defined when this is imported, what --help says of them, how values are read."""
 
+import math
 import textwrap
 
 from absl import flags
@@ -165,3 +166,54 @@ def usage(short: bool) -> str:
         else:
             lines += [f"\n{group}", *(f"  --{name:<26}{text}" for name, _, _, text in members)]
     return "\n".join(lines)
+
+
+def read_rates(given: list[str]) -> tuple[float, ...]:
+    """Numbers, or FIRST:LAST:STEP with both ends.
+
+    >>> read_rates(["0.7:0.9:0.1", "0.95"]), read_rates(["0.5:1:0.2"])
+    ((0.7, 0.8, 0.9, 0.95), (0.5, 0.7, 0.9))
+    """
+    found = []
+    for text in given:
+        numbers = read_numbers("--rates", text.split(":"))
+        if len(numbers) == 1:
+            found += numbers
+        elif len(numbers) == 3 and numbers[2] > 0 and numbers[0] <= numbers[1]:
+            first, last, step = numbers
+            found += [round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-9) + 1)]
+        else:
+            raise ValueError(f"--rates={text}: give rates, or FIRST:LAST:STEP such as 0.1:0.9:0.1.")
+    return tuple(found)
+
+
+def read_experts(given: list[str]) -> dict[str, str]:
+    """The experts by name; a later place of the same name counts, so that a flagfile's can be replaced.
+
+    >>> read_experts(["math=GAIR/Abel-7B-001", "law=AdaptLLM/law-chat", "math=/models/abel"])
+    {'math': '/models/abel', 'law': 'AdaptLLM/law-chat'}
+    """
+    experts: dict[str, str] = {}
+    for text in given:
+        name, equals, where = text.partition("=")
+        if not equals or not name or not where:
+            raise ValueError(f"--expert={text}: give NAME=WHERE, for example --expert=math=GAIR/Abel-7B-001.")
+        experts[name] = where
+    return experts
+
+
+def read_rules(flag: str, given: list[str]) -> tuple[tuple[str, float], ...]:
+    rules = []
+    for text in given:
+        pattern, equals, value = text.rpartition("=")
+        if not equals:
+            raise ValueError(f"{flag}={text}: give REGEX=NUMBER, for example {flag}=mlp.down_proj=0.5.")
+        rules.append((pattern, *read_numbers(flag, [value])))
+    return tuple(rules)
+
+
+def read_numbers(flag: str, given: list[str]) -> tuple[float, ...]:
+    try:
+        return tuple(float(text) for text in given)
+    except ValueError as error:
+        raise ValueError(f"{flag}: {str(error).rsplit(':', 1)[-1].strip()} is not a number.") from None

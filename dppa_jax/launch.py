@@ -2,7 +2,6 @@
 
 import ctypes
 import logging as python_logging
-import math
 import os
 import shlex
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Mapping
 
 from absl import app, flags, logging
 
-from dppa_jax.flags import GROUPS, JOBS, usage
+from dppa_jax.flags import GROUPS, JOBS, read_experts, read_numbers, read_rates, read_rules, usage
 from dppa_jax.interrupts import end_on_signals
 
 FLAGS = flags.FLAGS
@@ -159,7 +158,7 @@ def job_config():
     from dppa_jax.config import MergeConfig, choose, per_expert
     from dppa_jax.jobs import JobConfig
 
-    experts = _experts(FLAGS.expert)
+    experts = read_experts(FLAGS.expert)
     if not FLAGS.base:
         raise ValueError("--base is empty: give the model that the experts were fine-tuned from.")
     names = tuple(experts)
@@ -171,7 +170,7 @@ def job_config():
         scale=FLAGS.scale or None,
         combine=FLAGS.combine or None,
         rate=FLAGS.rate,
-        partitions=_numbers("--partitions", FLAGS.partitions),
+        partitions=read_numbers("--partitions", FLAGS.partitions),
         factors={} if searches() else _factors(names),
         coefficients=_coefficients(names),
         q={} if FLAGS.job == "report" else per_expert("--q", FLAGS.q, names, float),
@@ -181,8 +180,8 @@ def job_config():
         seed=FLAGS.seed,
         delta_dtype=FLAGS.delta_dtype,
         output_dtype=FLAGS.output_dtype or None,
-        tensor_rates=_rules("--tensor_rate", FLAGS.tensor_rate),
-        tensor_coefficients=_rules("--tensor_coefficient", FLAGS.tensor_coefficient),
+        tensor_rates=read_rules("--tensor_rate", FLAGS.tensor_rate),
+        tensor_coefficients=read_rules("--tensor_coefficient", FLAGS.tensor_coefficient),
         allow_nonfinite=FLAGS.allow_nonfinite,
     )
     choose("--tokenizer", FLAGS.tokenizer, ("base", *names))
@@ -215,7 +214,7 @@ def job_config():
 
 def models() -> dict[str, str]:
     """What --job=evaluate evaluates: the base, the experts and, where it exists, the merge."""
-    named = {"base": FLAGS.base, **_experts(FLAGS.expert), "merge": FLAGS.output}
+    named = {"base": FLAGS.base, **read_experts(FLAGS.expert), "merge": FLAGS.output}
     found = {name: where for name, where in named.items() if where}
     if not found:
         raise ValueError("--job=evaluate: give a model: --base=WHERE, --expert=NAME=WHERE or --output=DIR, or several.")
@@ -298,20 +297,20 @@ def factor_search():
 
     if not searches():
         return None
-    bounds = _numbers("--search_bounds", FLAGS.search_bounds)
+    bounds = read_numbers("--search_bounds", FLAGS.search_bounds)
     if len(bounds) not in (0, 2):
         raise ValueError(f"--search_bounds={','.join(FLAGS.search_bounds)}: give LOWEST,HIGHEST, for example 0,4.")
     return FactorSearch(
         rule=FLAGS.search_rule,
-        methods=tuple(int(method) for method in _numbers("--search_methods", FLAGS.search_methods)),
-        start=_numbers("--search_start", FLAGS.search_start),
-        step=_numbers("--search_step", FLAGS.search_step),
+        methods=tuple(int(method) for method in read_numbers("--search_methods", FLAGS.search_methods)),
+        start=read_numbers("--search_start", FLAGS.search_start),
+        step=read_numbers("--search_step", FLAGS.search_step),
         lower=bounds[:1],
         upper=bounds[1:],
         max_evaluations=FLAGS.search_evaluations,
         split=FLAGS.search_split,
         limit=FLAGS.search_limit or None,
-        given=_factors(tuple(_experts(FLAGS.expert))),
+        given=_factors(tuple(read_experts(FLAGS.expert))),
     )
 
 
@@ -359,7 +358,7 @@ def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 
     last = max((i for i, text in enumerate(FLAGS.factors) if text == "search"), default=-1)
     given = [text for text in FLAGS.factors[last + 1 :] if "=" in text or not searches()]
-    return per_expert("--factors", given, names, lambda text: _numbers("--factors", text.split(",")))
+    return per_expert("--factors", given, names, lambda text: read_numbers("--factors", text.split(",")))
 
 
 def sweep():
@@ -374,38 +373,19 @@ def sweep():
     from dppa_jax.config import per_expert
 
     return Sweep(
-        q=per_expert("--q", FLAGS.q, tuple(_experts(FLAGS.expert)), float),
+        q=per_expert("--q", FLAGS.q, tuple(read_experts(FLAGS.expert)), float),
         methods=tuple(FLAGS.methods),
         merge_methods=tuple(FLAGS.merge_methods),
-        rates=_rates(FLAGS.rates) or (FLAGS.rate,),
-        factors=_numbers("--factors", FLAGS.factors[0].split(",")) if FLAGS.factors and not searches() else (),
-        seeds=tuple(int(seed) for seed in _numbers("--seeds", FLAGS.seeds)),
+        rates=read_rates(FLAGS.rates) or (FLAGS.rate,),
+        factors=read_numbers("--factors", FLAGS.factors[0].split(",")) if FLAGS.factors and not searches() else (),
+        seeds=tuple(int(seed) for seed in read_numbers("--seeds", FLAGS.seeds)),
         adamerging=adamerging(),
     )
 
 
-def _rates(given: list[str]) -> tuple[float, ...]:
-    """Numbers, or FIRST:LAST:STEP with both ends.
-
-    >>> _rates(["0.7:0.9:0.1", "0.95"]), _rates(["0.5:1:0.2"])
-    ((0.7, 0.8, 0.9, 0.95), (0.5, 0.7, 0.9))
-    """
-    found = []
-    for text in given:
-        numbers = _numbers("--rates", text.split(":"))
-        if len(numbers) == 1:
-            found += numbers
-        elif len(numbers) == 3 and numbers[2] > 0 and numbers[0] <= numbers[1]:
-            first, last, step = numbers
-            found += [round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-9) + 1)]
-        else:
-            raise ValueError(f"--rates={text}: give rates, or FIRST:LAST:STEP such as 0.1:0.9:0.1.")
-    return tuple(found)
-
-
 def resolved_flags() -> Mapping:
     found = {name: FLAGS[name].value for group in GROUPS.values() for name, *_ in group}
-    return found | {"expert": [f"{name}={where}" for name, where in _experts(FLAGS.expert).items()]}
+    return found | {"expert": [f"{name}={where}" for name, where in read_experts(FLAGS.expert).items()]}
 
 
 def command() -> str:
@@ -419,38 +399,6 @@ def command() -> str:
         else:
             words.append(f"--{name}={','.join(value) if isinstance(value, list) else value}")
     return shlex.join(words)
-
-
-def _experts(given: list[str]) -> dict[str, str]:
-    """The experts by name; a later place of the same name counts, so that a flagfile's can be replaced.
-
-    >>> _experts(["math=GAIR/Abel-7B-001", "law=AdaptLLM/law-chat", "math=/models/abel"])
-    {'math': '/models/abel', 'law': 'AdaptLLM/law-chat'}
-    """
-    experts: dict[str, str] = {}
-    for text in given:
-        name, equals, where = text.partition("=")
-        if not equals or not name or not where:
-            raise ValueError(f"--expert={text}: give NAME=WHERE, for example --expert=math=GAIR/Abel-7B-001.")
-        experts[name] = where
-    return experts
-
-
-def _rules(flag: str, given: list[str]) -> tuple[tuple[str, float], ...]:
-    rules = []
-    for text in given:
-        pattern, equals, value = text.rpartition("=")
-        if not equals:
-            raise ValueError(f"{flag}={text}: give REGEX=NUMBER, for example {flag}=mlp.down_proj=0.5.")
-        rules.append((pattern, *_numbers(flag, [value])))
-    return tuple(rules)
-
-
-def _numbers(flag: str, given: list[str]) -> tuple[float, ...]:
-    try:
-        return tuple(float(text) for text in given)
-    except ValueError as error:
-        raise ValueError(f"{flag}: {str(error).rsplit(':', 1)[-1].strip()} is not a number.") from None
 
 
 def _keep_compilations() -> None:
