@@ -4,7 +4,6 @@ Tensors keep their bits. Of several processes each reads and writes its own slic
 """
 
 import math
-import resource
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -25,6 +24,7 @@ from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
 from dppa_jax.config import choose
 from dppa_jax.jobs import check_apart
+from dppa_jax.plan import peak_resident
 from dppa_jax.progress import Stage, stage
 from dppa_jax.sharding import across_processes, make_mesh
 
@@ -68,7 +68,7 @@ def run_convert(job: ConvertConfig) -> None:
         with stage("convert", total_bytes(tensors) // distributed.count()) as progress:
             reader = Reader(source, progress)
             write(reader, output, tensors, job)
-    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    seconds, peak = time.perf_counter() - started, peak_resident()
     logging.info(
         "wrote %s in %.1f s: read %d bytes here, with %.2f GB of memory", job.output, seconds, reader.done, peak / 1e9
     )

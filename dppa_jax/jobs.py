@@ -1,6 +1,5 @@
 """The jobs of the command line, each a function of a JobConfig."""
 
-import resource
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -34,7 +33,7 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.journal import Journal
 from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
-from dppa_jax.plan import Plan, device_memory, make_plan
+from dppa_jax.plan import Plan, device_memory, make_plan, peak_resident
 from dppa_jax.progress import console
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
@@ -153,7 +152,7 @@ def _journal(writer: SafetensorsWriter, deltas: Iterable[SafetensorsWriter], ide
 
 def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float) -> dict:
     """Time, and what each process read and wrote; of resident memory the peak of a process."""
-    mine = outcome.bytes_read, sum(w.nbytes for w in writers), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    mine = outcome.bytes_read, sum(w.nbytes for w in writers), peak_resident()
     read, written, peak = zip(*distributed.exchange("cost", mine), strict=True)
     cost = {"seconds": round(time.perf_counter() - started, 3), "bytes_read": sum(read), "bytes_written": sum(written)}
     cost |= {"peak_memory": max(peak)}

@@ -176,23 +176,10 @@ def test_layer_of_a_calibration():
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "dare"])
 def test_step_of_adamerging_on_a_mesh(method, monkeypatch):
-    """With bfloat16 activations, as on an accelerator; models are placed by functions that lower as well."""
-    jit = jax.jit
-
-    def lowering_jit(function: Callable, **options) -> Callable:
-        def run(*arguments):
-            placed.append(assert_lowers(jit(function, **options), *arguments))
-            return jit(function, **options)(*arguments)
-
-        return run
-
-    placed: list = []
+    """With bfloat16 activations, as on an accelerator."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     base, experts = make_family(EXPERTS, num_hidden_layers=LAYERS, **AWKWARD | {"head_dim": 30})
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "jit", lowering_jit)
-        mixture = Mixture(base, experts, MergeConfig(EXPERTS, method=method), make_mesh(MESH))
-    assert placed
+    mixture = Mixture(base, experts, MergeConfig(EXPERTS, method=method), make_mesh(MESH))
     assert mixture.arithmetic.activations == "bfloat16"
     constants = np.zeros(len(base.specs), np.int32), np.full(len(base.specs), np.nan, np.float32)
     batch = Batch(np.ones((4, 8), np.int32), np.zeros((4, 3), np.int32), np.ones((4, 3), np.float32))
