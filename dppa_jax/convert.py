@@ -85,10 +85,10 @@ def converted_tensors(source: Checkpoint, output_dtype: str = "") -> Tensors:
 def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
     """A Hugging Face directory; tensors are read and written in pieces of at most PIECE bytes."""
     source = reader.source
-    owner = owners(source.specs, distributed.count()) if distributed.count() > 1 else None
+    owner = owners(source.specs, distributed.count())
     with SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, owners=owner) as writer:
         for name, (_, dtype) in tensors.items():
-            if owner and owner[name] != distributed.index():
+            if owner[name] != distributed.index():
                 continue
             spec = source.specs[name]
             step = max(1, PIECE // (spec.columns * dtype.itemsize))

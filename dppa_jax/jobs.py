@@ -299,7 +299,7 @@ def _writers(job: JobConfig, base: Checkpoint, identity: str) -> Iterator[tuple[
     tensors["--output"] = output_tensors(base, job.merge)
     outputs = {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
     check_space({where: total_bytes(tensors[name]) for name, where in outputs.items()})
-    owner = owners(base.specs, distributed.count()) if distributed.count() > 1 else None
+    owner = owners(base.specs, distributed.count())
     for name, where in outputs.items():
         yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite, identity, owner)
 

@@ -152,10 +152,9 @@ class SafetensorsWriter:
     def _first(self) -> bool:
         return not self._shared or distributed.index() == 0
 
-    def _told(self, what: str, of_first: Callable[[], bool]) -> bool:
+    def _told(self, what: str, find: Callable[[], bool]) -> bool:
         """What the first process finds; the others wait for it, and it for them."""
-        found = of_first() if self._first else False
-        return distributed.exchange(f"{self.directory.name}: {what}", found)[0] if self._shared else found
+        return distributed.of_first(f"{self.directory.name}: {what}", find) if self._shared else find()
 
     def _prepare(self) -> bool:
         """Empty the directory, unless what is there is of the same identity."""
