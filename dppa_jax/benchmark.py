@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,15 +41,18 @@ class Run:
 
     Attributes:
       seconds: from start to end of all.
-      peak_bytes: resident, of the largest process.
+      peak_bytes: resident, of the largest process; of others than ours it is at least this process's own.
       cpu_seconds: of all, in the program and the system.
       moved_bytes: read and written, as the merge counts it; 0 where nothing does.
+      planned_seconds, planned_bytes: what --job=plan said before it; 0 where it was not asked.
     """
 
     seconds: float
     peak_bytes: int
     cpu_seconds: float
     moved_bytes: int = 0
+    planned_seconds: float = 0.0
+    planned_bytes: int = 0
 
 
 def run_benchmark(
@@ -89,7 +92,8 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
     runs: dict[str, Run] = {}
     for _ in range(repeats):
         for name, command in commands.items():
-            run = timed([command], output)
+            planned = _plan(command, root) if name in OURS or name == size_row() else {}
+            run = replace(timed([command], output), **planned)
             logging.info("%s, %s: %.1f s, peak %.2f GB", shape, name, run.seconds, run.peak_bytes / 1e9)
             runs[name] = min(runs.get(name, run), run, key=lambda r: r.seconds)
     result = {name: asdict(run) for name, run in runs.items()}
@@ -103,6 +107,13 @@ def merge_command(models: Mapping[str, Path], output: Path, flags: Sequence[str]
     base, *experts = models.items()
     where = [f"--base={base[1]}", *(f"--expert={name}={path}" for name, path in experts), f"--output={output}"]
     return [sys.executable, "-m", "dppa_jax.launch", *where, "--overwrite", *flags]
+
+
+def _plan(command: Sequence[str], root: Path) -> dict:
+    """What a merge is to take, as fields of its `Run`."""
+    timed([[*command, "--job=plan", f"--workdir={root}"]], root / "out")
+    plan = json.loads((root / "plan.json").read_text())
+    return {"planned_seconds": plan["seconds"], "planned_bytes": plan["host_bytes"]}
 
 
 def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] = ()) -> Run:
@@ -129,7 +140,8 @@ def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] 
     moved = cost.get("bytes_read", 0) + cost.get("bytes_written", 0)
     remove_output(output)
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
-    return Run(seconds, max(usage.ru_maxrss for usage in usages) * 1024, cpu, moved)
+    peak = cost.get("peak_memory") or max(usage.ru_maxrss for usage in usages) * 1024
+    return Run(seconds, peak, cpu, moved)
 
 
 def remove_output(output: Path) -> None:
@@ -167,9 +179,10 @@ def size_row() -> str:
 
 def _print(shape: str, experts: int, runs: Mapping[str, Run]) -> None:
     floor = runs[FLOOR].seconds
-    table = Table("method", "seconds", "peak GB", "× I/O floor", title=f"{shape}, base + {experts} experts, bf16")
+    columns = ("method", "seconds", "planned", "peak GB", "planned", "× I/O floor")
+    table = Table(*columns, title=f"{shape}, base + {experts} experts, bf16")
     for name, run in runs.items():
-        table.add_row(name, f"{run.seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}", f"{run.seconds / floor:.1f}")
+        table.add_row(name, *_beside_plan(run), f"{run.seconds / floor:.1f}")
     console().print(table)
     compared = [(ours, peer) for ours, peer in COMPARED if ours in runs and f"mergekit {peer}" in runs]
     if compared:
@@ -178,6 +191,12 @@ def _print(shape: str, experts: int, runs: Mapping[str, Run]) -> None:
             speed = runs[f"mergekit {theirs}"].seconds / runs[ours].seconds
             table.add_row(ours, theirs, f"{speed:.1f}")
         console().print(table)
+
+
+def _beside_plan(run: Run) -> tuple[str, str, str, str]:
+    """Seconds and what was planned, peak memory and what was planned."""
+    planned = (f"{run.planned_seconds:.1f}", f"{run.planned_bytes / 1e9:.2f}") if run.planned_bytes else ("", "")
+    return f"{run.seconds:.1f}", planned[0], f"{run.peak_bytes / 1e9:.2f}", planned[1]
 
 
 def _print_sizes(root: Path) -> None:
@@ -191,12 +210,12 @@ def _print_sizes(root: Path) -> None:
             found[shape] = Run(**row)
     if not found:
         return
-    table = Table("shape", "parameters", "seconds", "ns a parameter", "GB/s", "peak GB", title=f"{size_row()}, bf16")
+    columns = ("shape", "parameters", "seconds", "planned", "peak GB", "planned", "ns a parameter", "GB/s")
+    table = Table(*columns, title=f"{size_row()}, bf16")
     for shape, run in found.items():
         count = parameters(model_config(shape))
-        speed = run.moved_bytes / run.seconds / 1e9
-        numbers = (f"{run.seconds:.1f}", f"{run.seconds / count * 1e9:.2f}", f"{speed:.2f}")
-        table.add_row(shape, f"{count / 1e9:.2f} B", *numbers, f"{run.peak_bytes / 1e9:.2f}")
+        each, speed = run.seconds / count * 1e9, run.moved_bytes / run.seconds / 1e9
+        table.add_row(shape, f"{count / 1e9:.2f} B", *_beside_plan(run), f"{each:.2f}", f"{speed:.2f}")
     console().print(table)
 
 

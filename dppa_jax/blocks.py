@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dppa_jax.checkpoint.names import TensorSpec
-from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT
+from dppa_jax.checkpoint.names import TensorSpec, by_path
+from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, common_dtype
 from dppa_jax.distributed import share
 from dppa_jax.sharding import padded_rows, put_rows
 
@@ -93,10 +93,7 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Bloc
     blocks = []
     for first in range(0, len(layers), block_layers):
         chosen = tuple(layers[first : first + block_layers])
-        groups: dict[tuple, list[TensorSpec]] = {}
-        for spec in specs.values():
-            if spec.layer in chosen:
-                groups.setdefault(spec.path, []).append(spec)
+        groups = by_path(spec for spec in specs.values() if spec.layer in chosen)
         parts = [
             Part(tuple(Piece(s.name, 0, s.rows) for s in group), group[0].columns, group[0].linear, chosen)
             for group in groups.values()
@@ -211,8 +208,7 @@ class Stream:
 
 def _dtype(source: Source, part: Part) -> np.dtype:
     """Of a part in a checkpoint; float32 holds the exact values of one that mixes dtypes over layers."""
-    dtypes = {source.tensors[piece.name].dtype for piece in part.pieces}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    return common_dtype(source.tensors[piece.name].dtype for piece in part.pieces)
 
 
 def aligned(size: int) -> np.ndarray:

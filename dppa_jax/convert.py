@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 from dppa_jax import distributed
 from dppa_jax.blocks import aligned, owners
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
-from dppa_jax.checkpoint.names import with_dtype
+from dppa_jax.checkpoint.names import tree_of, with_dtype
 from dppa_jax.checkpoint.orbax_dir import PREFIX
-from dppa_jax.checkpoint.safetensors_dir import companions
+from dppa_jax.checkpoint.safetensors_dir import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
 from dppa_jax.config import choose
-from dppa_jax.jobs import check_apart
+from dppa_jax.jobs import check_apart, common_identity, input_identity, journal_of
 from dppa_jax.plan import peak_resident
 from dppa_jax.progress import Stage, stage
 from dppa_jax.sharding import across_processes, make_mesh
@@ -42,6 +42,7 @@ class ConvertConfig:
     output_dtype: str = ""
     max_shard_size: int = MAX_SHARD_SIZE
     overwrite: bool = False
+    resume: bool = True
     seed: int = 0
 
     def __post_init__(self):
@@ -83,17 +84,28 @@ def converted_tensors(source: Checkpoint, output_dtype: str = "") -> Tensors:
 
 
 def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
-    """A Hugging Face directory; tensors are read and written in pieces of at most PIECE bytes."""
+    """A Hugging Face directory; tensors are read and written in pieces of at most PIECE bytes.
+
+    A run that was killed goes on after the last of them.
+    """
     source = reader.source
     owner = owners(source.specs, distributed.count())
-    with SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, owners=owner) as writer:
+    decided = [input_identity(source), str(output), job.output_dtype, job.max_shard_size, distributed.count(), PIECE]
+    identity = common_identity(decided) if job.resume else ""
+    with (
+        SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, identity, owner) as writer,
+        journal_of([writer], identity) as journal,
+    ):
         for name, (_, dtype) in tensors.items():
             if owner[name] != distributed.index():
                 continue
             spec = source.specs[name]
             step = max(1, PIECE // (spec.columns * dtype.itemsize))
             for start in range(0, spec.rows, step):
-                writer.write_rows(name, start, reader.rows([spec], dtype, start, min(start + step, spec.rows))[0])
+                key = f"convert {name} {start}"
+                if journal.get(key) is None:
+                    writer.write_rows(name, start, reader.rows([spec], dtype, start, min(start + step, spec.rows))[0])
+                    journal.add(key, True)
         texts = {path.name: path.read_text() for path in _records(source.directory)}
         writer.commit(_config(source, job.output_dtype), source.directory, texts)
 
@@ -142,23 +154,16 @@ def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:
     """The tree, of arrays that are read when they are written."""
     from dppa_jax.checkpoint.orbax_writer import Deferred, array_sharding
 
-    groups: dict[tuple[str, ...], list[TensorSpec]] = {}
-    for spec in reader.source.specs.values():
-        groups.setdefault(spec.path, []).append(spec)
-    tree: dict = {}
-    for path, specs in groups.items():
+    def deferred(specs: list[TensorSpec]) -> Deferred:
         dtypes = {tensors[spec.name][1] for spec in specs}
         if len(dtypes) > 1:
-            logging.warning("%s: layers have several dtypes; the array has float32, which holds all", ".".join(path))
-        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        stacked = specs[0].layer is not None
+            path = ".".join(specs[0].path)
+            logging.warning("%s: layers have several dtypes; the array has float32, which holds all", path)
+        dtype, stacked = common_dtype(dtypes), specs[0].layer is not None
         shape = (len(specs), *specs[0].shape) if stacked else specs[0].shape
-        *parents, leaf = path
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = Deferred(shape, dtype, array_sharding(mesh, shape, stacked), partial(reader.slice, specs, dtype))
-    return tree
+        return Deferred(shape, dtype, array_sharding(mesh, shape, stacked), partial(reader.slice, specs, dtype))
+
+    return tree_of(reader.source.specs.values(), deferred)
 
 
 def _config(source: Checkpoint, output_dtype: str) -> dict:

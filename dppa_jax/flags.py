@@ -15,7 +15,7 @@ GROUPS = {
         ("job", "string", "merge", ", ".join(JOBS)),
         ("workdir", "string", "runs", "responses, searches, reports, benchmark models"),
         ("overwrite", "bool", False, "replace what is in --output"),
-        ("resume", "bool", True, "go on from what a run of the same inputs and flags left in --workdir"),
+        ("resume", "bool", True, "go on from what a run of the same inputs and flags left behind"),
     ),
     "models": (
         ("base", "string", "", "directory, hub id (owner/name[@revision]), orbax:DIR, or demo:base"),

@@ -1,9 +1,10 @@
 """The jobs of the command line, each a function of a JobConfig."""
 
+import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +39,7 @@ from dppa_jax.progress import console
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
 from dppa_jax.sharding import make_mesh, mesh_shape
-from dppa_jax.speed import measure_speeds
+from dppa_jax.speed import Speeds, measure_speeds
 from dppa_jax.survey import NonfiniteError
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
@@ -100,7 +101,7 @@ def run_merge(job: JobConfig) -> Outcome:
         identity = identity_of(job, {"base": base, **experts}, layout) if job.resume else ""
         writers = {name: opened.enter_context(writer) for name, writer in _writers(job, base, identity)}
         writer = writers.pop("--output")
-        journal = opened.enter_context(_journal(writer, writers.values(), identity))
+        journal = opened.enter_context(journal_of((writer, *writers.values()), identity))
         try:
             outcome = merge_checkpoints(base, experts, job.merge, writer, mesh, layout, writers, norms, journal=journal)
         except NonfiniteError as error:
@@ -118,30 +119,34 @@ def run_merge(job: JobConfig) -> Outcome:
 
 
 def identity_of(job: JobConfig, models: Mapping[str, Checkpoint], layout: Layout) -> str:
-    """Of all that decides what a merge writes: a run that was ended is taken up by one of the same identity only.
-
-    Several processes have one between them, and each may have copies of the inputs of its own.
-    """
-    inputs = {name: [model.fingerprint(), _files(model.directory)] for name, model in models.items()}
+    """Of all that decides what a merge writes."""
+    inputs = {name: input_identity(model) for name, model in models.items()}
     calibration = Path(job.calibration).read_text() if job.calibration else ""
     outputs = {flag: str(Path(where).resolve()) for flag, where in _outputs(job).items()}
     computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration]
-    mine = digest([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
-    return digest(distributed.exchange("identity", mine))
+    return common_identity([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
 
 
-def _files(directory: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of change."""
-    found = ((path, path.stat()) for path in sorted(directory.rglob("*")) if path.is_file())
-    return [(str(path.relative_to(directory)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+def common_identity(content) -> str:
+    """A run that was ended is taken up by one of the same identity only.
+
+    Several processes have one between them, and each may have copies of the inputs of its own.
+    """
+    return digest(distributed.exchange("identity", digest(content)))
+
+
+def input_identity(model: Checkpoint) -> tuple[str, list[tuple[str, int, int]]]:
+    """Fingerprint, and names, sizes and times of change of the files."""
+    found = ((path, path.stat()) for path in sorted(model.directory.rglob("*")) if path.is_file())
+    files = [(str(path.relative_to(model.directory)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+    return model.fingerprint(), files
 
 
 @contextmanager
-def _journal(writer: SafetensorsWriter, deltas: Iterable[SafetensorsWriter], identity: str) -> Iterator[Journal]:
-    """Of a merge into these directories, beside what it tells of."""
-    writers = (writer, *deltas)
-    flush = lambda: [each.flush() for each in writers]  # noqa: E731
-    journal = Journal(writer.journal if identity else None, all(each.resumed for each in writers), flush)
+def journal_of(writers: Sequence[SafetensorsWriter], identity: str) -> Iterator[Journal]:
+    """Of what is written into these directories; it lies in the first."""
+    flush = lambda: [writer.flush() for writer in writers]  # noqa: E731
+    journal = Journal(writers[0].journal if identity else None, all(writer.resumed for writer in writers), flush)
     if journal.known:
         logging.info("goes on after %d steps that an earlier run has done; --resume=false starts anew", journal.known)
     try:
@@ -160,31 +165,39 @@ def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float
 
 
 def run_plan(job: JobConfig) -> Plan:
-    """Print the plan; config.json files are enough, and devices of the mesh are needed only for the time."""
+    """Print the plan, and write it as JSON to plan.json in --workdir.
+
+    The config.json files are enough, and devices of the mesh are needed only for the time.
+    """
     where = {"base": job.base, **job.experts}
     configs = {name: read_config(locate(place, job.merge.seed, weights=False)) for name, place in where.items()}
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
     check_compatible(models.pop("base"), models)
     plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
+    speeds = _speeds(job)
     table = Table("plan", "", show_header=False)
-    for row in (*plan.lines(), ("time", _predicted_time(job, plan))):
+    for row in (*plan.lines(), ("time", f"not predicted: {speeds}" if isinstance(speeds, str) else plan.time(speeds))):
         table.add_row(*row)
     console().print(table)
+    time = {} if isinstance(speeds, str) else {"seconds": plan.seconds(speeds), "speeds": asdict(speeds)}
+    path = Path(job.workdir) / "plan.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(plan) | time, indent=1))
+    console().print(f"as JSON: {path}")
     return plan
 
 
-def _predicted_time(job: JobConfig, plan: Plan) -> str:
-    """From speeds measured here, where the weights are, or why there is none."""
+def _speeds(job: JobConfig) -> Speeds | str:
+    """Measured here, where the weights are; or why they are not."""
     if job.device_memory:
-        return "not predicted: the devices of --device_memory are not here to be measured"
+        return "the devices of --device_memory are not here to be measured"
     if not job.output:
-        return "not predicted: give --output, as it depends on that disk"
+        return "give --output, as it depends on that disk"
     try:
         base, experts = open_models(job, weights=False)
-        speeds = measure_speeds((base, *experts.values()), Path(job.output), job.merge, make_mesh(job.mesh))
+        return measure_speeds((base, *experts.values()), Path(job.output), job.merge, make_mesh(job.mesh))
     except (ValueError, OSError) as error:
-        return f"not predicted: {error}"
-    return plan.time(speeds)
+        return str(error)
 
 
 def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again: bool = False) -> Plan:

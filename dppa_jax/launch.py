@@ -282,7 +282,7 @@ def convert_config():
     """The flags of --job=convert."""
     from dppa_jax.convert import ConvertConfig
 
-    same = ("base", "output", "mesh", "output_dtype", "max_shard_size", "overwrite", "seed")
+    same = ("base", "output", "mesh", "output_dtype", "max_shard_size", "overwrite", "resume", "seed")
     return ConvertConfig(**{name: FLAGS[name].value for name in same})
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from dppa_jax import checkpoint
 from dppa_jax.blocks import Source
-from dppa_jax.checkpoint import load_tree, locate, save_tree, tensor_specs
+from dppa_jax.checkpoint import TensorSpec, load_tree, locate, save_tree, tensor_specs
+from dppa_jax.checkpoint.names import tree_of
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Merger, Outcome, output_tensors
 from dppa_jax.sharding import make_mesh
@@ -96,14 +97,10 @@ class _Sink:
 
 def _empty(base: Source, config: MergeConfig) -> dict:
     """A tree of the merge's shapes and dtypes."""
-    tree: dict = {}
-    layers = base.config["num_hidden_layers"]
-    for name, (shape, dtype) in output_tensors(base, config).items():
-        spec = base.specs[name]
-        *parents, leaf = spec.path
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if leaf not in node:
-            node[leaf] = np.empty(shape if spec.layer is None else (layers, *shape), dtype)
-    return tree
+    tensors = output_tensors(base, config)
+
+    def empty(specs: list[TensorSpec]) -> np.ndarray:
+        shape, dtype = tensors[specs[0].name]
+        return np.empty(shape if specs[0].layer is None else (len(specs), *shape), dtype)
+
+    return tree_of(base.specs.values(), empty)

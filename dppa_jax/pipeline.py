@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, owners
 from dppa_jax.cache import sources_digest
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
+from dppa_jax.checkpoint.safetensors_dir import common_dtype
 from dppa_jax.config import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.journal import Journal
@@ -212,8 +213,7 @@ def merge_part(
             _write_pieces(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
         coefficients = np.array([[pruner.coefficient(name, piece.name)] for piece in x.part.pieces])
         weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
-    dtypes = {_output_dtype(piece.name, base, config) for piece in x.part.pieces}
-    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)  # of several, each piece is rounded when written
+    dtype = common_dtype(_output_dtype(piece.name, base, config) for piece in x.part.pieces)
     return kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
 
 

@@ -127,16 +127,22 @@ class Plan:
             lines.append(("peak per device", self._fit(self.device_bytes, self.device_memory)))
         return [*lines, ("peak per process", self._fit(self.host_bytes, self.host_memory))]
 
+    def seconds(self, speeds: Speeds) -> float:
+        """Of the process with most to do at these speeds."""
+        return speeds.start + max(needed for _, needed, _ in self._work(speeds))
+
     def time(self, speeds: Speeds) -> str:
-        """Of the process with most to do at these speeds, and how it comes about."""
-        work = (
+        """How these seconds come about."""
+        told = ", ".join(f"{what} {needed:.1f} s ({speed})" for what, needed, speed in self._work(speeds))
+        return f"{self.seconds(speeds):.1f} s: start {speeds.start:.1f} s + the longest of {told}"
+
+    def _work(self, speeds: Speeds) -> tuple[tuple[str, float, str], ...]:
+        """What is done at the same time: its name, seconds and speed."""
+        return (
             ("compute", self.process_parameters / speeds.merge, f"{speeds.merge / 1e9:.3f} B parameters/s"),
             ("read", self.process_read / speeds.read, f"{gigabytes(speeds.read)}/s"),
             ("write", self.process_written / speeds.write, f"{gigabytes(speeds.write)}/s"),
         )
-        seconds = speeds.start + max(needed for _, needed, _ in work)
-        told = ", ".join(f"{what} {needed:.1f} s ({speed})" for what, needed, speed in work)
-        return f"{seconds:.1f} s: start {speeds.start:.1f} s + the longest of {told}"
 
     def _moved(self, total: int, most: int) -> str:
         return gigabytes(total) + f", at most {gigabytes(most)} by a process" * (self.processes > 1)

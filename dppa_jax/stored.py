@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dppa_jax.blocks import Source
-from dppa_jax.checkpoint.names import TensorSpec
+from dppa_jax.checkpoint.names import TensorSpec, tree_of
+from dppa_jax.checkpoint.safetensors_dir import common_dtype
 
 BUFFER_BYTES = 1 << 26  # of whole rows, of which some columns or another dtype are wanted
 
@@ -21,8 +22,7 @@ class StoredArray:
         self._source, self._specs = source, tuple(specs)
         self._stacked = specs[0].layer is not None
         self.shape = (len(specs), *specs[0].shape) if self._stacked else specs[0].shape
-        dtypes = {source.tensors[spec.name].dtype for spec in specs}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        self.dtype = common_dtype(source.tensors[spec.name].dtype for spec in specs)
 
     @property
     def size(self) -> int:
@@ -53,13 +53,4 @@ class StoredArray:
 
 def stored_tree(source: Source, specs: Mapping[str, TensorSpec]) -> dict:
     """The tree of a checkpoint, nothing of which is read yet."""
-    groups: dict[tuple[str, ...], list[TensorSpec]] = {}
-    for spec in specs.values():
-        groups.setdefault(spec.path, []).append(spec)
-    tree: dict = {}
-    for (*parents, leaf), group in groups.items():
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = StoredArray(source, group)
-    return tree
+    return tree_of(specs.values(), lambda group: StoredArray(source, group))

@@ -87,6 +87,8 @@ def test_chosen_methods_are_timed_beside_the_floor_and_sizes_compared(tmp_path, 
     model = 2 * parameters(model_config("tiny"))
     read_and_written = {name: result[name]["moved_bytes"] for name in ("dppa", "dppa, 2 experts")}
     assert 4 * model < read_and_written["dppa, 2 experts"] < read_and_written["dppa"] < 9 * model
+    planned = [run for name, run in result.items() if name != "I/O floor"]
+    assert all(0.5 < run["planned_bytes"] / run["peak_bytes"] < 2 and run["planned_seconds"] > 0 for run in planned)
     assert "dppa, 2 experts" in capsys.readouterr().out
     assert not (tmp_path / "benchmark" / "tiny" / "out").exists()
 
@@ -101,7 +103,7 @@ def test_shapes_timed_at_different_times_share_a_table(tmp_path, monkeypatch, ca
     benchmark._print_sizes(tmp_path)
     printed = capsys.readouterr().out
     for_each = [line.replace("│", " ").split() for line in printed.splitlines() if "b " in line and "B" in line]
-    assert ["7b", "6.74", "B", "20.0", "2.97", "1.00", "2.00"] in for_each
+    assert ["7b", "6.74", "B", "20.0", "2.00", "2.97", "1.00"] in for_each
     assert any(line[:3] == ["0.3b", "0.31", "B"] for line in for_each)
 
 

@@ -72,7 +72,9 @@ def plan(tmp_path, capsys):
         directory.mkdir(exist_ok=True)
         (directory / "config.json").write_text(json.dumps(LLAMA_2 | SIZES[size]))
         experts = dict.fromkeys(EXPERTS, str(directory))
-        job = JobConfig(MergeConfig(EXPERTS, **(merge or {})), str(directory), experts, **options)
+        job = JobConfig(
+            MergeConfig(EXPERTS, **(merge or {})), str(directory), experts, workdir=str(tmp_path), **options
+        )
         return run_plan(job)
 
     return plan
@@ -203,8 +205,11 @@ def test_what_is_printed(plan, capsys):
 def test_plan_needs_config_files_only(merge, capsys):
     for directory in (merge.base, merge.math, merge.law):
         (directory / "model.safetensors").unlink()
-    launch("--job=plan", *merge.flags()[:3])
+    launch("--job=plan", *merge.flags()[:3], f"--workdir={merge.root / 'runs'}")
     assert "base + 2 experts" in capsys.readouterr().out
+    found = read_json(merge.root / "runs" / "plan.json")
+    assert found["models"] == 3
+    assert "seconds" not in found, "it depends on the disk of --output"
 
 
 def test_plan_checks_as_a_merge_would(merge):
@@ -366,12 +371,16 @@ def test_time_comes_from_speeds_measured_here(merge, monkeypatch, capsys):
     monkeypatch.setattr(speed, "WRITTEN", 1 << 20)
     monkeypatch.setattr(speed, "PIECE", 1 << 18)
     monkeypatch.setenv("COLUMNS", "300")
+    workdir = merge.root / "runs"
+    workdir.mkdir()
     before = sorted(merge.root.iterdir())
-    launch("--job=plan", *merge.flags(), "--method=dppa")
+    launch("--job=plan", *merge.flags(), "--method=dppa", f"--workdir={workdir}")
     printed = capsys.readouterr().out
     for text in (" s: start ", "compute ", " parameters/s", "read ", "write ", " GB/s"):
         assert text in printed
     assert sorted(merge.root.iterdir()) == before
+    found = read_json(workdir / "plan.json")
+    assert f"{found['seconds']:.1f} s: start {found['speeds']['start']:.1f} s" in printed
 
 
 @pytest.mark.parametrize("size", ["13b", "70b"])

@@ -1,4 +1,4 @@
-"""A merge that is killed goes on where it was: the same bytes, and no more than a block of work done twice."""
+"""What is killed goes on where it was: the same bytes, and no more than a block of work done twice."""
 
 import multiprocessing
 import os
@@ -130,6 +130,21 @@ def test_anything_that_changes_the_merge_starts_it_anew(half, tmp_path, change):
 
 def test_the_same_again_goes_on(half, tmp_path):
     assert written_by(half) < load_file(half.output / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_conversion_that_was_killed_goes_on(merge, tmp_path, resume):
+    output = tmp_path / "out"
+    flags = ["--job=convert", f"--base={merge.base}", "--output_dtype=float32", f"--resume={resume}"]
+    assert not run(21, log_of(tmp_path), [*flags, f"--output={output}"])
+    log_of(tmp_path).unlink()
+    assert run(0, log_of(tmp_path), [*flags, f"--output={output}"])
+    written = sum(line.startswith("wrote") for line in log_of(tmp_path).read_text().splitlines())
+    launch(*flags, f"--output={tmp_path / 'undisturbed'}")
+    assert weights(output) == weights(tmp_path / "undisturbed")
+    everything = len(load_file(output / "model.safetensors"))
+    assert written == (everything - 10 if resume else everything), "ten were noted before the eleventh was written"
+    assert not [name for name in tree(output) if "journal" in name or "identity" in name]
 
 
 def test_journal_of_files_that_are_gone_is_not_believed(half, tmp_path):

@@ -2,14 +2,23 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint.names import LINEARS, CheckpointError, TensorSpec, check_config, tensor_specs, with_dtype
+from dppa_jax.checkpoint.names import (
+    LINEARS,
+    CheckpointError,
+    TensorSpec,
+    check_config,
+    tensor_specs,
+    tree_of,
+    with_dtype,
+)
 from dppa_jax.checkpoint.orbax_dir import PREFIX, OrbaxDirectory, is_orbax
-from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, read_config
+from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, common_dtype, read_config
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, SafetensorsWriter
 
 __all__ = [
@@ -99,27 +108,21 @@ def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
     An array has its tensors' dtype, and float32 where the layers' differ.
     """
     source = open_checkpoint(where, seed)
-    dtypes: dict[tuple[str, ...], set] = {}
-    for spec in source.specs.values():
-        dtypes.setdefault(spec.path, set()).add(source.tensors[spec.name].dtype)
-    tree: dict = {}
-    for spec in source.specs.values():
-        *parents, leaf = spec.path
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if spec.layer is None:
-            node[leaf] = source.read(spec.name)
-            continue
-        if leaf not in node:
-            dtype = np.dtype(np.float32) if len(dtypes[spec.path]) > 1 else source.tensors[spec.name].dtype
-            node[leaf] = np.empty((source.config["num_hidden_layers"], *spec.shape), dtype)
-        if source.tensors[spec.name].dtype == node[leaf].dtype:
-            source.read_rows(spec.name, 0, spec.rows, node[leaf][spec.layer])
-        else:
-            node[leaf][spec.layer] = source.read(spec.name)
-    source.close()
-    return source.config, tree
+
+    def read(specs: list[TensorSpec]) -> np.ndarray:
+        if specs[0].layer is None:
+            return source.read(specs[0].name)
+        dtype = common_dtype(source.tensors[spec.name].dtype for spec in specs)
+        stacked = np.empty((len(specs), *specs[0].shape), dtype)
+        for spec, out in zip(specs, stacked, strict=True):
+            if source.tensors[spec.name].dtype == dtype:
+                source.read_rows(spec.name, 0, spec.rows, out)
+            else:
+                out[...] = source.read(spec.name)
+        return stacked
+
+    with closing(source):
+        return source.config, tree_of(source.specs.values(), read)
 
 
 def save_tree(

@@ -2,9 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LINEARS = (
     "self_attn.q_proj",
@@ -114,6 +115,25 @@ def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
     if not config.get("tie_word_embeddings", False):
         specs.append(TensorSpec("lm_head.weight", (vocabulary, hidden)))
     return {spec.name: spec for spec in specs}
+
+
+def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpec]]:
+    """The tensors of each place in the tree: one, or that of every layer in order."""
+    places: dict[tuple[str, ...], list[TensorSpec]] = {}
+    for spec in specs:
+        places.setdefault(spec.path, []).append(spec)
+    return places
+
+
+def tree_of(specs: Iterable[TensorSpec], make: Callable[[list[TensorSpec]], Any]) -> dict:
+    """The tree, of what `make` gives for the tensors of each place."""
+    tree: dict = {}
+    for (*parents, leaf), group in by_path(specs).items():
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = make(group)
+    return tree
 
 
 def first_match(rules: Iterable[tuple[str, float]], name: str) -> float | None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -36,6 +36,12 @@ COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+
+def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
+    """That of all; where they differ float32, which holds the values of every other."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else np.dtype(np.float32)
 
 
 @dataclass(frozen=True)

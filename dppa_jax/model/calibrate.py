@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dppa_jax.checkpoint import LINEARS, Checkpoint
+from dppa_jax.checkpoint.names import tree_of
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
 
@@ -37,15 +38,9 @@ def activation_norms(
     hidden = jnp.asarray(model.read("model.embed_tokens.weight")[tokens], jnp.float32)
     step = jax.jit(partial(_layer, config))
     for layer in range(config.num_hidden_layers):
-        weights: dict = {}
-        for spec in model.specs.values():
-            if spec.layer == layer:
-                *parents, leaf = spec.path[1:]
-                node = weights
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[leaf] = jnp.asarray(model.read(spec.name), jnp.float32)
-        hidden, found = step(weights, hidden)
+        specs = (spec for spec in model.specs.values() if spec.layer == layer)
+        weights = tree_of(specs, lambda own: jnp.asarray(model.read(own[0].name), jnp.float32))
+        hidden, found = step(weights["layers"], hidden)
         for name in LINEARS:
             norms[name].append(np.asarray(found[name]))
     return {name: np.stack(rows) for name, rows in norms.items()}

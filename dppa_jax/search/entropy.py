@@ -27,7 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from dppa_jax import distributed
 from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, owners
-from dppa_jax.checkpoint.names import TensorSpec, check_patterns
+from dppa_jax.checkpoint.names import TensorSpec, check_patterns, tree_of
+from dppa_jax.checkpoint.safetensors_dir import common_dtype
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.combine import scaled
 from dppa_jax.delta.score import SCORES, row_keys
@@ -132,15 +133,7 @@ class Mixture:
         self._pruner = Pruner(kernels_of(mesh, config)[0], config, llama.num_hidden_layers, norms)
         self._found = self._thresholds(specs, mesh) if config.score else {}
         self._dtypes = {name: dtype for name, (_, dtype) in output_tensors(base, config).items()}
-        groups: dict[tuple[str, ...], list[TensorSpec]] = {}
-        for spec in specs.values():
-            groups.setdefault(spec.path, []).append(spec)
-        self.tree: dict = {}
-        for (*parents, leaf), group in groups.items():
-            node = self.tree
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[leaf] = self._tensor(group)
+        self.tree = tree_of(specs.values(), self._tensor)
         on_cpu = jax.default_backend() == "cpu"  # where bfloat16 is slower than float32
         activations = "float32" if on_cpu else self.tree["norm"].dtype
         self.arithmetic = Arithmetic(llama, *kernels_of(self.mesh, config), activations)
@@ -176,7 +169,6 @@ class Mixture:
         sides, bounds, weights = zip(*(self._tables(group, e, base) for e in range(len(experts))), strict=True)
         whole = NamedSharding(self.mesh, REPLICATED)
         small = lambda table, dtype: put(np.asarray(table if stacked else table[0], dtype), whole)  # noqa: E731
-        dtypes = {self._dtypes[one.name].name for one in group}
         return Tensor(
             base=base,
             experts=tuple(experts),
@@ -187,7 +179,7 @@ class Mixture:
             linear=spec.linear is not None,
             vector=len(spec.shape) == 1,
             stored=tuple(array.dtype.name for array in arrays),
-            dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+            dtype=common_dtype(self._dtypes[one.name] for one in group).name,
         )
 
     def _placed(self, array: StoredArray, spec: TensorSpec) -> jax.Array:
