@@ -56,6 +56,10 @@ class Part:
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     @property
+    def elements(self) -> int:
+        return self.rows * self.columns
+
+    @property
     def piece_rows(self) -> int:
         """Of a linear: rows of one layer."""
         return self.pieces[0].stop - self.pieces[0].start
@@ -72,7 +76,7 @@ class Block:
 
     @property
     def elements(self) -> int:
-        return sum(part.rows * part.columns for part in self.parts)
+        return sum(part.elements for part in self.parts)
 
 
 def owners(specs: Mapping[str, TensorSpec], processes: int) -> dict[str, int]:
@@ -88,7 +92,7 @@ def owners(specs: Mapping[str, TensorSpec], processes: int) -> dict[str, int]:
 
 
 def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Block]:
-    """Layers in blocks of `block_layers`, then embeddings and head in chunks that are no larger, then the norm."""
+    """Layers in blocks of `block_layers`, then embeddings and head in chunks no larger than a matrix, then the norm."""
     layers = sorted({spec.layer for spec in specs.values() if spec.layer is not None})
     blocks = []
     for first in range(0, len(layers), block_layers):
@@ -99,7 +103,7 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Bloc
             for group in groups.values()
         ]
         blocks.append(Block(tuple(parts), chosen))
-    largest = max((block.elements for block in blocks), default=CHUNK)
+    largest = max((part.elements for block in blocks for part in block.parts), default=CHUNK)
     for spec in specs.values():
         if spec.layer is None:
             step = max(1, largest // spec.columns)

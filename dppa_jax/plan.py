@@ -62,22 +62,25 @@ class Work:
 
     def results(self, blocks: Sequence[Block]) -> int:
         """Peak bytes of what is computed: the survey's sums; then rows that wait for the disk and the counts."""
-        waiting = [self._elements(part) * self.merged for block in blocks for part in block.parts]
-        merging = max(sum(waiting[i : i + WRITES_BEHIND + 1]) for i in range(len(waiting))) + self._deltas(blocks)
-        merging += self._largest(blocks) * self.checked
+        merging = self.waiting(blocks) + self._deltas(blocks) + self._largest(blocks) * self.checked
         linears = [[self._elements(part) for part in block.parts if part.linear is not None] for block in blocks]
         if self.counts:  # the first fold leaves an eighth of the columns, in words of four counters
             merging += SEARCHES * max(max(block, default=0) for block in linears) // WAYS * 4
         surveying = min(SURVEYS, self.experts) * max(map(sum, linears)) // WAYS * 8  # two float32 sums in one number
         return max(merging, surveying) if self.survey else merging
 
+    def waiting(self, blocks: Sequence[Block]) -> int:
+        """Peak bytes of merged rows that wait for the disk."""
+        sizes = [self._elements(part) * self.merged for block in blocks for part in block.parts]
+        return max(sum(sizes[i : i + WRITES_BEHIND + 1]) for i in range(len(sizes)))
+
     def copies(self, blocks: Sequence[Block]) -> int:
         """Bytes of the rows that an accelerator's host fetches before it writes them."""
         return self._largest(blocks) * self.merged + self._deltas(blocks)
 
     def _deltas(self, blocks: Sequence[Block]) -> int:
-        """One is computed while the last is written."""
-        return 2 * self._largest(blocks) * ITEMSIZE["float32"] if self.delta else 0
+        """That of an expert is computed while the last one's is written."""
+        return min(2, self.experts) * self._largest(blocks) * ITEMSIZE["float32"] if self.delta else 0
 
     def _largest(self, blocks: Sequence[Block]) -> int:
         """Elements of the largest matrix."""
@@ -204,7 +207,10 @@ def make_plan(
     again = work.survey and not resident
     elements, in_layers = zip(*(_elements(own) for own in shares), strict=True)
     all_elements, all_in_layers = _elements(specs)
-    on_host = max(work.weights(blocks, resident=False) + work.copies(blocks) for blocks in cuts)
+    if platform == "cpu":  # there is one heap, which keeps what is freed in pieces: what waits takes twice its size
+        on_host = on_devices + max(map(work.waiting, cuts))
+    else:
+        on_host = max(work.weights(blocks, resident=False) + work.copies(blocks) for blocks in cuts)
     return Plan(
         parameters=all_elements,
         models=len(configs),
@@ -222,7 +228,7 @@ def make_plan(
         process_written=max(elements) * work.written,
         device_bytes=on_devices // work.devices,
         device_memory=device_memory,
-        host_bytes=RUNTIME + (on_devices if platform == "cpu" else on_host),
+        host_bytes=RUNTIME + on_host,
         host_memory=host_memory,
     )
 

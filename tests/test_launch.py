@@ -10,6 +10,7 @@ from command import launch, tree
 
 from dppa_jax import launch as program
 from dppa_jax.flags import GROUPS
+from dppa_jax.from_flags import finetune_config, job_config
 
 METHOD_FLAGS = ("--method=dare", "--rate=0.7", "--seed=3", "--coefficient=math=0.5")
 
@@ -92,7 +93,7 @@ def test_configs_parse(pytestconfig):
         assert config.read_text().startswith("# "), config
         with flagsaver.flagsaver():
             flags.FLAGS(["dppa_jax.launch", f"--flagfile={config}"])
-            configured = program.finetune_config() if flags.FLAGS.job == "finetune" else program.job_config()
+            configured = finetune_config() if flags.FLAGS.job == "finetune" else job_config()
             assert configured.base, config
 
 
