@@ -44,6 +44,7 @@ class Run:
       peak_bytes: resident, of the largest process; of others than ours it is at least this process's own.
       cpu_seconds: of all, in the program and the system.
       moved_bytes: read and written, as the merge counts it; 0 where nothing does.
+      merge_seconds: from the flags to the end, as the merge counts it: without interpreter, imports and joining.
       planned_seconds, planned_bytes: what --job=plan said before it; 0 where it was not asked.
     """
 
@@ -51,6 +52,7 @@ class Run:
     peak_bytes: int
     cpu_seconds: float
     moved_bytes: int = 0
+    merge_seconds: float = 0.0
     planned_seconds: float = 0.0
     planned_bytes: int = 0
 
@@ -141,7 +143,7 @@ def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] 
     remove_output(output)
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     peak = cost.get("peak_memory") or max(usage.ru_maxrss for usage in usages) * 1024
-    return Run(seconds, peak, cpu, moved)
+    return Run(seconds, peak, cpu, moved, cost.get("seconds", 0.0))
 
 
 def remove_output(output: Path) -> None:

@@ -16,6 +16,7 @@ from dppa_jax.progress import console
 
 PROCESSES = (1, 2, 4)
 NOTE = (
+    "Merging is without the start of the processes (interpreter, imports, finding each other). "
     "Each process has one core, so that a process is what scales; more processes than the {cores} cores take turns. "
     "Up to {cores} processes the seconds are those of as many hosts that share disk, page cache and memory bandwidth, "
     "and whose network costs nothing. Beyond that only processor seconds say something: what more processes cost in "
@@ -65,23 +66,15 @@ def _free_port() -> int:
 
 
 def _print(shape: str, layers: int, strong: dict[int, Run], weak: dict[int, Run], cores: int) -> None:
-    columns = (
-        "scaling",
-        "processes",
-        "cores",
-        "layers",
-        "seconds",
-        "efficiency",
-        "processor seconds",
-        "peak GB of one",
-    )
-    table = Table(*columns, title=f"{shape}, base + {len(EXPERTS)} experts, DPPA")
+    columns = ("scaling", "processes", "cores", "layers", "seconds", "efficiency", "merging", "efficiency")
+    title = f"{shape}, base + {len(EXPERTS)} experts, DPPA"
+    table = Table(*columns, "processor seconds", "peak GB of one", title=title)
     for name, runs in (("strong", strong), ("weak", weak)):
         for n, run in runs.items():
-            ideal = runs[1].seconds / (n if name == "strong" else 1)
-            of_layers = layers * (n if name == "weak" else 1)
-            numbers = (str(n), str(min(n, cores)), str(of_layers), f"{run.seconds:.1f}")
-            efficiency = f"{ideal / run.seconds:.0%}"
-            table.add_row(name, *numbers, efficiency, f"{run.cpu_seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}")
+            faster, larger = (n, 1) if name == "strong" else (1, n)
+            numbers = [str(n), str(min(n, cores)), str(layers * larger)]
+            for one, seconds in ((runs[1].seconds, run.seconds), (runs[1].merge_seconds, run.merge_seconds)):
+                numbers += [f"{seconds:.1f}", f"{one / faster / seconds:.0%}"]
+            table.add_row(name, *numbers, f"{run.cpu_seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}")
     console().print(table)
     console().print(NOTE.format(cores=cores))

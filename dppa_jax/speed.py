@@ -14,6 +14,7 @@ import psutil
 from jax.sharding import Mesh
 
 from dppa_jax.blocks import READERS, Source
+from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.direct import DirectFile
 from dppa_jax.checkpoint.names import LINEARS, tensor_specs
 from dppa_jax.config import MergeConfig
@@ -28,7 +29,7 @@ VALUES = 1 << 23  # random numbers, that the synthetic weights repeat
 
 @dataclass(frozen=True)
 class Speeds:
-    read: float  # bytes a second, of the inputs, as much of them as is in memory now
+    read: float  # bytes a second, of the inputs: from the disk if memory cannot hold them, else as they are now
     write: float  # bytes a second, beside the output
     merge: float  # parameters a second, of all models on the devices of this process, copies of the inputs included
     start: float  # seconds: imports, and compiling or loading what was compiled before
@@ -46,14 +47,21 @@ def measure_speeds(sources: Sequence[Source], output: Path, config: MergeConfig,
 
 
 def read_speed(sources: Sequence[Source]) -> float:
-    """Bytes a second, of pieces spread over all models."""
+    """Bytes a second, of pieces spread over all models.
+
+    What is more than memory holds comes from the disk whatever is in memory now: it goes before its turn comes again.
+    """
     matrices = [(source, spec) for source in sources for spec in source.specs.values() if len(spec.shape) == 2]
+    whole = sum(tensor.nbytes for source in sources for tensor in source.tensors.values())
+    from_disk = whole > psutil.virtual_memory().available
     chosen = {int(i) for i in np.linspace(0, len(matrices) - 1, READ // PIECE)}
 
     def read(source: Source, spec) -> int:
         dtype = source.tensors[spec.name].dtype
         rows = min(spec.rows, max(1, PIECE // (spec.columns * dtype.itemsize)))
         out = np.empty((rows, spec.columns), dtype)
+        if from_disk and isinstance(source, SafetensorsDirectory):
+            source.evict_rows(spec.name, 0, rows)
         source.read_rows(spec.name, 0, rows, out)
         return out.nbytes
 

@@ -170,7 +170,7 @@ def test_scaling_runs_every_number_of_processes_on_the_family_and_on_larger_ones
 
     def timed(commands, output, cores=()):
         ran.append((commands, output, cores))
-        return Run(12.0 / len(commands), 10**9, 24.0)
+        return Run(12.0 / len(commands), 10**9, 24.0, merge_seconds=5.0)
 
     monkeypatch.setattr(scaling, "timed", timed)
     launch(*flags(tmp_path, "--scaling"))
@@ -192,6 +192,9 @@ def test_scaling_runs_every_number_of_processes_on_the_family_and_on_larger_ones
     printed = capsys.readouterr().out
     assert printed.count("strong") == 3
     assert printed.count("weak") == 3
+    lines = [line.replace("│", " ").split() for line in printed.splitlines()]
+    assert ["strong", "4", "2", "3.0", "100%", "5.0", "25%"] in [line[:2] + line[3:8] for line in lines]
+    assert ["weak", "4", "8", "3.0", "400%", "5.0", "100%"] in [line[:2] + line[3:8] for line in lines]
     assert "take turns" in printed.replace("\n", " ")
     result = json.loads((tmp_path / "benchmark" / "scaling-tiny.json").read_text())
     assert result["strong"]["4"]["seconds"] == 3.0

@@ -99,15 +99,19 @@ class SafetensorsDirectory:
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Rows start..stop of a tensor (the whole of a vector) into `out`, a contiguous array of the tensor's dtype."""
-        tensor = self.tensors[name]
-        row_bytes = tensor.shape[-1] * tensor.dtype.itemsize
-        view = memoryview(out.reshape(-1).view(np.uint8))[: (stop - start) * row_bytes]
-        position = tensor.offset + start * row_bytes
+        file, position, count = self._extent(name, start, stop)
+        view = memoryview(out.reshape(-1).view(np.uint8))[:count]
         while view.nbytes:
-            count = os.preadv(self._descriptor(tensor.file), [view], position)
+            count = os.preadv(self._descriptor(file), [view], position)
             if count == 0:
-                raise CheckpointError(f"{tensor.file}: ends inside {name}; the file changed while it was read.")
+                raise CheckpointError(f"{file}: ends inside {name}; the file changed while it was read.")
             view, position = view[count:], position + count
+
+    def evict_rows(self, name: str, start: int, stop: int) -> None:
+        """Let the operating system forget rows that it has in memory: reading them then takes as long as the disk."""
+        file, position, count = self._extent(name, start, stop)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(file), position, count, os.POSIX_FADV_DONTNEED)
 
     def read(self, name: str) -> np.ndarray:
         out = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
@@ -121,6 +125,12 @@ class SafetensorsDirectory:
     def content_digest(self) -> str:
         """Of config, generation config and every byte of the weights: about a second for each GB."""
         return content_digest(self.directory, self.config, self._by_name())
+
+    def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
+        """File, position and number of bytes of rows."""
+        tensor = self.tensors[name]
+        row_bytes = tensor.shape[-1] * tensor.dtype.itemsize
+        return tensor.file, tensor.offset + start * row_bytes, (stop - start) * row_bytes
 
     def _by_name(self) -> dict[str, Path]:
         return {file.name: file for file in sorted({tensor.file for tensor in self.tensors.values()})}
