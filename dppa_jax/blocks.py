@@ -91,6 +91,12 @@ def owners(specs: Mapping[str, TensorSpec], processes: int) -> dict[str, int]:
     return found
 
 
+def shares(specs: Mapping[str, TensorSpec], processes: int) -> list[dict[str, TensorSpec]]:
+    """The tensors of each process."""
+    owner = owners(specs, processes)
+    return [{name: spec for name, spec in specs.items() if owner[name] == process} for process in range(processes)]
+
+
 def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Block]:
     """Layers in blocks of `block_layers`, then embeddings and head in chunks no larger than a matrix, then the norm."""
     layers = sorted({spec.layer for spec in specs.values() if spec.layer is not None})

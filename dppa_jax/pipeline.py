@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, owners
+from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, shares
 from dppa_jax.cache import sources_digest
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
@@ -111,9 +111,7 @@ class Merger:
         ):
             check_patterns(rules, specs, flag)
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
-        owner = owners(specs, layout.processes)
-        own = {name: spec for name, spec in specs.items() if owner[name] == layout.process}
-        blocks = make_blocks(own, layout.block_layers)
+        blocks = make_blocks(shares(specs, layout.processes)[layout.process], layout.block_layers)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident)
         self._kernels, self._dense = kernels_of(mesh, config)
         self._pruner = Pruner(self._kernels, config, base.config["num_hidden_layers"], norms)

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import psutil
 
-from dppa_jax.blocks import Block, Part, make_blocks, owners
+from dppa_jax.blocks import Block, Part, make_blocks, shares
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
@@ -185,12 +185,13 @@ def make_plan(
     axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
     """
     specs, work = tensor_specs(configs[0]), make_work(configs, config, math.prod(mesh), save_delta)
-    shares = process_specs(specs, processes)
-    most_layers = max(len({spec.layer for spec in own.values()} - {None}) for own in shares)
+    # Of processes whose tensors are alike, one.
+    different = {tuple(spec.shape for spec in own.values()): own for own in shares(specs, processes) if own}
+    most_layers = max(len({spec.layer for spec in own.values()} - {None}) for own in different.values())
     room = DEVICE_SHARE * device_memory * work.devices
 
     def cut(layers: int) -> list[list[Block]]:
-        return [make_blocks(own, min(layers, most_layers)) for own in shares]
+        return [make_blocks(own, min(layers, most_layers)) for own in different.values()]
 
     def peak(layers: int, resident: bool) -> int:
         return max(work.weights(blocks, resident) + work.results(blocks) for blocks in cut(layers))
@@ -205,7 +206,7 @@ def make_plan(
         block_layers = next((layers for layers in larger if peak(layers, resident) < room), mesh[0])
     cuts, on_devices = cut(block_layers), peak(block_layers, resident)
     again = work.survey and not resident
-    elements, in_layers = zip(*(_elements(own) for own in shares), strict=True)
+    elements, in_layers = zip(*map(_elements, different.values()), strict=True)
     all_elements, all_in_layers = _elements(specs)
     if platform == "cpu":  # there is one heap, which keeps what is freed in pieces: what waits takes twice its size
         on_host = on_devices + max(map(work.waiting, cuts))
@@ -247,16 +248,6 @@ def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, sav
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,
     )
-
-
-def process_specs(specs: Mapping[str, TensorSpec], processes: int) -> list[dict[str, TensorSpec]]:
-    """The tensors of each process, of those that have equal ones only one."""
-    owner = owners(specs, processes)
-    shares: list[dict[str, TensorSpec]] = [{} for _ in range(processes)]
-    for name, spec in specs.items():
-        shares[owner[name]][name] = spec
-    different = {tuple(spec.shape for spec in own.values()): own for own in shares if own}
-    return list(different.values())
 
 
 def _elements(specs: Mapping[str, TensorSpec]) -> tuple[int, int]:

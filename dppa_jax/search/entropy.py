@@ -26,7 +26,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dppa_jax import distributed
-from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, owners
+from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, shares
 from dppa_jax.checkpoint.names import TensorSpec, check_patterns, tree_of
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
 from dppa_jax.config import MergeConfig
@@ -145,8 +145,8 @@ class Mixture:
 
         Those of random scores need no weights, and are not among them.
         """
-        owner, config, pruner = owners(specs, distributed.count()), self._pruner.config, self._pruner
-        own = {n: s for n, s in specs.items() if s.layer is not None and owner[n] == distributed.index()}
+        config, pruner, own = self._pruner.config, self._pruner, shares(specs, distributed.count())[distributed.index()]
+        own = {name: spec for name, spec in own.items() if spec.layer is not None}
         base, *experts = self._sources
         stream = Stream(base, experts, make_blocks(own, 1), mesh, resident=True)
         pruner.rates[:] = merge_rates(base, config, surveyed(stream, kernels_of(mesh, config)[1], config, quiet=True))
