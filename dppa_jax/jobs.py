@@ -91,7 +91,7 @@ def run_merge(job: JobConfig) -> Outcome:
     mesh = make_mesh(job.mesh)
     plan = plan_of(job, [{**m.config, "dtype": m.dtype.name} for m in (base, *experts.values())], mesh.devices.shape)
     for what, value in plan.lines():
-        logging.info("plan: %s: %s", what, value)
+        (logging.info if plan.fits else logging.warning)("plan: %s: %s", what, value)
     norms = activation_norms(job, experts) if job.merge.score == "wanda" else None
     layout = Layout(plan.block_layers, plan.resident, distributed.count(), distributed.index())
 

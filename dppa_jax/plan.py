@@ -113,6 +113,12 @@ class Plan:
     host_bytes: int  # peak resident set of a process; a CPU's devices are part of it
     host_memory: int  # that a process can have; 0: not known
 
+    @property
+    def fits(self) -> bool:
+        """Is the memory enough, of a device and, where it is known, of the host?"""
+        on_devices = self.platform == "cpu" or self.device_bytes <= self.device_memory
+        return on_devices and not 0 < self.host_memory < self.host_bytes
+
     def lines(self) -> list[tuple[str, str]]:
         """What `--job=plan` prints, and a merge logs."""
         layer, row = self.mesh

@@ -8,6 +8,7 @@ make 6 738 415 616. 13B: 40 layers of 4·5120² + 3·5120·13824 + 2·5120 = 317
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from command import launch
 from families import edit_json, read_json, write_family
 from jax.sharding import NamedSharding
 
-from dppa_jax import kernels, speed
+from dppa_jax import jobs, kernels, speed
 from dppa_jax.blocks import Part, make_blocks
 from dppa_jax.checkpoint import SafetensorsDirectory, tensor_specs
 from dppa_jax.config import MergeConfig
@@ -169,6 +170,15 @@ def test_imagined_meshes_are_filled_and_not_overfilled(plan, size, mesh, gigabyt
 def test_what_does_not_fit_is_said_with_what_to_change(plan, options, change):
     found = plan("70b", mesh="row=2", device_memory=4_000_000_000, **options)
     assert dict(found.lines())["peak per device"].endswith(f" of 4.00 GB: too much; give {change}")
+    assert not found.fits
+    assert plan("70b", mesh="row=2", device_memory=80_000_000_000).fits
+
+
+def test_merge_beyond_the_memory_of_the_host_is_warned_of(merge, monkeypatch, caplog):
+    monkeypatch.setattr(jobs.psutil, "virtual_memory", lambda: SimpleNamespace(available=RUNTIME))
+    with caplog.at_level(logging.WARNING):
+        merge("--method=dare", "--rate=0.7", "--residency=resident")
+    assert "too much; give --residency=streamed" in caplog.text
 
 
 def test_processes_share_the_layers(plan):
