@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from command import Merge
 from families import edit_tensors, read_json, write_family
-from processes import LAUNCH, check_success, finish, run_processes, said, start_processes
+from processes import IMPATIENT, LAUNCH, check_success, finish, run_processes, said, start_processes
 from safetensors.numpy import load_file
 
 LAYERS = 5
@@ -102,7 +102,7 @@ def test_more_processes_than_layers_make_the_bits_of_one(tmp_path, monkeypatch):
 @pytest.mark.parametrize("process", [0, 1])
 def test_killed_process_ends_the_others_with_the_reason_and_a_rerun_goes_on(merge, of_one, process):
     before = int(np.random.default_rng().integers(2, 20))
-    code = INTERFERING.format(before=before, process=process)
+    code = IMPATIENT + INTERFERING.format(before=before, process=process)
     started = start_processes(2, [sys.executable, "-c", code, *merge.flags(), *DARE])
     ended = finish(started, 120)
     assert ended[process].returncode == -signal.SIGKILL

@@ -1,5 +1,6 @@
 """Fine-tuning by several real processes: the expert of one process, whatever ends one of them."""
 
+import sys
 import time
 from pathlib import Path
 
@@ -7,11 +8,11 @@ import numpy as np
 import pytest
 from command import launch
 from families import read_json
-from processes import LAUNCH, check_success, finish, run_processes, said, start_processes
+from processes import IMPATIENT, LAUNCH, check_success, finish, run_processes, said, start_processes
 from safetensors.numpy import load_file
 from training import WEIGHTS, flags, kept, write_material
 
-MESH = ("--mesh=data=2,fsdp=2", "--train_steps=12", "--checkpoint_every=3")
+MESH = ("--mesh=data=2,fsdp=2", "--train_steps=8", "--checkpoint_every=2")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,8 @@ def log(root: Path) -> list[dict]:
 def test_two_processes_of_which_one_was_killed_make_the_expert_of_one_process(material, tmp_path):
     several, alone = tmp_path / "several", tmp_path / "alone"
     given = flags(material, several, *MESH)
-    running = start_processes(2, [*LAUNCH, *given], devices=2)
+    code = f"{IMPATIENT}\nfrom dppa_jax import launch\nlaunch.run()"
+    running = start_processes(2, [sys.executable, "-c", code, *given], devices=2)
     end = time.monotonic() + 300
     while not kept(several) and time.monotonic() < end and all(one.poll() is None for one in running):
         time.sleep(0.002)
@@ -40,8 +42,8 @@ def test_two_processes_of_which_one_was_killed_make_the_expert_of_one_process(ma
     found = run_processes(2, [*LAUNCH, *given], devices=2, timeout=300)
     check_success(found)
     assert all(f"goes on after step {last}" in process.stderr for process in found)
-    assert "step 12 of 12: loss" in found[0].stderr
-    assert "step 12 of 12: loss" not in found[1].stderr  # the first one tells
+    assert "step 8 of 8: loss" in found[0].stderr
+    assert "step 8 of 8: loss" not in found[1].stderr  # the first one tells
     assert not kept(several)
 
     launch(*flags(material, alone, *MESH))
