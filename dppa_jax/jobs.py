@@ -179,10 +179,10 @@ def run_plan(job: JobConfig) -> Plan:
     for row in (*plan.lines(), ("time", f"not predicted: {speeds}" if isinstance(speeds, str) else plan.time(speeds))):
         table.add_row(*row)
     console().print(table)
-    time = {} if isinstance(speeds, str) else {"seconds": plan.seconds(speeds), "speeds": asdict(speeds)}
+    predicted = {} if isinstance(speeds, str) else {"seconds": plan.seconds(speeds), "speeds": asdict(speeds)}
     path = Path(job.workdir) / "plan.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(plan) | time, indent=1))
+    path.write_text(json.dumps(asdict(plan) | predicted, indent=1))
     console().print(f"as JSON: {path}")
     return plan
 
