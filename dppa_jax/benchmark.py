@@ -115,7 +115,7 @@ def _plan(command: Sequence[str], root: Path) -> dict:
     """What a merge is to take, as fields of its `Run`."""
     timed([[*command, "--job=plan", f"--workdir={root}"]], root / "out")
     plan = json.loads((root / "plan.json").read_text())
-    return {"planned_seconds": plan["seconds"], "planned_bytes": plan["host_bytes"]}
+    return {"planned_seconds": plan.get("seconds", 0.0), "planned_bytes": plan["host_bytes"]}
 
 
 def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] = ()) -> Run:

@@ -128,7 +128,7 @@ def identity_of(job: JobConfig, models: Mapping[str, Checkpoint], layout: Layout
 
 
 def common_identity(content) -> str:
-    """A run that was ended is taken up by one of the same identity only.
+    """Of a run of this content: one that was ended is taken up by one of the same identity only.
 
     Several processes have one between them, and each may have copies of the inputs of its own.
     """
