@@ -197,8 +197,9 @@ def _print(shape: str, experts: int, runs: Mapping[str, Run]) -> None:
 
 def _beside_plan(run: Run) -> tuple[str, str, str, str]:
     """Seconds and what was planned, peak memory and what was planned."""
-    planned = (f"{run.planned_seconds:.1f}", f"{run.planned_bytes / 1e9:.2f}") if run.planned_bytes else ("", "")
-    return f"{run.seconds:.1f}", planned[0], f"{run.peak_bytes / 1e9:.2f}", planned[1]
+    seconds = f"{run.planned_seconds:.1f}" if run.planned_seconds else ""
+    peak = f"{run.planned_bytes / 1e9:.2f}" if run.planned_bytes else ""
+    return f"{run.seconds:.1f}", seconds, f"{run.peak_bytes / 1e9:.2f}", peak
 
 
 def _print_sizes(root: Path) -> None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from dppa_jax import distributed
 from dppa_jax.blocks import aligned, owners
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
-from dppa_jax.checkpoint.names import tree_of, with_dtype
+from dppa_jax.checkpoint.names import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint.orbax_dir import PREFIX
 from dppa_jax.checkpoint.safetensors_dir import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
@@ -159,9 +159,9 @@ def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:
         if len(dtypes) > 1:
             path = ".".join(specs[0].path)
             logging.warning("%s: layers have several dtypes; the array has float32, which holds all", path)
-        dtype, stacked = common_dtype(dtypes), specs[0].layer is not None
-        shape = (len(specs), *specs[0].shape) if stacked else specs[0].shape
-        return Deferred(shape, dtype, array_sharding(mesh, shape, stacked), partial(reader.slice, specs, dtype))
+        dtype, shape = common_dtype(dtypes), stacked_shape(specs)
+        sharding = array_sharding(mesh, shape, specs[0].layer is not None)
+        return Deferred(shape, dtype, sharding, partial(reader.slice, specs, dtype))
 
     return tree_of(reader.source.specs.values(), deferred)
 

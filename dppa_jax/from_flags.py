@@ -24,52 +24,39 @@ def job_config():
     names = tuple(experts)
     merge = MergeConfig(
         experts=names,
-        method=FLAGS.method,
         score=FLAGS.score or None,
         allocate=FLAGS.allocate or None,
         scale=FLAGS.scale or None,
         combine=FLAGS.combine or None,
-        rate=FLAGS.rate,
         partitions=read_numbers("--partitions", FLAGS.partitions),
         factors={} if searches() else _factors(names),
         coefficients=_coefficients(names),
         q={} if FLAGS.job == "report" else per_expert("--q", FLAGS.q, names, float),
-        max_fluctuation=FLAGS.max_fluctuation,
-        significance_multiple=FLAGS.significance_multiple,
-        dpa_combine=FLAGS.dpa_combine,
-        seed=FLAGS.seed,
-        delta_dtype=FLAGS.delta_dtype,
         output_dtype=FLAGS.output_dtype or None,
         tensor_rates=read_rules("--tensor_rate", FLAGS.tensor_rate),
         tensor_coefficients=read_rules("--tensor_coefficient", FLAGS.tensor_coefficient),
-        allow_nonfinite=FLAGS.allow_nonfinite,
+        **_same("method", "rate", "max_fluctuation", "significance_multiple", "dpa_combine", "seed", "delta_dtype"),
+        **_same("allow_nonfinite"),
     )
     choose("--tokenizer", FLAGS.tokenizer, ("base", *names))
     choose("--residency", FLAGS.residency, ("auto", "resident", "streamed"))
     return JobConfig(
         merge=merge,
-        base=FLAGS.base,
         experts=experts,
-        output=FLAGS.output,
-        workdir=FLAGS.workdir,
-        save_delta=FLAGS.save_delta,
-        tokenizer=FLAGS.tokenizer,
-        mesh=FLAGS.mesh,
-        block_layers=FLAGS.block_layers,
-        residency=FLAGS.residency,
         device_memory=int(FLAGS.device_memory * 1e9),
-        num_processes=FLAGS.num_processes,
-        max_shard_size=FLAGS.max_shard_size,
-        overwrite=FLAGS.overwrite,
-        resume=FLAGS.resume,
-        allow_other_base=FLAGS.allow_other_base,
-        calibration=FLAGS.calibration,
         evaluation=evaluation(),
         search=factor_search(),
         adamerging=adamerging(_granularity()) if _granularity() else None,
         flags=resolved_flags(),
         command=command(),
+        **_same("base", "output", "workdir", "save_delta", "tokenizer", "mesh", "block_layers", "residency"),
+        **_same("num_processes", "max_shard_size", "overwrite", "resume", "allow_other_base", "calibration"),
     )
+
+
+def _same(*names: str, prefix: str = "") -> dict:
+    """Fields of a config that have the names of flags, but for the flags' prefix."""
+    return {name: FLAGS[prefix + name].value for name in names}
 
 
 def models() -> dict[str, str]:
@@ -91,28 +78,19 @@ def evaluation():
         splits = [FLAGS.search_split] * searches() + [FLAGS.adamerging_split] * adamerges()
         share = VALIDATION_SHARE if "validation" in splits else 0.0
     options = TaskOptions(
-        data_dir=FLAGS.data_dir,
         choices=FLAGS.prompt_choices,
         wrapper=FLAGS.prompt_wrapper,
-        letter_case=FLAGS.letter_case,
-        labels=FLAGS.labels,
         validation_share=share,
-        split_seed=FLAGS.split_seed,
         limit=FLAGS.limit or None,
         max_new_tokens=FLAGS.max_new_tokens or None,
-        max_length=FLAGS.max_length,
+        **_same("data_dir", "letter_case", "labels", "split_seed", "max_length"),
     )
     return EvaluationConfig(
         tasks=tuple(FLAGS.evaluate),
-        evaluator=FLAGS.evaluator,
         options=options,
-        batch_size=FLAGS.batch_size,
         dtype=FLAGS.evaluate_dtype,
-        vllm_python=FLAGS.vllm_python,
-        vllm_timeout=FLAGS.vllm_timeout,
-        tensor_parallel_size=FLAGS.tensor_parallel_size,
-        gpu_memory_utilization=FLAGS.gpu_memory_utilization,
-        resume=FLAGS.resume,
+        **_same("evaluator", "batch_size", "vllm_python", "vllm_timeout", "tensor_parallel_size"),
+        **_same("gpu_memory_utilization", "resume"),
     )
 
 
@@ -121,8 +99,6 @@ def finetune_config():
     from dppa_jax.finetune.job import FinetuneConfig
     from dppa_jax.finetune.train import AdamW
 
-    same = ("base", "output", "epochs", "learning_rate", "accumulate", "warmup", "remat", "pack", "seed", "mesh")
-    same += ("checkpoint_every", "eval_every", "workdir", "output_dtype", "max_shard_size", "overwrite", "resume")
     return FinetuneConfig(
         data=tuple(FLAGS.train_data),
         eval_data=tuple(FLAGS.eval_data),
@@ -134,7 +110,8 @@ def finetune_config():
         held_out=evaluation(),
         flags=resolved_flags(),
         command=command(),
-        **{name: FLAGS[name].value for name in same},
+        **_same("base", "output", "epochs", "learning_rate", "accumulate", "warmup", "remat", "pack", "seed", "mesh"),
+        **_same("checkpoint_every", "eval_every", "workdir", "output_dtype", "max_shard_size", "overwrite", "resume"),
     )
 
 
@@ -142,8 +119,9 @@ def convert_config():
     """The flags of --job=convert."""
     from dppa_jax.convert import ConvertConfig
 
-    same = ("base", "output", "mesh", "output_dtype", "max_shard_size", "overwrite", "resume", "seed")
-    return ConvertConfig(**{name: FLAGS[name].value for name in same})
+    return ConvertConfig(
+        **_same("base", "output", "mesh", "output_dtype", "max_shard_size", "overwrite", "resume", "seed")
+    )
 
 
 def searches() -> bool:
@@ -183,13 +161,12 @@ def adamerging(granularity: str = "task"):
     """How AdaMerging finds coefficients."""
     from dppa_jax.search.coefficients import AdaMergingConfig
 
-    names = ("steps", "batch_size", "learning_rate", "start", "positions", "new_tokens", "split")
-    names += ("patience", "min_delta")
+    own = ("steps", "batch_size", "learning_rate", "start", "positions", "new_tokens", "split", "patience", "min_delta")
     return AdaMergingConfig(
         granularity=granularity,
         limit=FLAGS.adamerging_limit or None,
         seed=FLAGS.seed,
-        **{name: FLAGS[f"adamerging_{name}"].value for name in names},
+        **_same(*own, prefix="adamerging_"),
     )
 
 

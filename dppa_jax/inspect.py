@@ -1,6 +1,5 @@
 """--job=inspect: what the deltas look like before anything is pruned."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from dppa_jax.delta.threshold import sample_starts
 from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels, surveyed
-from dppa_jax.progress import console, stage
+from dppa_jax.progress import console, stage, write_json
 from dppa_jax.report.measurements import Remaining
 from dppa_jax.sharding import make_mesh, put_rows
 
@@ -47,11 +46,8 @@ def run_inspect(job: JobConfig) -> dict[str, Inspection]:
     plan = plan_of(job, [base.config, *(e.config for e in experts.values())], mesh.devices.shape)
     stream = Stream(base, list(experts.values()), make_blocks(base.specs, plan.block_layers), mesh, plan.resident)
     found = inspect_deltas(stream, job.merge)
-    path = Path(job.workdir) / "inspect.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({name: _as_json(one, job.merge) for name, one in found.items()}, indent=1))
     _print(found, job.merge)
-    console().print(f"as JSON: {path}")
+    write_json(Path(job.workdir) / "inspect.json", {name: _as_json(one, job.merge) for name, one in found.items()})
     return found
 
 

@@ -1,6 +1,5 @@
 """The jobs of the command line, each a function of a JobConfig."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -35,11 +34,11 @@ from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.journal import Journal
 from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan, peak_resident
-from dppa_jax.progress import console
+from dppa_jax.progress import console, write_json
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
 from dppa_jax.sharding import make_mesh, mesh_shape
-from dppa_jax.speed import Speeds, measure_speeds
+from dppa_jax.speed import measure_speeds
 from dppa_jax.survey import NonfiniteError
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
@@ -174,30 +173,27 @@ def run_plan(job: JobConfig) -> Plan:
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
     check_compatible(models.pop("base"), models)
     plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
-    speeds = _speeds(job)
+    told, predicted = _predicted_time(job, plan)
     table = Table("plan", "", show_header=False)
-    for row in (*plan.lines(), ("time", f"not predicted: {speeds}" if isinstance(speeds, str) else plan.time(speeds))):
+    for row in (*plan.lines(), ("time", told)):
         table.add_row(*row)
     console().print(table)
-    predicted = {} if isinstance(speeds, str) else {"seconds": plan.seconds(speeds), "speeds": asdict(speeds)}
-    path = Path(job.workdir) / "plan.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(plan) | predicted, indent=1))
-    console().print(f"as JSON: {path}")
+    write_json(Path(job.workdir) / "plan.json", asdict(plan) | predicted)
     return plan
 
 
-def _speeds(job: JobConfig) -> Speeds | str:
-    """Measured here, where the weights are; or why they are not."""
+def _predicted_time(job: JobConfig, plan: Plan) -> tuple[str, dict]:
+    """From speeds measured here, where the weights are: in words, and for plan.json; or why there is none."""
     if job.device_memory:
-        return "the devices of --device_memory are not here to be measured"
+        return "not predicted: the devices of --device_memory are not here to be measured", {}
     if not job.output:
-        return "give --output, as it depends on that disk"
+        return "not predicted: give --output, as it depends on that disk", {}
     try:
         base, experts = open_models(job, weights=False)
-        return measure_speeds((base, *experts.values()), Path(job.output), job.merge, make_mesh(job.mesh))
+        speeds = measure_speeds((base, *experts.values()), Path(job.output), job.merge, make_mesh(job.mesh))
     except (ValueError, OSError) as error:
-        return str(error)
+        return f"not predicted: {error}", {}
+    return plan.time(speeds), {"seconds": plan.seconds(speeds), "speeds": asdict(speeds)}
 
 
 def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again: bool = False) -> Plan:

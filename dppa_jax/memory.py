@@ -9,8 +9,8 @@ import numpy as np
 
 from dppa_jax import checkpoint
 from dppa_jax.blocks import Source
-from dppa_jax.checkpoint import TensorSpec, load_tree, locate, save_tree, tensor_specs
-from dppa_jax.checkpoint.names import tree_of
+from dppa_jax.checkpoint import load_tree, locate, save_tree, tensor_specs
+from dppa_jax.checkpoint.names import stacked_shape, tree_of
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Merger, Outcome, output_tensors
 from dppa_jax.sharding import make_mesh
@@ -98,9 +98,4 @@ class _Sink:
 def _empty(base: Source, config: MergeConfig) -> dict:
     """A tree of the merge's shapes and dtypes."""
     tensors = output_tensors(base, config)
-
-    def empty(specs: list[TensorSpec]) -> np.ndarray:
-        shape, dtype = tensors[specs[0].name]
-        return np.empty(shape if specs[0].layer is None else (len(specs), *shape), dtype)
-
-    return tree_of(base.specs.values(), empty)
+    return tree_of(base.specs.values(), lambda group: np.empty(stacked_shape(group), tensors[group[0].name][1]))

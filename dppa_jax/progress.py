@@ -1,8 +1,11 @@
 """Progress of long work: a bar in a terminal, one line per stage in a log."""
 
+import json
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
 
 from absl import logging
 from rich.console import Console
@@ -27,6 +30,13 @@ def console() -> Console:
     if distributed.index():
         return Console(quiet=True)
     return Console() if sys.stdout.isatty() else Console(width=150)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write what a table shows, for programs, and tell where it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1))
+    console().print(f"as JSON: {path}")
 
 
 class Stage:

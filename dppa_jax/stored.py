@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dppa_jax.blocks import Source
-from dppa_jax.checkpoint.names import TensorSpec, tree_of
+from dppa_jax.checkpoint.names import TensorSpec, stacked_shape, tree_of
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
 
 BUFFER_BYTES = 1 << 26  # of whole rows, of which some columns or another dtype are wanted
@@ -20,8 +20,7 @@ class StoredArray:
 
     def __init__(self, source: Source, specs: Sequence[TensorSpec]):
         self._source, self._specs = source, tuple(specs)
-        self._stacked = specs[0].layer is not None
-        self.shape = (len(specs), *specs[0].shape) if self._stacked else specs[0].shape
+        self._stacked, self.shape = specs[0].layer is not None, stacked_shape(specs)
         self.dtype = common_dtype(source.tensors[spec.name].dtype for spec in specs)
 
     @property
@@ -35,6 +34,10 @@ class StoredArray:
         for layer, piece in zip(layers, out if self._stacked else out[None], strict=True):
             self._read(self._specs[layer], within, piece)
         return out
+
+    def read(self) -> np.ndarray:
+        """The whole of it."""
+        return self[(slice(None),) * len(self.shape)]
 
     def _read(self, spec: TensorSpec, bounds: Sequence[tuple[int, int]], out: np.ndarray) -> None:
         """Rows and columns of a tensor; a vector is a row."""

@@ -10,7 +10,7 @@ import ml_dtypes  # noqa: F401  safetensors reads bfloat16 with it
 import numpy as np
 import pytest
 from command import Merge, launch, tree
-from families import edit_tensors
+from families import edit_json, edit_tensors
 from safetensors.numpy import load_file
 
 DPPA = ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3"]
@@ -113,6 +113,7 @@ def change_weight(merge: Merge) -> list[str]:
 
 CHANGES = {
     "a weight of an expert": change_weight,
+    "config.json": lambda merge: edit_json(merge.base / "config.json", rms_norm_eps=1e-6) or [],
     "factors": lambda merge: ["--factors=1.8,1.2"],
     "layers of a block": lambda merge: ["--block_layers=2"],
     "no resume": lambda merge: ["--noresume"],

@@ -18,7 +18,7 @@ from dppa_jax.checkpoint.names import (
     with_dtype,
 )
 from dppa_jax.checkpoint.orbax_dir import PREFIX, OrbaxDirectory, is_orbax
-from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, common_dtype, read_config
+from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, read_config
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, SafetensorsWriter
 
 __all__ = [
@@ -107,22 +107,10 @@ def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
 
     An array has its tensors' dtype, and float32 where the layers' differ.
     """
-    source = open_checkpoint(where, seed)
+    from dppa_jax.stored import StoredArray  # which needs this package
 
-    def read(specs: list[TensorSpec]) -> np.ndarray:
-        if specs[0].layer is None:
-            return source.read(specs[0].name)
-        dtype = common_dtype(source.tensors[spec.name].dtype for spec in specs)
-        stacked = np.empty((len(specs), *specs[0].shape), dtype)
-        for spec, out in zip(specs, stacked, strict=True):
-            if source.tensors[spec.name].dtype == dtype:
-                source.read_rows(spec.name, 0, spec.rows, out)
-            else:
-                out[...] = source.read(spec.name)
-        return stacked
-
-    with closing(source):
-        return source.config, tree_of(source.specs.values(), read)
+    with closing(open_checkpoint(where, seed)) as source:
+        return source.config, tree_of(source.specs.values(), lambda group: StoredArray(source, group).read())
 
 
 def save_tree(

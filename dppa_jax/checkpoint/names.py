@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,12 @@ def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpe
     for spec in specs:
         places.setdefault(spec.path, []).append(spec)
     return places
+
+
+def stacked_shape(group: Sequence[TensorSpec]) -> tuple[int, ...]:
+    """Of the array at a place of the tree: layers first, where every layer has such a tensor."""
+    first = group[0]
+    return first.shape if first.layer is None else (len(group), *first.shape)
 
 
 def tree_of(specs: Iterable[TensorSpec], make: Callable[[list[TensorSpec]], Any]) -> dict:

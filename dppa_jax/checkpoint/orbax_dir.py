@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, tensor_specs
+from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, by_path, stacked_shape, tensor_specs
 from dppa_jax.checkpoint.safetensors_dir import DTYPES, content_digest, fingerprint, read_config, read_json
 
 PREFIX = "orbax:"
@@ -130,9 +130,7 @@ def is_orbax(directory: Path | str) -> bool:
 
 def stacked_shapes(config: Mapping) -> dict[tuple[str, ...], tuple[int, ...]]:
     """The arrays of the tree: layers stacked, (layers, out, in)."""
-    layers = config["num_hidden_layers"]
-    specs = tensor_specs(config).values()
-    return {spec.path: spec.shape if spec.layer is None else (layers, *spec.shape) for spec in specs}
+    return {path: stacked_shape(group) for path, group in by_path(tensor_specs(config).values()).items()}
 
 
 def _open_arrays(directory: Path) -> dict[tuple[str, ...], Any]:

@@ -120,7 +120,6 @@ def test_entropy_and_gradient_of_every_coefficient(case, domains, granularity):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["dppa", "dare"], indirect=True)
 def test_twenty_steps_of_adam(case, domains):
     oracle, mixture, merge, specs = case
     granularity = {"task_arithmetic": "task", "dppa": "layer", "dare": "linear"}[merge.method]
