@@ -1,0 +1,42 @@
+"""Every flagfile in configs/ means what it meant: its resolved config is, field by field, the file in tests/resolved."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import grain  # noqa: F401  defines flags, which flagsaver would take back
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from dppa_jax import from_flags
+
+FLAGS = flags.FLAGS
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.cfg"))
+RESOLVED = Path(__file__).with_name("resolved")
+
+
+@pytest.fixture
+def parsed(request):
+    """The flags of a flagfile, taken back after the test."""
+    with flagsaver.flagsaver():
+        FLAGS(["dppa_jax", f"--flagfile={request.param}"])
+        yield request.param
+
+
+def resolved() -> dict:
+    if FLAGS.job == "finetune":
+        return {"finetune": asdict(from_flags.finetune_config())}
+    found = {"run": asdict(from_flags.job_config())}
+    return found | ({"sweep": asdict(from_flags.sweep())} if FLAGS.job == "report" else {})
+
+
+@pytest.mark.parametrize("parsed", CONFIGS, ids=lambda path: path.stem, indirect=True)
+def test_a_flagfile_resolves_to_what_it_did(parsed):
+    found = {"job": FLAGS.job, **resolved()}
+    for config in found.values():
+        if isinstance(config, dict):
+            config.pop("flags", None)
+            config.pop("command", None)
+    text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
+    assert text == (RESOLVED / f"{parsed.stem}.json").read_text()
