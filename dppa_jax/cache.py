@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+PACKAGE = Path(__file__).parent
+
 
 def cache_directory() -> Path:
     """$DPPA_JAX_CACHE, or ~/.cache/dppa_jax: compiled functions and the demo family."""
@@ -16,10 +18,21 @@ def digest(content) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def sources_digest(folder: Path, *patterns: str) -> str:
-    """Of the files of code that make something, so that other code does not take it for its own."""
-    files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def sources_digest(*patterns: str) -> str:
+    """Hash the files of code that make something, so that other code does not take it for its own.
+
+    Args:
+      patterns: paths below this package, such as "delta/*.py".
+
+    Raises:
+      FileNotFoundError: a pattern matches no file, as after a move; what it names would silently not count.
+    """
+    files = set()
+    for pattern in patterns:
+        if not (matched := set(PACKAGE.glob(pattern))):
+            raise FileNotFoundError(f"sources_digest: no file in {PACKAGE} matches {pattern!r}")
+        files |= matched
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:

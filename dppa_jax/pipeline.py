@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -26,7 +25,7 @@ from dppa_jax.survey import NonfiniteError, survey
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
 CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "sharding.py")
-ARITHMETIC = sources_digest(Path(__file__).parent, *CODE)  # of the code that decides a merge's bits
+ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 
 shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing

@@ -1,4 +1,4 @@
-"""Every flagfile in configs/ means what it meant: its resolved config is, field by field, the file in tests/resolved."""
+"""Every flagfile in configs/ means what it meant: its resolved config, field by field, is a file of tests/resolved."""
 
 import json
 from dataclasses import asdict

@@ -19,7 +19,7 @@ from dppa_jax.progress import steps
 
 Weights = Path | Model
 EVALUATORS = ("jax", "vllm")
-SCORER = sources_digest(Path(__file__).parent, "answers.py", "equivalence.py")  # verdicts of other code are not kept
+SCORER = sources_digest("evaluate/answers.py", "evaluate/equivalence.py")  # verdicts of other code are not kept
 BATCHES_AT_A_TIME = 2  # between two writes of responses: little is lost, and vLLM's batch seldom runs empty
 
 

@@ -278,7 +278,7 @@ def fingerprint(
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
     code = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/llama.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]
-    sources = sources_digest(Path(__file__).parent.parent, *code)
+    sources = sources_digest(*code)
     return digest([versions, sources, weights, tokens, asdict(options), job.length])
 
 

@@ -50,8 +50,8 @@ OUTSIDE = "outside the layers"
 SAVE_SECONDS = 20  # at most so much work is lost
 LOG_STEPS = 50
 
-CODE = sources_digest(Path(__file__).parent.parent, "search/adamerging.py", "search/entropy.py", "search/prompts.py")
-FORWARD = sources_digest(Path(__file__).parent.parent, "model/llama.py", "model/generate.py")
+CODE = sources_digest("search/adamerging.py", "search/entropy.py", "search/prompts.py")
+FORWARD = sources_digest("model/llama.py", "model/generate.py")
 
 
 @dataclass
