@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 
 from dppa_jax.checkpoint.names import TensorSpec, by_path
 from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, common_dtype
-from dppa_jax.distributed import share
-from dppa_jax.sharding import padded_rows, put_rows
+from dppa_jax.runtime.mesh import padded_rows, put_rows
+from dppa_jax.runtime.processes import share
 
 CHUNK = 1 << 24  # elements of embeddings at a time, in a process that has no layers
 READERS = 2  # of a block at a time; one thread copies from the page cache at half the speed of two

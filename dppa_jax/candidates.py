@@ -8,9 +8,7 @@ from pathlib import Path
 
 import jax
 
-from dppa_jax import distributed
 from dppa_jax.blocks import owners
-from dppa_jax.cache import digest
 from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.names import with_dtype
 from dppa_jax.config import MergeConfig
@@ -20,7 +18,9 @@ from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.jobs import JobConfig, activation_norms, check_models, open_models, plan_of
 from dppa_jax.memory import merged_model
 from dppa_jax.pipeline import ARITHMETIC, Layout, Merger, output_tensors
-from dppa_jax.sharding import make_mesh
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.files import digest
+from dppa_jax.runtime.mesh import make_mesh
 
 
 class Candidates:
@@ -52,7 +52,7 @@ class Candidates:
     def fingerprints(self) -> dict[str, str]:
         models = {"base": self.base, **self.experts}
         digests = lambda: {name: model.content_digest() for name, model in models.items()}  # noqa: E731
-        return distributed.of_first("fingerprints", digests)
+        return processes.of_first("fingerprints", digests)
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
         """The scores of the base or of an expert as it is."""
@@ -65,7 +65,7 @@ class Candidates:
         models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
         plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
         norms = activation_norms(self.job, experts) if config.score == "wanda" else None
-        layout = Layout(plan.block_layers, plan.resident, distributed.count(), distributed.index())
+        layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
         return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)
 
     def merged(
@@ -78,11 +78,11 @@ class Candidates:
 
     def made(self, merger: Merger, fingerprint: str, **numbers) -> Weights:
         """What `merger` makes with these factors and coefficients, for the evaluator; it stays until the next one."""
-        if distributed.count() == 1:
+        if processes.count() == 1:
             return merged_model(merger, self.companion.directory, **numbers)
         config, base = merger.merge_config(**numbers), self.base
         directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator knows
-        owner = owners(base.specs, distributed.count())
+        owner = owners(base.specs, processes.count())
         tensors = output_tensors(base, config)
         with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
             merger(writer, **numbers)
@@ -93,7 +93,7 @@ class Candidates:
         return directory
 
     def _remove_written(self) -> None:
-        if self._written and distributed.index() == 0:
+        if self._written and processes.index() == 0:
             shutil.rmtree(self._written, ignore_errors=True)
 
     def cost(self, config: MergeConfig) -> Cost:

@@ -15,7 +15,6 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dppa_jax import distributed
 from dppa_jax.blocks import aligned, owners
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
 from dppa_jax.checkpoint.names import stacked_shape, tree_of, with_dtype
@@ -25,8 +24,9 @@ from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, to
 from dppa_jax.config import choose
 from dppa_jax.jobs import check_apart, common_identity, input_identity, journal_of
 from dppa_jax.plan import peak_resident
-from dppa_jax.progress import Stage, stage
-from dppa_jax.sharding import across_processes, make_mesh
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.mesh import across_processes, make_mesh
+from dppa_jax.runtime.progress import Stage, stage
 
 PIECE = 1 << 26  # bytes that are read and written at a time on the way to safetensors
 RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # that go with the weights
@@ -60,13 +60,13 @@ def run_convert(job: ConvertConfig) -> None:
     """Write job.base to job.output, whole or not at all."""
     started = time.perf_counter()
     output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
-    with distributed.first_alone("model"):  # it fetches or builds what the others then find
+    with processes.first_alone("model"):  # it fetches or builds what the others then find
         opened = open_checkpoint(job.base, job.seed)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
         tensors = converted_tensors(source, job.output_dtype)
         write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
-        with stage("convert", total_bytes(tensors) // distributed.count()) as progress:
+        with stage("convert", total_bytes(tensors) // processes.count()) as progress:
             reader = Reader(source, progress)
             write(reader, output, tensors, job)
     seconds, peak = time.perf_counter() - started, peak_resident()
@@ -89,15 +89,15 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
     A run that was killed goes on after the last of them.
     """
     source = reader.source
-    owner = owners(source.specs, distributed.count())
-    decided = [input_identity(source), str(output), job.output_dtype, job.max_shard_size, distributed.count(), PIECE]
+    owner = owners(source.specs, processes.count())
+    decided = [input_identity(source), str(output), job.output_dtype, job.max_shard_size, processes.count(), PIECE]
     identity = common_identity(decided) if job.resume else ""
     with (
         SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, identity, owner) as writer,
         journal_of([writer], identity) as journal,
     ):
         for name, (_, dtype) in tensors.items():
-            if owner[name] != distributed.index():
+            if owner[name] != processes.index():
                 continue
             spec = source.specs[name]
             step = max(1, PIECE // (spec.columns * dtype.itemsize))

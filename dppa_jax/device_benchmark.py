@@ -27,9 +27,9 @@ from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
 from dppa_jax.config import MergeConfig, choose
 from dppa_jax.kernels import Kernels
 from dppa_jax.pipeline import SEARCHES, check_finite, merge_part, pass_bytes
-from dppa_jax.progress import console, stage
 from dppa_jax.prune import Pruner
-from dppa_jax.sharding import ROWS, make_mesh, padded_rows
+from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
+from dppa_jax.runtime.progress import console, stage
 from dppa_jax.survey import survey
 
 DEVICES = ("cpu", "gpu")

@@ -9,7 +9,7 @@ import jax
 from absl import logging
 from rich.table import Table
 
-from dppa_jax import distributed, jobs
+from dppa_jax import jobs
 from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint import locate, open_checkpoint
 from dppa_jax.config import MergeConfig
@@ -19,12 +19,13 @@ from dppa_jax.evaluate.tasks import Task
 from dppa_jax.inspect import remaining
 from dppa_jax.jobs import JobConfig
 from dppa_jax.pipeline import Outcome
-from dppa_jax.progress import console, steps
 from dppa_jax.report import figures
 from dppa_jax.report.page import Illustration, Run, surroundings, write_report
 from dppa_jax.report.paper import evaluated, published_merge
 from dppa_jax.report.published import is_papers
 from dppa_jax.report.tables import Cell, ResultTable
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.progress import console, steps
 from dppa_jax.search.adamerging import AdaMerged, adamerge
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.entropy import check_combine
@@ -207,7 +208,7 @@ def _report_merge(
     adamerged: AdaMerged | None,
 ) -> None:
     merged = open_checkpoint(job.output)
-    content = distributed.of_first("content of the merge", merged.content_digest)
+    content = processes.of_first("content of the merge", merged.content_digest)
     every = job.evaluation.every_task
     with steps("evaluate", 2 + len(domains)) as advance:
         base = candidates.dense("base", every)
@@ -220,7 +221,7 @@ def _report_merge(
         found = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
         advance()
     merged.close()
-    if distributed.index():
+    if processes.index():
         return
     known = published_merge(len(job.experts), domains, job.merge.method, job.merge.rate)
     table = evaluated(base, experts, found, domains, known if is_papers(job.base, job.experts) else None)
@@ -349,7 +350,7 @@ def run_of(
 
 def finish(workdir: Path, run: Run) -> None:
     """Print the tables and write the report, in the first process."""
-    if distributed.index():
+    if processes.index():
         return
     for table in run.tables:
         console().print(table.printed())

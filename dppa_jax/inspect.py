@@ -17,9 +17,9 @@ from dppa_jax.delta.threshold import sample_starts
 from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
 from dppa_jax.kernels import Kernels, host_sums
 from dppa_jax.pipeline import merge_rates, pass_bytes, shared_kernels, surveyed
-from dppa_jax.progress import console, stage, write_json
 from dppa_jax.report.measurements import Remaining
-from dppa_jax.sharding import make_mesh, put_rows
+from dppa_jax.runtime.mesh import make_mesh, put_rows
+from dppa_jax.runtime.progress import console, stage, write_json
 
 SAMPLED = 4_000_000  # deltas of an expert that its deciles are read from: a standard error of 0.03 % in rank
 DECILES = np.linspace(0.1, 0.9, 9)

@@ -13,9 +13,7 @@ import psutil
 from absl import logging
 from rich.table import Table
 
-from dppa_jax import distributed, interrupts
 from dppa_jax.blocks import owners
-from dppa_jax.cache import digest
 from dppa_jax.checkpoint import (
     DTYPES,
     MAX_SHARD_SIZE,
@@ -31,13 +29,15 @@ from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import EvaluationConfig
-from dppa_jax.journal import Journal
 from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan, peak_resident
-from dppa_jax.progress import console, write_json
+from dppa_jax.runtime import processes, signals
+from dppa_jax.runtime.files import digest
+from dppa_jax.runtime.journal import Journal
+from dppa_jax.runtime.mesh import make_mesh, mesh_shape
+from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
-from dppa_jax.sharding import make_mesh, mesh_shape
 from dppa_jax.speed import measure_speeds
 from dppa_jax.survey import NonfiniteError
 
@@ -92,7 +92,7 @@ def run_merge(job: JobConfig) -> Outcome:
     for what, value in plan.lines():
         (logging.info if plan.fits else logging.warning)("plan: %s: %s", what, value)
     norms = activation_norms(job, experts) if job.merge.score == "wanda" else None
-    layout = Layout(plan.block_layers, plan.resident, distributed.count(), distributed.index())
+    layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
 
     with ExitStack() as opened:
         for model in (base, *experts.values()):
@@ -106,7 +106,7 @@ def run_merge(job: JobConfig) -> Outcome:
         except NonfiniteError as error:
             raise _damaged(error, {"base": base, **experts}) from error
         texts = _texts(job, base, experts, outcome, _cost(outcome, (writer, *writers.values()), started))
-        interrupts.check()
+        signals.check()
         for delta in writers.values():
             delta.complete(with_dtype(base.config, job.merge.delta_dtype), base.directory)
         tokenizer = base if job.tokenizer == "base" else experts[job.tokenizer]
@@ -131,7 +131,7 @@ def common_identity(content) -> str:
 
     Several processes have one between them, and each may have copies of the inputs of its own.
     """
-    return digest(distributed.exchange("identity", digest(content)))
+    return digest(processes.exchange("identity", digest(content)))
 
 
 def input_identity(model: Checkpoint) -> tuple[str, list[tuple[str, int, int]]]:
@@ -157,7 +157,7 @@ def journal_of(writers: Sequence[SafetensorsWriter], identity: str) -> Iterator[
 def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float) -> dict:
     """Time, and what each process read and wrote; of resident memory the peak of a process."""
     mine = outcome.bytes_read, sum(w.nbytes for w in writers), peak_resident()
-    read, written, peak = zip(*distributed.exchange("cost", mine), strict=True)
+    read, written, peak = zip(*processes.exchange("cost", mine), strict=True)
     cost = {"seconds": round(time.perf_counter() - started, 3), "bytes_read": sum(read), "bytes_written": sum(written)}
     cost |= {"peak_memory": max(peak)}
     return cost | ({"processes": {"bytes_read": read, "bytes_written": written}} if len(read) > 1 else {})
@@ -209,15 +209,15 @@ def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again
     if again:
         platform = "accelerator"
     free = 0 if job.device_memory else psutil.virtual_memory().available
-    processes = job.num_processes or distributed.count()
-    cut = (job.block_layers, job.residency, memory, platform, processes)
+    several = job.num_processes or processes.count()
+    cut = (job.block_layers, job.residency, memory, platform, several)
     return make_plan(configs, job.merge, tuple(mesh), *cut, bool(job.save_delta), free)
 
 
 def open_models(job: JobConfig, weights: bool = True) -> tuple[Checkpoint, dict[str, Checkpoint]]:
     """Base and experts; without `weights` nothing large is fetched, and models that are not here are an error."""
     seed = job.merge.seed
-    with distributed.first_alone("models"):  # it fetches or builds what the others then find
+    with processes.first_alone("models"):  # it fetches or builds what the others then find
         base = open_checkpoint(job.base, seed, weights)
         return base, {name: open_checkpoint(where, seed, weights) for name, where in job.experts.items()}
 
@@ -266,7 +266,7 @@ def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
 
     Each process looks at layers of its own.
     """
-    own = distributed.share(base.config["num_hidden_layers"], distributed.count(), distributed.index())
+    own = processes.share(base.config["num_hidden_layers"], processes.count(), processes.index())
     if not own:
         return
     difference = norm = 0.0
@@ -308,7 +308,7 @@ def _writers(job: JobConfig, base: Checkpoint, identity: str) -> Iterator[tuple[
     tensors["--output"] = output_tensors(base, job.merge)
     outputs = {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
     check_space({where: total_bytes(tensors[name]) for name, where in outputs.items()})
-    owner = owners(base.specs, distributed.count())
+    owner = owners(base.specs, processes.count())
     for name, where in outputs.items():
         yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite, identity, owner)
 

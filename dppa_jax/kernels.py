@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dppa_jax.delta import statistics
 from dppa_jax.delta.combine import COMBINATIONS, scaled
 from dppa_jax.delta.score import SCORES, delta, finite_delta
-from dppa_jax.sharding import over_rows
+from dppa_jax.runtime.mesh import over_rows
 
 ZERO = np.int32(0)
 

@@ -18,7 +18,7 @@ from dppa_jax.from_flags import (
     resolved_flags,
     sweep,
 )
-from dppa_jax.interrupts import end_on_signals
+from dppa_jax.runtime.signals import end_on_signals
 
 FLAGS = flags.FLAGS
 
@@ -26,9 +26,9 @@ SEVERAL_PROCESSES = ("merge", "search", "finetune", "convert")
 
 
 def main(argv: list[str]) -> None:
-    from dppa_jax import distributed
     from dppa_jax.checkpoint.names import nearest
     from dppa_jax.config import choose
+    from dppa_jax.runtime import processes
 
     try:
         if len(argv) > 1:
@@ -36,18 +36,18 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"unexpected argument {given!r}; every input is a flag.{nearest(given, resolved_flags())}")
         _run(choose("--job", FLAGS.job, JOBS))
     except KeyboardInterrupt:
-        distributed.fail("interrupted", ended=True)
+        processes.fail("interrupted", ended=True)
         sys.exit("interrupted; the same command goes on from there")
-    except (ValueError, OSError, distributed.ProcessFailedError) as error:
-        distributed.fail(str(error))
+    except (ValueError, OSError, processes.ProcessFailedError) as error:
+        processes.fail(str(error))
         if FLAGS.verbosity > 0:
             raise
         sys.exit(f"error: {error}")
     except SystemExit as error:
-        distributed.fail(f"ended with status {error.code}", ended=True)
+        processes.fail(f"ended with status {error.code}", ended=True)
         raise
     except BaseException as error:
-        distributed.fail(f"{type(error).__name__}: {error}")
+        processes.fail(f"{type(error).__name__}: {error}")
         raise
 
 
@@ -148,13 +148,13 @@ def _benchmark() -> None:
 
 
 def _start_processes(job: str) -> None:
-    from dppa_jax import distributed
+    from dppa_jax.runtime import processes
 
     if FLAGS.coordinator and job not in SEVERAL_PROCESSES:
         several = ", ".join(SEVERAL_PROCESSES)
         raise ValueError(f"--job={job} takes one process: leave out --coordinator. Several can do {several}.")
     if FLAGS.coordinator:
-        distributed.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
+        processes.start(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
     elif job != "plan" and (FLAGS.num_processes or FLAGS.process_id != -1):
         raise ValueError("--num_processes and --process_id need --coordinator=HOST:PORT, the first process's address.")
 
@@ -163,7 +163,7 @@ def _keep_compilations() -> None:
     """A merge compiles some forty small functions, 3 s of a run that may take 10: keep them between runs."""
     import jax
 
-    from dppa_jax.cache import cache_directory
+    from dppa_jax.runtime.files import cache_directory
 
     jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

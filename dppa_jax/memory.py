@@ -13,7 +13,7 @@ from dppa_jax.checkpoint import load_tree, locate, save_tree, tensor_specs
 from dppa_jax.checkpoint.names import stacked_shape, tree_of
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Merger, Outcome, output_tensors
-from dppa_jax.sharding import make_mesh
+from dppa_jax.runtime.mesh import make_mesh
 
 
 @dataclass

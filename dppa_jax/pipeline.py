@@ -12,19 +12,19 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, shares
-from dppa_jax.cache import sources_digest
 from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
 from dppa_jax.config import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.journal import Journal
 from dppa_jax.kernels import Kernels
-from dppa_jax.progress import stage
 from dppa_jax.prune import Pruner, allocate
+from dppa_jax.runtime.files import sources_digest
+from dppa_jax.runtime.journal import Journal
+from dppa_jax.runtime.progress import stage
 from dppa_jax.survey import NonfiniteError, survey
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "sharding.py")
+CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "runtime/mesh.py")
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 

@@ -12,9 +12,9 @@ from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
-from dppa_jax.distributed import joined
 from dppa_jax.kernels import Kernels, host_sums
-from dppa_jax.sharding import PerLayer, put_rows
+from dppa_jax.runtime.mesh import PerLayer, put_rows
+from dppa_jax.runtime.processes import joined
 
 DECIDED = ("thresholds", "densities")
 

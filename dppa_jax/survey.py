@@ -12,11 +12,11 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
 from dppa_jax.delta.threshold import BOUNDS
-from dppa_jax.distributed import joined
-from dppa_jax.journal import Journal
 from dppa_jax.kernels import Kernels, host_sums
-from dppa_jax.progress import Stage
-from dppa_jax.sharding import put_rows
+from dppa_jax.runtime.journal import Journal
+from dppa_jax.runtime.mesh import put_rows
+from dppa_jax.runtime.processes import joined
+from dppa_jax.runtime.progress import Stage
 
 SURVEYS = 2  # experts at a time: one's host work beside another's reading
 

@@ -26,7 +26,7 @@ from dppa_jax.comparison import (
     percent,
     together,
 )
-from dppa_jax.progress import Stage, console, stage
+from dppa_jax.runtime.progress import Stage, console, stage
 
 READERS = 2
 

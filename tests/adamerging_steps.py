@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 from support import make_family
 
-from dppa_jax import distributed
 from dppa_jax.config import MergeConfig
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.search.adamerging import Step, fixed_coefficients, groups_of
 from dppa_jax.search.entropy import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
-from dppa_jax.sharding import make_mesh
 
 EXPERTS = ("math", "law")
 MERGE = MergeConfig(EXPERTS, method="dare", rate=0.7, seed=5)
@@ -33,7 +33,7 @@ def steps(mesh: str) -> dict[str, np.ndarray]:
     return {
         "entropies": entropies,
         "gradient": gradient,
-        "bytes read": np.array(distributed.exchange("bytes read", mixture.bytes_read)),
+        "bytes read": np.array(processes.exchange("bytes read", mixture.bytes_read)),
         "share of q_proj": np.array(share(mixture.tree["layers"]["self_attn"]["q_proj"].base)),
     }
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--num_processes", type=int)
     parser.add_argument("--process_id", type=int)
     given = parser.parse_args()
-    distributed.start(given.coordinator, given.num_processes, given.process_id)
+    processes.start(given.coordinator, given.num_processes, given.process_id)
     np.savez(given.result.with_name(f"{given.result.name}-{given.process_id}.npz"), **steps(""))
 
 

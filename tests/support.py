@@ -11,7 +11,7 @@ from dppa_jax.blocks import Source
 from dppa_jax.checkpoint import tensor_specs
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Outcome, merge_checkpoints
-from dppa_jax.sharding import make_mesh
+from dppa_jax.runtime.mesh import make_mesh
 
 ONE_DEVICE = "layer=1,row=1"
 AWKWARD = {

@@ -8,7 +8,7 @@ import pytest
 
 COLLECTING = """
 import gc, time
-from dppa_jax.interrupts import end_on_signals
+from dppa_jax.runtime.signals import end_on_signals
 
 def collecting(phase, info):
     gc.callbacks.clear()

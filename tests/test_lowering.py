@@ -23,9 +23,9 @@ from dppa_jax.kernels import ZERO, Kernels
 from dppa_jax.model import LlamaConfig, abstract_tree, calibrate, forward
 from dppa_jax.model.generate import decode
 from dppa_jax.model.llama import Cache, init_tree
+from dppa_jax.runtime.mesh import PerLayer, make_mesh, over_rows
 from dppa_jax.search import adamerging
 from dppa_jax.search.entropy import Batch, Mixture
-from dppa_jax.sharding import PerLayer, make_mesh, over_rows
 
 PLATFORMS = ("tpu", "cuda")
 MESH = "layer=2,row=4"

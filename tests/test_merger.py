@@ -6,7 +6,7 @@ from support import ONE_DEVICE, MemorySink, assert_same_bits, make_family, merge
 
 from dppa_jax.config import MergeConfig
 from dppa_jax.pipeline import Layout, Merger
-from dppa_jax.sharding import make_mesh
+from dppa_jax.runtime.mesh import make_mesh
 
 EXPERTS = ("math", "law")
 FACTORS = {"math": (1.8, 0.7), "law": (0.0, 2.5)}

@@ -30,7 +30,7 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.jobs import JobConfig, plan_of, run_plan
 from dppa_jax.kernels import Kernels
 from dppa_jax.plan import RUNTIME
-from dppa_jax.sharding import ROWS, make_mesh, over_rows, padded_rows
+from dppa_jax.runtime.mesh import ROWS, make_mesh, over_rows, padded_rows
 from dppa_jax.speed import Speeds
 
 LLAMA_2 = {

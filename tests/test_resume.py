@@ -23,7 +23,7 @@ processes.set_forkserver_preload(["jax", "dppa_jax.jobs", "dppa_jax.launch"])
 def killed_after(events: int, log: Path, environment: dict, flags: list[str]) -> None:
     """The command line, which writes what it does to a log and kills itself after so many of its writes and notes."""
     from dppa_jax.checkpoint import SafetensorsWriter
-    from dppa_jax.journal import Journal
+    from dppa_jax.runtime.journal import Journal
 
     os.environ.update(environment)
     left = [events]
@@ -164,7 +164,7 @@ def test_what_another_merge_left_is_replaced(half, tmp_path):
 
 
 def test_after_a_restart_of_the_machine_only_what_was_flushed_counts(tmp_path, monkeypatch):
-    from dppa_jax import journal
+    from dppa_jax.runtime import journal
 
     flushed = []
     notes = journal.Journal(tmp_path / "notes", flush=lambda: flushed.append("work"))
@@ -182,7 +182,7 @@ def test_after_a_restart_of_the_machine_only_what_was_flushed_counts(tmp_path, m
 
 
 def test_line_that_was_cut_off_is_ignored(tmp_path):
-    from dppa_jax import journal
+    from dppa_jax.runtime import journal
 
     notes = journal.Journal(tmp_path / "notes")
     notes.add("first", 1)

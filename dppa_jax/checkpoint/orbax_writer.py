@@ -13,8 +13,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import type_handlers
 
-from dppa_jax import distributed
 from dppa_jax.checkpoint.safetensors_writer import aside_of, check_space, claim, output_directory, swap, sync
+from dppa_jax.runtime import processes
 
 CHUNK = 8 << 20  # bytes that are read for a row, and a few such to a matrix, so that none is a file access for little
 UNLIMITED_GB = 1_000_000  # any limit keeps Orbax from one transaction, in which it holds all that it writes
@@ -71,7 +71,7 @@ class OrbaxWriter:
         self.aside = aside_of(self.directory)
         check_space({self.directory: nbytes})
         self._lock: int | None = None
-        with distributed.first_alone("checkpoint claimed"):
+        with processes.first_alone("checkpoint claimed"):
             if self._first:
                 self.directory.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = claim(self.aside)
@@ -91,7 +91,7 @@ class OrbaxWriter:
         """Write the arrays, config.json and copies of files beside them, and give the directory its name."""
         unnamed = self.aside / "checkpoint"
         _save(unnamed, tree)
-        with distributed.first_alone("checkpoint named"):
+        with processes.first_alone("checkpoint named"):
             if self._first:
                 for path in copies:
                     shutil.copyfile(path, unnamed / path.name)
@@ -103,7 +103,7 @@ class OrbaxWriter:
 
     @property
     def _first(self) -> bool:
-        return distributed.index() == 0
+        return processes.index() == 0
 
 
 def _save(directory: Path, tree: Mapping) -> None:

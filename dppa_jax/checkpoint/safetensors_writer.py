@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dppa_jax import distributed
 from dppa_jax.checkpoint.direct import DirectFile
 from dppa_jax.checkpoint.names import CheckpointError
 from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, DTYPES, companions
+from dppa_jax.runtime import processes
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 MAX_SHARD_SIZE = 2_000_000_000
@@ -54,7 +54,7 @@ class SafetensorsWriter:
         self.directory = output_directory(directory, overwrite)
         self.aside = aside_of(self.directory)
         self.shards = _plan_shards(tensors, max_shard_size, owners or dict.fromkeys(tensors, 0))
-        self._own = [shard for shard in self.shards if not owners or shard.owner == distributed.index()]
+        self._own = [shard for shard in self.shards if not owners or shard.owner == processes.index()]
         self.nbytes = sum(shard.nbytes for shard in self._own)
         self._where = {name: (shard, offset) for shard in self._own for name, offset in shard.offsets.items()}
         self._tensors, self._overwrite, self._shared = tensors, overwrite, owners is not None
@@ -75,7 +75,7 @@ class SafetensorsWriter:
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        if self._identity and isinstance(error, (KeyboardInterrupt, SystemExit, distributed.ProcessEndedError)):
+        if self._identity and isinstance(error, (KeyboardInterrupt, SystemExit, processes.ProcessEndedError)):
             self._close()
         else:
             self.abort()
@@ -146,15 +146,15 @@ class SafetensorsWriter:
     @property
     def journal(self) -> Path:
         """Where this process can keep notes on what is written; they go when the directory gets its name."""
-        return self.aside / JOURNAL.format(distributed.index())
+        return self.aside / JOURNAL.format(processes.index())
 
     @property
     def _first(self) -> bool:
-        return not self._shared or distributed.index() == 0
+        return not self._shared or processes.index() == 0
 
     def _told(self, what: str, find: Callable[[], bool]) -> bool:
         """What the first process finds; the others wait for it, and it for them."""
-        return distributed.of_first(f"{self.directory.name}: {what}", find) if self._shared else find()
+        return processes.of_first(f"{self.directory.name}: {what}", find) if self._shared else find()
 
     def _prepare(self) -> bool:
         """Empty the directory, unless what is there is of the same identity."""

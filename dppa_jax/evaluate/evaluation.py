@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from dppa_jax import distributed
-from dppa_jax.cache import digest, sources_digest
 from dppa_jax.config import choose
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Item, Split, Task, TaskOptions, by_domain
 from dppa_jax.memory import Model
-from dppa_jax.progress import steps
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.files import digest, sources_digest
+from dppa_jax.runtime.progress import steps
 
 Weights = Path | Model
 EVALUATORS = ("jax", "vllm")
@@ -139,14 +139,14 @@ class Evaluation:
         questions = {task.name: self.questions(task, split, options) for task in tasks}
         logs: dict[str, ResponseLog] = {}
         missing: list[Question] = []
-        if distributed.index() == 0:
+        if processes.index() == 0:
             logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
             missing = [q for task in tasks for q in questions[task.name] if not logs[task.name].has(q)]
         for question in missing:
             if not question.prompt:  # longer than the model may read
                 logs[question.task.name].add(question, "")
         missing = [question for question in missing if question.prompt]
-        if distributed.of_first("wanted", lambda: bool(missing) and self._in_use != fingerprint):
+        if processes.of_first("wanted", lambda: bool(missing) and self._in_use != fingerprint):
             self._hand_over(fingerprint, weights, cost)
         if missing:
             self._ask(name, missing, logs, cost)
@@ -157,7 +157,7 @@ class Evaluation:
                 for name, asked in questions.items()
             }
 
-        return distributed.of_first("scores", judged)
+        return processes.of_first("scores", judged)
 
     def questions(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> list[Question]:
         """A task's items as a model is asked; read and encoded once."""
@@ -196,7 +196,7 @@ class Evaluation:
         started = time.perf_counter()
         made = weights()
         cost.apply += time.perf_counter() - started
-        if distributed.index():
+        if processes.index():
             return
         started = time.perf_counter()
         self.evaluator.use(made)

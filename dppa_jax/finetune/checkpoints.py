@@ -10,8 +10,8 @@ from pathlib import Path
 import orbax.checkpoint as ocp
 from absl import logging
 
-from dppa_jax import distributed
 from dppa_jax.finetune.train import State, Trainer
+from dppa_jax.runtime import processes
 
 KEPT = 2  # the older one where the newer was being written
 
@@ -24,7 +24,7 @@ class Checkpoints:
 
     def restore(self, trainer: Trainer) -> tuple[State, list[dict]] | None:
         """The newest state, on the trainer's mesh, with what was logged until then; None where there is none."""
-        newest = distributed.of_first("newest state", self._manager.latest_step)
+        newest = processes.of_first("newest state", self._manager.latest_step)
         if newest is None:
             return None
         state = ocp.args.StandardRestore(trainer.abstract()._asdict())
@@ -43,7 +43,7 @@ class Checkpoints:
     def finished(self) -> None:
         """The output is written: nothing is left to go on with."""
         self._manager.close()
-        if distributed.index() == 0:
+        if processes.index() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -68,8 +68,8 @@ def _alone(directory: Path, every: int, resume: bool) -> Iterator[None]:
     """The first process takes the lock for all. It ends with the process, however that ends."""
     lock = None
     try:
-        with distributed.first_alone("checkpoints"):
-            if distributed.index() == 0:
+        with processes.first_alone("checkpoints"):
+            if processes.index() == 0:
                 lock = _prepared(directory, every, resume)
             elif every and not directory.is_dir():
                 raise ValueError(

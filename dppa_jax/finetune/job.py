@@ -17,8 +17,6 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dppa_jax import distributed
-from dppa_jax.cache import digest, sources_digest
 from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
 from dppa_jax.checkpoint.names import with_dtype
 from dppa_jax.checkpoint.recipe import library_versions
@@ -28,11 +26,13 @@ from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.finetune.checkpoints import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, AdamW, State, TrainConfig, Trainer
-from dppa_jax.interrupts import held
 from dppa_jax.jobs import check_apart
 from dppa_jax.model import LlamaConfig
-from dppa_jax.progress import steps
-from dppa_jax.sharding import make_mesh
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.files import digest, sources_digest
+from dppa_jax.runtime.mesh import make_mesh
+from dppa_jax.runtime.progress import steps
+from dppa_jax.runtime.signals import held
 from dppa_jax.stored import stored_tree
 
 STATE_BYTES = 12  # of a parameter: weight and two moments in float32
@@ -127,7 +127,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     started = time.perf_counter()
     output_directory(job.output, job.overwrite)
     mesh = make_mesh(job.mesh, TRAIN_AXES, jax.devices())
-    with distributed.first_alone("base"):
+    with processes.first_alone("base"):
         source = locate(job.base, job.seed)
     check_apart({"--output": job.output}, {"base": source})
     examples, checked = (_read(files) for files in (job.data, job.eval_data))
@@ -145,7 +145,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
         len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
     )  # fmt: skip
-    key = distributed.of_first("fingerprint", lambda: fingerprint(job, options, model, rows, eval_rows))
+    key = processes.of_first("fingerprint", lambda: fingerprint(job, options, model, rows, eval_rows))
     with checkpoints(Path(job.workdir) / f"finetune-{key[:12]}", job.checkpoint_every, job.resume) as kept:
         state, log = kept.restore(trainer) or (trainer.start(tree), [])
         model.close()
@@ -195,7 +195,7 @@ def _trained(
                     kept.save(state, log)
                 advance()
     except (KeyboardInterrupt, SystemExit):
-        alone = distributed.count() == 1
+        alone = processes.count() == 1
         if alone and job.checkpoint_every and not _given_away(state) and 0 < state.steps < options.steps:
             kept.save(state, log)
             logging.info("kept the state after step %d; the same command goes on from there", state.steps)
@@ -212,7 +212,7 @@ def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint
     of_all = jax.jit(lambda array: array, out_shardings=whole)
     with ExitStack() as opened:
         writer = None
-        if distributed.index() == 0:
+        if processes.index() == 0:
             writer = opened.enter_context(SafetensorsWriter(job.output, tensors, job.max_shard_size, job.overwrite))
         for name, spec in specs.items():
             found = of_all(at(tree, spec)) if spec.layer is None else of_layer(at(tree, spec), spec.layer)
@@ -221,7 +221,7 @@ def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint
         if writer:
             dtype = at(dtypes, specs["model.layers.0.self_attn.q_proj.weight"])
             writer.commit(with_dtype(base.config, dtype.name), base.directory, texts)
-    distributed.barrier("expert")
+    processes.barrier("expert")
 
 
 def _given_away(state: State) -> bool:
@@ -261,7 +261,7 @@ class Pace:
         evaluated = f", eval loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else ""
         minutes = (self.steps - entry["step"]) * entry["seconds_per_step"] / 60
         values = entry["step"], self.steps, entry["loss"], evaluated, entry["tokens_per_second"], minutes
-        if distributed.index() == 0:
+        if processes.index() == 0:
             logging.info("step %d of %d: loss %.4f%s, %.0f tokens/s, %.1f minutes left", *values)
         self._restart()
 

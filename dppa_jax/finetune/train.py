@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dppa_jax.config import choose
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
-from dppa_jax.sharding import WIDE_VECTORS, put
+from dppa_jax.runtime.mesh import WIDE_VECTORS, put
 
 STEPS_PER_REPORT = 10  # waiting for a loss empties the device's queue, so not every step
 TRAIN_AXES = ("data", "fsdp")

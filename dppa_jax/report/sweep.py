@@ -27,11 +27,11 @@ from dppa_jax.experiments import (
     search_notes,
 )
 from dppa_jax.jobs import JobConfig, check_outputs
-from dppa_jax.progress import steps
 from dppa_jax.report import figures, published
 from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.tables import ResultTable
+from dppa_jax.runtime.progress import steps
 from dppa_jax.search.adamerging import AdaMerged
 from dppa_jax.search.coefficients import ADAMERGING, AdaMergingConfig
 from dppa_jax.search.dpa import Factors

@@ -31,8 +31,6 @@ from absl import logging
 from jax import lax
 from jaxtyping import Array, Float
 
-from dppa_jax import distributed
-from dppa_jax.cache import digest, sources_digest, write_whole
 from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint.names import TensorSpec, check_patterns, first_match
 from dppa_jax.config import Coefficient, MergeConfig
@@ -41,7 +39,9 @@ from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs import activation_norms
 from dppa_jax.kernels import ZERO
 from dppa_jax.model.generate import check_prompts
-from dppa_jax.progress import steps as progress_of
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.files import digest, sources_digest, write_whole
+from dppa_jax.runtime.progress import steps as progress_of
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.entropy import Batch, Mixture, check_combine, row_entropies
 from dppa_jax.search.prompts import Prompt, draw, prompts_of
@@ -146,7 +146,7 @@ def adamerge(
     groups, of_tensor = groups_of(given.granularity, specs)
     shape = (len(groups), len(merge.experts))
     kept = lambda: _read(file if candidates.job.resume else None, fingerprint, shape, given.start)  # noqa: E731
-    state, finished = distributed.of_first("coefficients", kept)
+    state, finished = processes.of_first("coefficients", kept)
     if not finished:
         prompts = _prompts(candidates, asked, budgets, merge, given, workdir, fingerprint)
         experts = {name: candidates.experts[name] for name in merge.experts}
@@ -155,7 +155,7 @@ def adamerge(
         step = Step(mixture, of_tensor, fixed_coefficients(merge, specs), given.learning_rate)
 
         def save(done: bool) -> None:
-            if distributed.index() == 0:
+            if processes.index() == 0:
                 _write(file, fingerprint, state, groups, of_tensor, merge, mixture.names, done)
 
         try:
@@ -364,7 +364,7 @@ def _prompts(
         return {domain: prompts_of(prompts, given.positions) for domain, prompts in asked.items()}
     file = workdir / "continuations.json"
     read = lambda: json.loads(file.read_text()) if candidates.job.resume and file.is_file() else {}  # noqa: E731
-    kept = distributed.of_first("continuations", read)
+    kept = processes.of_first("continuations", read)
     if kept.get("fingerprint") != fingerprint:
         weights = candidates.made(candidates.merger(merge), candidates.fingerprint(merge))
 
@@ -377,7 +377,7 @@ def _prompts(
             write_whole(file, json.dumps(found) + "\n")
             return found
 
-        kept = distributed.of_first("answers", generate)
+        kept = processes.of_first("answers", generate)
     return {domain: prompts_of(asked[domain], "generated", kept["answers"][domain]) for domain in asked}
 
 

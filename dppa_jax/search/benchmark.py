@@ -18,7 +18,7 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import make_evaluator
 from dppa_jax.experiments import check_search, domains_of, opened
 from dppa_jax.jobs import JobConfig, run_merge
-from dppa_jax.progress import console
+from dppa_jax.runtime.progress import console
 
 CANDIDATES = 5
 RESTARTS = 2

@@ -25,7 +25,6 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dppa_jax import distributed
 from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, shares
 from dppa_jax.checkpoint.names import TensorSpec, check_patterns, tree_of
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
@@ -37,7 +36,8 @@ from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import decoder_layer, rms_norm, rotary, unembed, visibility
 from dppa_jax.pipeline import check_compatible, kernels_of, merge_rates, output_tensors, surveyed
 from dppa_jax.prune import Pruner
-from dppa_jax.sharding import AXES, REPLICATED, PerLayer, across_processes, put
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.mesh import AXES, REPLICATED, PerLayer, across_processes, put
 from dppa_jax.stored import StoredArray
 
 CHUNK_ROWS = 4096  # of the vocabulary: with the logits of 6,000 positions 100 MB
@@ -145,7 +145,7 @@ class Mixture:
 
         Those of random scores need no weights, and are not among them.
         """
-        config, pruner, own = self._pruner.config, self._pruner, shares(specs, distributed.count())[distributed.index()]
+        config, pruner, own = self._pruner.config, self._pruner, shares(specs, processes.count())[processes.index()]
         own = {name: spec for name, spec in own.items() if spec.layer is not None}
         base, *experts = self._sources
         stream = Stream(base, experts, make_blocks(own, 1), mesh, resident=True)
@@ -158,7 +158,7 @@ class Mixture:
                     side, bounds, _ = pruner.tables(x, e)
                     found[block.layers[0], x.part.linear, e] = _on_host(side, x.part.rows), bounds[0]
         self.bytes_read += stream.bytes_read
-        return {key: one for part in distributed.exchange("thresholds", found) for key, one in part.items()}
+        return {key: one for part in processes.exchange("thresholds", found) for key, one in part.items()}
 
     def _tensor(self, group: Sequence[TensorSpec]) -> Tensor:
         """Of all layers, or of one tensor outside them."""

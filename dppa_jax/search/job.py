@@ -8,15 +8,15 @@ from pathlib import Path
 from absl import logging
 from rich.table import Table
 
-from dppa_jax import distributed
-from dppa_jax.cache import write_whole
 from dppa_jax.candidates import Candidates
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task, TaskOptions
-from dppa_jax.progress import console, steps
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.progress import console, steps
 from dppa_jax.search.dpa import Factors, SearchResult, Visit, search
 from dppa_jax.search.factors import FactorSearch
 
@@ -98,7 +98,7 @@ def search_expert(
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
-        if distributed.index() == 0:
+        if processes.index() == 0:
             write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
 
     def report(visit: Visit) -> None:

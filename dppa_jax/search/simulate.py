@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
-from dppa_jax.progress import console
+from dppa_jax.runtime.progress import console
 from dppa_jax.search.dpa import Factors, SearchConfig, search
 
 KINDS = ("concave", "plateaued", "noisy")

@@ -23,7 +23,7 @@ from dppa_jax.config import MergeConfig
 from dppa_jax.delta.combine import ties
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.pipeline import Layout, merge_checkpoints
-from dppa_jax.sharding import make_mesh
+from dppa_jax.runtime.mesh import make_mesh
 
 pytestmark = pytest.mark.gpu
 

@@ -22,6 +22,7 @@ from dppa_jax.evaluate.tasks import Task, TaskOptions
 from dppa_jax.jobs import JobConfig, run_merge
 from dppa_jax.model import LlamaConfig, forward, generate
 from dppa_jax.report import figures
+from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.search.adamerging import (
     AdaMerged,
     Step,
@@ -33,7 +34,6 @@ from dppa_jax.search.adamerging import (
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.entropy import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
-from dppa_jax.sharding import make_mesh
 
 EXPERTS = ("math", "law")
 FACTORS = {"math": (1.8, 0.7), "law": (0.4, 2.5)}

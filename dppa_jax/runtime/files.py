@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent
 
 
 def cache_directory() -> Path:

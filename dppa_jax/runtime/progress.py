@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from dppa_jax import distributed, interrupts
+from dppa_jax.runtime import processes, signals
 
 
 def console() -> Console:
@@ -27,7 +27,7 @@ def console() -> Console:
 
     Of several processes the first one prints.
     """
-    if distributed.index():
+    if processes.index():
         return Console(quiet=True)
     return Console() if sys.stdout.isatty() else Console(width=150)
 
@@ -54,7 +54,7 @@ class Stage:
 
     def advance(self, done: int) -> None:
         """Report the bytes that the stream has read so far; ends the run where a signal asked for it."""
-        interrupts.check()
+        signals.check()
         if self._bar:
             self._bar.update(self._task, completed=min(done - (self._offset or 0), self.total))
 
@@ -97,7 +97,7 @@ def steps(name: str, total: int | None, unit: str = "models"):
 
         def advance(done: int = 1) -> None:
             nonlocal taken, told
-            interrupts.check()
+            signals.check()
             taken += done
             _shown[-1].advance(task, done)
             if time.perf_counter() > told + TELL_SECONDS and not sys.stderr.isatty():

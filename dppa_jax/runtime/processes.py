@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dppa_jax import interrupts
+from dppa_jax.runtime import signals
 
 HEARTBEAT_SECONDS = 20  # a process that is silent for so long is taken for dead, and JAX ends the others
 LOOK_SECONDS = 2  # between looks at whether another process has failed
@@ -60,7 +60,7 @@ def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> Non
             f"--coordinator={coordinator}: the processes did not find each other: {str(error).splitlines()[0]} Start "
             f"all of them, each with --coordinator=HOST:PORT of the first, --num_processes and its own --process_id."
         ) from error
-    interrupts.end_on_signals()  # JAX has taken SIGTERM for itself, and only notes it
+    signals.end_on_signals()  # JAX has taken SIGTERM for itself, and only notes it
     logging.info("process %d of %d, %d devices here", index(), count(), jax.local_device_count())
     threading.Thread(target=_watch, name="watch processes", daemon=True).start()
 
@@ -167,7 +167,7 @@ def _wait(client, key: str) -> bytes:
             if "DEADLINE_EXCEEDED" not in str(error):
                 first = str(error).splitlines()[0]
                 raise ProcessEndedError(f"the coordinator, process 0, has gone: {first}") from error
-        interrupts.check()
+        signals.check()
         if failure := _failure(client):
             raise failure
 
@@ -185,6 +185,6 @@ def _watch() -> None:
     pause = threading.Event()
     while (client := _client()) is not None:
         if failure := _failure(client):
-            interrupts.stop(failure)
+            signals.stop(failure)
             return
         pause.wait(LOOK_SECONDS)

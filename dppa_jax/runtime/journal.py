@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from dppa_jax.cache import write_whole
+from dppa_jax.runtime.files import write_whole
 
 MARK_SECONDS = 30  # between flushes, some hundredths of a second each
 
