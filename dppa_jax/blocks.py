@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dppa_jax.checkpoint.names import TensorSpec, by_path
+from dppa_jax.architecture.specs import TensorSpec, by_path
 from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, common_dtype
 from dppa_jax.runtime.mesh import padded_rows, put_rows
 from dppa_jax.runtime.processes import share

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 
+from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.blocks import owners
 from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
-from dppa_jax.checkpoint.names import with_dtype
 from dppa_jax.config import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dppa_jax.checkpoint.names import nearest, tensor_specs
+from dppa_jax.architecture.rules import nearest
+from dppa_jax.architecture.specs import tensor_specs
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS

@@ -15,9 +15,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
 from dppa_jax.blocks import aligned, owners
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
-from dppa_jax.checkpoint.names import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint.orbax_dir import PREFIX
 from dppa_jax.checkpoint.safetensors_dir import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes

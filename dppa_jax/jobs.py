@@ -13,6 +13,7 @@ import psutil
 from absl import logging
 from rich.table import Table
 
+from dppa_jax.architecture.specs import CheckpointError, tensor_specs, with_dtype
 from dppa_jax.blocks import owners
 from dppa_jax.checkpoint import (
     DTYPES,
@@ -23,7 +24,6 @@ from dppa_jax.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from dppa_jax.checkpoint.names import CheckpointError, tensor_specs, with_dtype
 from dppa_jax.checkpoint.recipe import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes

@@ -11,8 +11,9 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
+from dppa_jax.architecture.rules import check_patterns
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec
 from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, shares
-from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, check_patterns
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
 from dppa_jax.config import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from dppa_jax.architecture.rules import first_match
+from dppa_jax.architecture.specs import LINEARS, linear_name
 from dppa_jax.blocks import Loaded, Part
-from dppa_jax.checkpoint.names import LINEARS, first_match, linear_name
 from dppa_jax.config import MergeConfig, check_tensors
 from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics

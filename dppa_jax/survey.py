@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import ml_dtypes
 import numpy as np
 
+from dppa_jax.architecture.specs import LINEARS, CheckpointError
 from dppa_jax.blocks import Block, Loaded, Stream
-from dppa_jax.checkpoint.names import LINEARS, CheckpointError
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above

@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint.names import (
+from dppa_jax.architecture.specs import (
     LINEARS,
     CheckpointError,
     TensorSpec,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dppa_jax.checkpoint.names import CheckpointError, TensorSpec, by_path, stacked_shape, tensor_specs
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec, by_path, stacked_shape, tensor_specs
 from dppa_jax.checkpoint.safetensors_dir import DTYPES, content_digest, fingerprint, read_config, read_json
 
 PREFIX = "orbax:"

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from dppa_jax.checkpoint.names import LINEARS
+from dppa_jax.architecture.specs import LINEARS
 
 LIBRARIES = ("dppa_jax", "jax", "jaxlib", "numpy", "flax", "transformers", "safetensors")
 

@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint.names import DEQUANTISE, IGNORED, CheckpointError, TensorSpec, check_config, tensor_specs
+from dppa_jax.architecture.specs import DEQUANTISE, IGNORED, CheckpointError, TensorSpec, check_config, tensor_specs
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64  # what a device takes without a copy

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct import DirectFile
-from dppa_jax.checkpoint.names import CheckpointError
 from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, DTYPES, companions
 from dppa_jax.runtime import processes
 

@@ -17,8 +17,8 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
-from dppa_jax.checkpoint.names import with_dtype
 from dppa_jax.checkpoint.recipe import library_versions
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, check_space, output_directory
 from dppa_jax.config import choose

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dppa_jax.architecture.specs import tree_of
 from dppa_jax.checkpoint import LINEARS, Checkpoint
-from dppa_jax.checkpoint.names import tree_of
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
 

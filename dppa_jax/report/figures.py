@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dppa_jax.checkpoint.names import LINEARS
+from dppa_jax.architecture.specs import LINEARS
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Score, Scores

@@ -25,8 +25,9 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dppa_jax.architecture.rules import check_patterns
+from dppa_jax.architecture.specs import TensorSpec, tree_of
 from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, shares
-from dppa_jax.checkpoint.names import TensorSpec, check_patterns, tree_of
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
 from dppa_jax.config import MergeConfig
 from dppa_jax.delta.combine import scaled
