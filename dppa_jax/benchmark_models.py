@@ -11,7 +11,7 @@ from absl import logging
 
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter, TensorSpec, tensor_specs
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, total_bytes
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "0.3b": (1024, 2816, 22, 16, 4),

@@ -11,7 +11,7 @@ import jax
 from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.blocks import owners
 from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task

@@ -21,7 +21,7 @@ from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsW
 from dppa_jax.checkpoint.orbax_dir import PREFIX
 from dppa_jax.checkpoint.safetensors_dir import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 from dppa_jax.jobs import check_apart, common_identity, input_identity, journal_of
 from dppa_jax.plan import peak_resident
 from dppa_jax.runtime import processes

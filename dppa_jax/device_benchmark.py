@@ -24,7 +24,7 @@ from rich.table import Table
 from dppa_jax.benchmark_models import EXPERTS, SHAPES, model_config, parameters
 from dppa_jax.blocks import Block, Loaded, Part, Stream, make_blocks
 from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
-from dppa_jax.config import MergeConfig, choose
+from dppa_jax.config.merge import MergeConfig, choose
 from dppa_jax.kernels import Kernels
 from dppa_jax.pipeline import SEARCHES, check_finite, merge_part, pass_bytes
 from dppa_jax.prune import Pruner

@@ -12,7 +12,7 @@ from rich.table import Table
 from dppa_jax import jobs
 from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint import locate, open_checkpoint
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Evaluation, EvaluationConfig, open_evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task

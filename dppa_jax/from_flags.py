@@ -15,7 +15,7 @@ UNSET = -1.0
 
 def job_config():
     """Those of jobs that merge, or look at what would be merged."""
-    from dppa_jax.config import MergeConfig, choose, per_expert
+    from dppa_jax.config.merge import MergeConfig, choose, per_expert
     from dppa_jax.jobs import JobConfig
 
     experts = read_experts(FLAGS.expert)
@@ -178,7 +178,7 @@ def _granularity() -> str:
 
 
 def _coefficients(names: tuple[str, ...]) -> dict:
-    from dppa_jax.config import per_expert, read_coefficients
+    from dppa_jax.config.merge import per_expert, read_coefficients
     from dppa_jax.search.coefficients import ADAMERGING
 
     if _granularity():
@@ -191,7 +191,7 @@ def _coefficients(names: tuple[str, ...]) -> dict:
 
 def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     """Those that are given: of all experts or, beside a search, of some."""
-    from dppa_jax.config import per_expert
+    from dppa_jax.config.merge import per_expert
 
     last = max((i for i, text in enumerate(FLAGS.factors) if text == "search"), default=-1)
     given = [text for text in FLAGS.factors[last + 1 :] if "=" in text or not searches()]
@@ -207,7 +207,7 @@ def sweep():
     for name in ("score", "allocate", "scale", "combine", "partitions"):
         if FLAGS[name].value:
             raise ValueError(f"--{name}: --job=report compares --methods as they are; leave it out.")
-    from dppa_jax.config import per_expert
+    from dppa_jax.config.merge import per_expert
 
     return Sweep(
         q=per_expert("--q", FLAGS.q, tuple(read_experts(FLAGS.expert)), float),

@@ -27,7 +27,7 @@ from dppa_jax.checkpoint import (
 from dppa_jax.checkpoint.recipe import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors_dir import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
 from dppa_jax.plan import Plan, device_memory, make_plan, peak_resident

@@ -15,7 +15,7 @@ from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec
 from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, shares
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
-from dppa_jax.config import Coefficient, MergeConfig
+from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.kernels import Kernels
 from dppa_jax.prune import Pruner, allocate

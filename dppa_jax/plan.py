@@ -13,7 +13,7 @@ import psutil
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.blocks import Block, Part, make_blocks, shares
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.statistics import WAYS
 from dppa_jax.pipeline import SEARCHES, WRITES_BEHIND

@@ -8,7 +8,7 @@ import numpy as np
 from dppa_jax.architecture.rules import first_match
 from dppa_jax.architecture.specs import LINEARS, linear_name
 from dppa_jax.blocks import Loaded, Part
-from dppa_jax.config import MergeConfig, check_tensors
+from dppa_jax.config.merge import MergeConfig, check_tensors
 from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys

@@ -17,7 +17,7 @@ from dppa_jax.architecture.specs import LINEARS, tensor_specs
 from dppa_jax.blocks import READERS, Source
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.direct import DirectFile
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.pipeline import Layout, merge_checkpoints
 
 READ = 512 << 20  # bytes

@@ -8,7 +8,7 @@ import numpy as np
 
 from dppa_jax.architecture.specs import LINEARS, CheckpointError
 from dppa_jax.blocks import Block, Loaded, Stream
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
 from dppa_jax.delta.threshold import BOUNDS

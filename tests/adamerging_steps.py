@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from support import make_family
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.search.adamerging import Step, fixed_coefficients, groups_of

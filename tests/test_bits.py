@@ -7,7 +7,7 @@ import pytest
 from support import AWKWARD, ONE_DEVICE, MemorySource, Merge, assert_same_bits, make_family, merge_to_arrays
 
 from dppa_jax.checkpoint import LINEARS
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES

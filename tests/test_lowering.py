@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import AWKWARD, make_family
 
 from dppa_jax import kernels
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.delta.score import SCORES

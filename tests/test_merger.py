@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support import ONE_DEVICE, MemorySink, assert_same_bits, make_family, merge_to_arrays
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.pipeline import Layout, Merger
 from dppa_jax.runtime.mesh import make_mesh
 

@@ -18,7 +18,7 @@ from support import (
     same_bits,
 )
 
-from dppa_jax.config import MergeConfig, default_partitions
+from dppa_jax.config.merge import MergeConfig, default_partitions
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.pipeline import Layout
 

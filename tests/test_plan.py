@@ -26,7 +26,7 @@ from jax.sharding import NamedSharding
 from dppa_jax import jobs, kernels, speed
 from dppa_jax.blocks import Part, make_blocks
 from dppa_jax.checkpoint import SafetensorsDirectory, tensor_specs
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.jobs import JobConfig, plan_of, run_plan
 from dppa_jax.kernels import Kernels
 from dppa_jax.plan import RUNTIME

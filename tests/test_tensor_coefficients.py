@@ -5,7 +5,7 @@ import json
 import pytest
 from support import assert_same_bits, make_family, merge_to_arrays
 
-from dppa_jax.config import MergeConfig, read_coefficients
+from dppa_jax.config.merge import MergeConfig, read_coefficients
 
 EXPERTS = ("math", "law")
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Item, Split, Task, TaskOptions, by_domain
 from dppa_jax.memory import Model

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 from dppa_jax.demo import text
 from dppa_jax.demo.text import Split
 from dppa_jax.evaluate import answers

@@ -21,7 +21,7 @@ from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
 from dppa_jax.checkpoint.recipe import library_versions
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, check_space, output_directory
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.finetune.checkpoints import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples

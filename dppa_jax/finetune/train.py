@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put

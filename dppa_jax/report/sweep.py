@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dppa_jax.candidates import Candidates
-from dppa_jax.config import Coefficient, MergeConfig, choose, default_partitions
+from dppa_jax.config.merge import Coefficient, MergeConfig, choose, default_partitions
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores

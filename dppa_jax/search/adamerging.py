@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from dppa_jax.architecture.rules import check_patterns, first_match
 from dppa_jax.architecture.specs import TensorSpec
 from dppa_jax.candidates import Candidates
-from dppa_jax.config import Coefficient, MergeConfig
+from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs import activation_norms

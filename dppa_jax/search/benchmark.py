@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import make_evaluator
 from dppa_jax.experiments import check_search, domains_of, opened
 from dppa_jax.jobs import JobConfig, run_merge

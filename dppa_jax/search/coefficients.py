@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 from dppa_jax.demo.text import Split
 
 ADAMERGING = {"adamerging": "task", "adamerging_layerwise": "layer", "adamerging_linearwise": "linear"}  # --coefficient

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dppa_jax.config import choose
+from dppa_jax.config.merge import choose
 
 Factors = tuple[float, ...]
 

@@ -29,7 +29,7 @@ from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import TensorSpec, tree_of
 from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, shares
 from dppa_jax.checkpoint.safetensors_dir import common_dtype
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import scaled
 from dppa_jax.delta.score import SCORES, row_keys
 from dppa_jax.kernels import Kernels

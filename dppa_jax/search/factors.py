@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dppa_jax.config import MergeConfig, choose
+from dppa_jax.config.merge import MergeConfig, choose
 from dppa_jax.demo.text import Split
 from dppa_jax.search.dpa import Factors, SearchConfig, search_defaults
 

@@ -9,7 +9,7 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.candidates import Candidates
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Scores

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import linear_names, make_family, merge_to_arrays
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 
 SIZES = (64.0, 32.0, 32.0, 64.0, 176.0, 176.0, 176.0)

@@ -6,7 +6,7 @@ from families import DTYPES
 from support import MemorySource, linear_names, merge_to_arrays
 
 from dppa_jax.checkpoint import tensor_specs
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import random, row_keys
 
 SIGMAS = 5

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as arrays
 from support import AWKWARD, linear_names, make_family, merge_to_arrays
 
 from dppa_jax.checkpoint import LINEARS
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import delta, magnitude
 from dppa_jax.delta.threshold import index
 

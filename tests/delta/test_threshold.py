@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import from_linears, merge_to_arrays
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import bound_above, random_bound
 from dppa_jax.delta.threshold import BOUNDS, index, order_statistics
 

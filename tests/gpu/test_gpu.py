@@ -19,7 +19,7 @@ from support import AWKWARD, MemorySink, MemorySource, assert_same_bits, make_fa
 
 from dppa_jax.blocks import Source
 from dppa_jax.checkpoint import LINEARS
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import ties
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.pipeline import Layout, merge_checkpoints

@@ -11,7 +11,7 @@ from support import ONE_DEVICE, merge_to_arrays
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.search.adamerging import Step, fixed_coefficients, groups_of
 from dppa_jax.search.entropy import Mixture

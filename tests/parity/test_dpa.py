@@ -13,7 +13,7 @@ from golden import DTYPES, load_json, load_masks, sha256
 from safetensors.numpy import load_file
 from support import assert_same_bits, linear_names, merge_to_arrays, same_bits
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 
 PARTITIONS = (0.9, 0.8)
 FACTORS = ((1.8, 0.0), (2.1, 1.3))  # "nine" and "eight"

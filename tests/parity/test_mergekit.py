@@ -10,7 +10,7 @@ from golden import EXPERTS
 from safetensors.numpy import load_file
 from support import assert_same_bits, linear_names, merge_to_arrays
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 
 
 @pytest.fixture(scope="module")

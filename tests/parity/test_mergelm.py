@@ -10,7 +10,7 @@ from golden import EXPERTS
 from safetensors.numpy import load_file
 from support import MemorySource, assert_same_bits, linear_names, merge_to_arrays, same_bits
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta import combine
 
 MASKED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.mlp.down_proj.weight")

@@ -5,7 +5,7 @@ from golden import DTYPES, EMBEDDINGS
 from safetensors.numpy import load_file
 from support import assert_same_bits, merge_to_arrays
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.pipeline import check_compatible
 
 OFFSETS = ("bf16/expert0", "fp32/expert0")

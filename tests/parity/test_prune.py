@@ -12,7 +12,7 @@ from golden import DTYPES, load_json, load_masks, sha256
 from safetensors.numpy import load_file
 from support import Merge, linear_names, merge_to_arrays, same_bits
 
-from dppa_jax.config import MergeConfig
+from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import index
 

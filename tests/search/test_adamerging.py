@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint import LINEARS, load_tree
-from dppa_jax.config import MergeConfig, read_coefficients
+from dppa_jax.config.merge import MergeConfig, read_coefficients
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.sources import Item

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.architecture.specs import tensor_specs
+from dppa_jax.config.option import choose
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS
@@ -19,14 +20,6 @@ RATE = 0.9
 DELTA_DTYPES = ("float32", "bfloat16", "float16")
 
 Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
-
-
-def choose(flag: str, given: str, allowed: Iterable[str]) -> str:
-    """`given` when it is allowed, else an error with the nearest spelling."""
-    allowed = list(allowed)
-    if given not in allowed:
-        raise ValueError(f"{flag}={given}: not one of {', '.join(allowed)}.{nearest(given, allowed)}")
-    return given
 
 
 @dataclass(frozen=True)
@@ -213,19 +206,6 @@ def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coe
     if missing := [name for name in experts if name not in found]:
         raise ValueError(f"--coefficient={file}: no coefficient of the expert {missing[0]!r}.")
     return {name: _coefficient(name, found[name]) for name in experts}
-
-
-def per_expert(flag: str, given: Sequence[str], experts: Sequence[str], parse) -> dict:
-    """`VALUE` for all experts or `NAME=VALUE` for one, repeated: a dict by expert name."""
-    values = {}
-    for text in given:
-        name, equals, value = text.rpartition("=")
-        for expert in [choose(f"{flag} expert", name, experts)] if equals else experts:
-            try:
-                values[expert] = parse(value)
-            except ValueError:
-                raise ValueError(f"{flag}={text}: {value!r} is not a number.") from None
-    return values
 
 
 def _coefficient(expert: str, given: object) -> Coefficient:
