@@ -7,30 +7,19 @@ all the block's layers, their norms, a chunk. One thread reads the next block wh
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import TensorSpec, by_path
-from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, common_dtype
+from dppa_jax.checkpoint.protocol import Source
+from dppa_jax.checkpoint.safetensors import ALIGNMENT, common_dtype
 from dppa_jax.runtime.mesh import padded_rows, put_rows
 from dppa_jax.runtime.processes import share
 
 CHUNK = 1 << 24  # elements of embeddings at a time, in a process that has no layers
 READERS = 2  # of a block at a time; one thread copies from the page cache at half the speed of two
-
-
-@runtime_checkable
-class Source(Protocol):
-    """What a checkpoint must offer to be merged."""
-
-    config: dict
-    specs: Mapping[str, TensorSpec]
-    tensors: Mapping  # of name to an object with .dtype and .shape
-
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)

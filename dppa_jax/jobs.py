@@ -24,16 +24,17 @@ from dppa_jax.checkpoint import (
     open_checkpoint,
     read_config,
 )
-from dppa_jax.checkpoint.recipe import library_versions, licence, model_card, recipe
-from dppa_jax.checkpoint.safetensors_dir import companions
+from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
+from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
-from dppa_jax.plan import Plan, device_memory, make_plan, peak_resident
+from dppa_jax.plan import Plan, make_plan
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.journal import Journal
+from dppa_jax.runtime.memory import device_memory, peak_resident
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.search.coefficients import AdaMergingConfig

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec
-from dppa_jax.blocks import Block, Loaded, Part, Source, Stream, make_blocks, shares
-from dppa_jax.checkpoint.safetensors_dir import common_dtype
+from dppa_jax.blocks import Block, Loaded, Part, Stream, make_blocks, shares
+from dppa_jax.checkpoint.protocol import Sink, Source
+from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.kernels import Kernels
@@ -30,13 +31,6 @@ ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 
 shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing
-
-
-@runtime_checkable
-class Sink(Protocol):
-    """Where rows of finished tensors go, in any order."""
-
-    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,8 @@
 """What a merge will cost, from config.json files alone: memory, bytes, passes, block size; with speeds, the time."""
 
 import math
-import re
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-import jax
-import psutil
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.blocks import Block, Part, make_blocks, shares
@@ -260,29 +253,6 @@ def _elements(specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
     """Of all tensors, and of those of layers."""
     sizes = [(spec.layer is not None, math.prod(spec.shape)) for spec in specs.values()]
     return sum(size for _, size in sizes), sum(size for in_layer, size in sizes if in_layer)
-
-
-def device_memory(given: int = 0) -> tuple[int, str]:
-    """Bytes of one local device, and the platform; a CPU's devices share half of what is free."""
-    device = jax.local_devices()[0]
-    if given:
-        return given, device.platform
-    if device.platform == "cpu":
-        return psutil.virtual_memory().available // 2 // jax.local_device_count(), "cpu"
-    stats = device.memory_stats() or {}
-    return stats.get("bytes_limit", 16 * 10**9), device.platform
-
-
-def peak_resident() -> int:
-    """Most bytes of memory that this process has held since it began.
-
-    Linux's getrusage counts what the process that started it held as well.
-    """
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def dtype_name(config: Mapping) -> str:

@@ -14,9 +14,10 @@ import psutil
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import LINEARS, tensor_specs
-from dppa_jax.blocks import READERS, Source
+from dppa_jax.blocks import READERS
 from dppa_jax.checkpoint import SafetensorsDirectory
-from dppa_jax.checkpoint.direct import DirectFile
+from dppa_jax.checkpoint.direct_file import DirectFile
+from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.pipeline import Layout, merge_checkpoints
 

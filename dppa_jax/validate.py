@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from dppa_jax.checkpoint import Checkpoint, open_checkpoint, tensor_specs
-from dppa_jax.comparison import (
+from dppa_jax.checkpoint.compare import (
     DIFFERENT,
     EQUAL,
     IDENTICAL,

@@ -17,8 +17,8 @@ from dppa_jax.architecture.specs import (
     tree_of,
     with_dtype,
 )
-from dppa_jax.checkpoint.orbax_dir import PREFIX, OrbaxDirectory, is_orbax
-from dppa_jax.checkpoint.safetensors_dir import COPIED, SafetensorsDirectory, read_config
+from dppa_jax.checkpoint.orbax import PREFIX, OrbaxDirectory, is_orbax
+from dppa_jax.checkpoint.safetensors import COPIED, SafetensorsDirectory, read_config
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, SafetensorsWriter
 
 __all__ = [
@@ -107,7 +107,7 @@ def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
 
     An array has its tensors' dtype, and float32 where the layers' differ.
     """
-    from dppa_jax.stored import StoredArray  # which needs this package
+    from dppa_jax.checkpoint.stacked import StoredArray  # which needs this package
 
     with closing(open_checkpoint(where, seed)) as source:
         return source.config, tree_of(source.specs.values(), lambda group: StoredArray(source, group).read())

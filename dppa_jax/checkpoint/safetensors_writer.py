@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from dppa_jax.architecture.specs import CheckpointError
-from dppa_jax.checkpoint.direct import DirectFile
-from dppa_jax.checkpoint.safetensors_dir import ALIGNMENT, DTYPES, companions
+from dppa_jax.checkpoint.direct_file import DirectFile
+from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPES, companions
 from dppa_jax.runtime import processes
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}

@@ -13,7 +13,7 @@ from dppa_jax.checkpoint import load_tree
 from dppa_jax.memory import Model
 from dppa_jax.model import LlamaConfig, generate
 from dppa_jax.model.generate import bucket
-from dppa_jax.plan import device_memory
+from dppa_jax.runtime.memory import device_memory
 
 BATCH_SIZE = 256
 

@@ -19,8 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
-from dppa_jax.checkpoint.recipe import library_versions
+from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, check_space, output_directory
+from dppa_jax.checkpoint.stacked import stored_tree
 from dppa_jax.config.merge import choose
 from dppa_jax.evaluate.evaluation import EvaluationConfig
 from dppa_jax.finetune.checkpoints import KEPT, Checkpoints, checkpoints
@@ -33,7 +34,6 @@ from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import steps
 from dppa_jax.runtime.signals import held
-from dppa_jax.stored import stored_tree
 
 STATE_BYTES = 12  # of a parameter: weight and two moments in float32
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from dppa_jax.checkpoint.recipe import library_versions
+from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.report import published
 from dppa_jax.report.tables import ResultTable
 

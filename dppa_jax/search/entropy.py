@@ -27,8 +27,10 @@ from jaxtyping import Array, Float, Int
 
 from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import TensorSpec, tree_of
-from dppa_jax.blocks import Loaded, Part, Piece, Source, Stream, make_blocks, shares
-from dppa_jax.checkpoint.safetensors_dir import common_dtype
+from dppa_jax.blocks import Loaded, Part, Piece, Stream, make_blocks, shares
+from dppa_jax.checkpoint.protocol import Source
+from dppa_jax.checkpoint.safetensors import common_dtype
+from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import scaled
 from dppa_jax.delta.score import SCORES, row_keys
@@ -39,7 +41,6 @@ from dppa_jax.pipeline import check_compatible, kernels_of, merge_rates, output_
 from dppa_jax.prune import Pruner
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import AXES, REPLICATED, PerLayer, across_processes, put
-from dppa_jax.stored import StoredArray
 
 CHUNK_ROWS = 4096  # of the vocabulary: with the logits of 6,000 positions 100 MB
 LEAST = -1e30  # a maximum of nothing; a difference from it is finite in float32

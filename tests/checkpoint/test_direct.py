@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from dppa_jax.checkpoint.direct import DirectFile
+from dppa_jax.checkpoint.direct_file import DirectFile
 
 
 @pytest.fixture

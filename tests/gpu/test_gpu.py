@@ -17,8 +17,8 @@ import pytest
 from command import launch
 from support import AWKWARD, MemorySink, MemorySource, assert_same_bits, make_family
 
-from dppa_jax.blocks import Source
 from dppa_jax.checkpoint import LINEARS
+from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import ties
 from dppa_jax.delta.methods import METHODS

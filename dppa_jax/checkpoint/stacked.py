@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dppa_jax.architecture.specs import TensorSpec, stacked_shape, tree_of
-from dppa_jax.blocks import Source
-from dppa_jax.checkpoint.safetensors_dir import common_dtype
+from dppa_jax.checkpoint.protocol import Source
+from dppa_jax.checkpoint.safetensors import common_dtype
 
 BUFFER_BYTES = 1 << 26  # of whole rows, of which some columns or another dtype are wanted
 

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, by_path, stacked_shape, tensor_specs
-from dppa_jax.checkpoint.safetensors_dir import DTYPES, content_digest, fingerprint, read_config, read_json
+from dppa_jax.checkpoint.safetensors import DTYPES, content_digest, fingerprint, read_config, read_json
 
 PREFIX = "orbax:"
 TREE = "_METADATA"  # Orbax's file of the names of all arrays
