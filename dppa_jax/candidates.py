@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 
 from dppa_jax.architecture.specs import with_dtype
-from dppa_jax.blocks import owners
 from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
@@ -17,7 +16,8 @@ from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.jobs import JobConfig, activation_norms, check_models, open_models, plan_of
 from dppa_jax.memory import merged_model
-from dppa_jax.pipeline import ARITHMETIC, Layout, Merger, output_tensors
+from dppa_jax.merge.blocks import owners
+from dppa_jax.merge.merger import ARITHMETIC, Layout, Merger, output_tensors
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.mesh import make_mesh

@@ -16,13 +16,13 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
-from dppa_jax.blocks import aligned, owners
 from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
 from dppa_jax.checkpoint.orbax import PREFIX
 from dppa_jax.checkpoint.safetensors import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
 from dppa_jax.config.merge import choose
 from dppa_jax.jobs import check_apart, common_identity, input_identity, journal_of
+from dppa_jax.merge.blocks import aligned, owners
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh

@@ -22,15 +22,15 @@ from jax.sharding import Mesh, NamedSharding
 from rich.table import Table
 
 from dppa_jax.benchmark_models import EXPERTS, SHAPES, model_config, parameters
-from dppa_jax.blocks import Block, Loaded, Part, Stream, make_blocks
 from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
 from dppa_jax.config.merge import MergeConfig, choose
-from dppa_jax.kernels import Kernels
-from dppa_jax.pipeline import SEARCHES, check_finite, merge_part, pass_bytes
-from dppa_jax.prune import Pruner
+from dppa_jax.merge.blocks import Block, Loaded, Part, Stream, make_blocks
+from dppa_jax.merge.bounds import Pruner
+from dppa_jax.merge.kernels import Kernels
+from dppa_jax.merge.merger import SEARCHES, check_finite, merge_part, pass_bytes
+from dppa_jax.merge.survey import survey
 from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
 from dppa_jax.runtime.progress import console, stage
-from dppa_jax.survey import survey
 
 DEVICES = ("cpu", "gpu")
 RESIDENT = 4  # layers

@@ -18,7 +18,7 @@ from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.inspect import remaining
 from dppa_jax.jobs import JobConfig
-from dppa_jax.pipeline import Outcome
+from dppa_jax.merge.merger import Outcome
 from dppa_jax.report import figures
 from dppa_jax.report.page import Illustration, Run, surroundings, write_report
 from dppa_jax.report.paper import evaluated, published_merge

@@ -14,7 +14,6 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.architecture.specs import CheckpointError, tensor_specs, with_dtype
-from dppa_jax.blocks import owners
 from dppa_jax.checkpoint import (
     DTYPES,
     MAX_SHARD_SIZE,
@@ -29,8 +28,12 @@ from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import EvaluationConfig
-from dppa_jax.pipeline import ARITHMETIC, Layout, Outcome, check_compatible, merge_checkpoints, output_tensors
-from dppa_jax.plan import Plan, make_plan
+from dppa_jax.merge.blocks import owners
+from dppa_jax.merge.compatible import check_compatible
+from dppa_jax.merge.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
+from dppa_jax.merge.plan import Plan, make_plan
+from dppa_jax.merge.speed import measure_speeds
+from dppa_jax.merge.survey import NonfiniteError
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.journal import Journal
@@ -39,8 +42,6 @@ from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.search.coefficients import AdaMergingConfig
 from dppa_jax.search.factors import FactorSearch
-from dppa_jax.speed import measure_speeds
-from dppa_jax.survey import NonfiniteError
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
 PROBED_ROWS = 16  # of each linear of the first, middle and last layer
@@ -329,14 +330,14 @@ def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> Checkpo
 
 def activation_norms(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict:
     """Per expert and linear, what the score "wanda" weighs columns by."""
-    from dppa_jax.model import calibrate
+    from dppa_jax.merge import activations
 
     if not job.calibration:
         raise ValueError("--score=wanda needs --calibration=FILE, a text file whose lines the experts read.")
     norms = {}
     for name, expert in experts.items():
-        tokens = calibrate.calibration_tokens(expert.directory, Path(job.calibration))
-        norms[name] = calibrate.activation_norms(expert, tokens)
+        tokens = activations.calibration_tokens(expert.directory, Path(job.calibration))
+        norms[name] = activations.activation_norms(expert, tokens)
         logging.info("activation norms of %s on %s", name, job.calibration)
     return norms
 

@@ -12,7 +12,7 @@ from dppa_jax.architecture.specs import stacked_shape, tree_of
 from dppa_jax.checkpoint import load_tree, locate, save_tree, tensor_specs
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.pipeline import Layout, Merger, Outcome, output_tensors
+from dppa_jax.merge.merger import Layout, Merger, Outcome, output_tensors
 from dppa_jax.runtime.mesh import make_mesh
 
 

@@ -11,7 +11,6 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import AWKWARD, make_family
 
-from dppa_jax import kernels
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS
@@ -19,8 +18,9 @@ from dppa_jax.delta.score import SCORES
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.finetune.data import Rows
 from dppa_jax.finetune.train import TRAIN_AXES, TrainConfig, Trainer, compiled
-from dppa_jax.kernels import ZERO, Kernels
-from dppa_jax.model import LlamaConfig, abstract_tree, calibrate, forward
+from dppa_jax.merge import activations, kernels
+from dppa_jax.merge.kernels import ZERO, Kernels
+from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.model.generate import decode
 from dppa_jax.model.llama import Cache, init_tree
 from dppa_jax.runtime.mesh import PerLayer, make_mesh, over_rows
@@ -168,7 +168,9 @@ def test_first_weights():
 
 def test_layer_of_a_calibration():
     weights = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), abstract_tree(LLAMA)["layers"])
-    assert_lowers(jax.jit(partial(calibrate._layer, LLAMA)), weights, array(2, 8, LLAMA.hidden_size, dtype=np.float32))
+    assert_lowers(
+        jax.jit(partial(activations._layer, LLAMA)), weights, array(2, 8, LLAMA.hidden_size, dtype=np.float32)
+    )
 
 
 # ---- steps

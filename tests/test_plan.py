@@ -23,15 +23,16 @@ from command import launch
 from families import edit_json, read_json, write_family
 from jax.sharding import NamedSharding
 
-from dppa_jax import jobs, kernels, speed
-from dppa_jax.blocks import Part, make_blocks
+from dppa_jax import jobs
 from dppa_jax.checkpoint import SafetensorsDirectory, tensor_specs
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.jobs import JobConfig, plan_of, run_plan
-from dppa_jax.kernels import Kernels
-from dppa_jax.plan import RUNTIME
+from dppa_jax.merge import kernels, speed
+from dppa_jax.merge.blocks import Part, make_blocks
+from dppa_jax.merge.kernels import Kernels
+from dppa_jax.merge.plan import RUNTIME
+from dppa_jax.merge.speed import Speeds
 from dppa_jax.runtime.mesh import ROWS, make_mesh, over_rows, padded_rows
-from dppa_jax.speed import Speeds
 
 LLAMA_2 = {
     "architectures": ["LlamaForCausalLM"],

@@ -38,7 +38,7 @@ from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs import activation_norms
-from dppa_jax.kernels import ZERO
+from dppa_jax.merge.kernels import ZERO
 from dppa_jax.model.generate import check_prompts
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole

@@ -27,18 +27,19 @@ from jaxtyping import Array, Float, Int
 
 from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import TensorSpec, tree_of
-from dppa_jax.blocks import Loaded, Part, Piece, Stream, make_blocks, shares
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import scaled
 from dppa_jax.delta.score import SCORES, row_keys
-from dppa_jax.kernels import Kernels
+from dppa_jax.merge.blocks import Loaded, Part, Piece, Stream, make_blocks, shares
+from dppa_jax.merge.bounds import Pruner
+from dppa_jax.merge.compatible import check_compatible
+from dppa_jax.merge.kernels import Kernels
+from dppa_jax.merge.merger import kernels_of, merge_rates, output_tensors, surveyed
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.llama import decoder_layer, rms_norm, rotary, unembed, visibility
-from dppa_jax.pipeline import check_compatible, kernels_of, merge_rates, output_tensors, surveyed
-from dppa_jax.prune import Pruner
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import AXES, REPLICATED, PerLayer, across_processes, put
 

@@ -14,12 +14,12 @@ import psutil
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import LINEARS, tensor_specs
-from dppa_jax.blocks import READERS
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.direct_file import DirectFile
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.pipeline import Layout, merge_checkpoints
+from dppa_jax.merge.blocks import READERS
+from dppa_jax.merge.merger import Layout, merge_checkpoints
 
 READ = 512 << 20  # bytes
 WRITTEN = 256 << 20  # bytes

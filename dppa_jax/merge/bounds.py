@@ -7,13 +7,13 @@ import numpy as np
 
 from dppa_jax.architecture.rules import first_match
 from dppa_jax.architecture.specs import LINEARS, linear_name
-from dppa_jax.blocks import Loaded, Part
 from dppa_jax.config.merge import MergeConfig, check_tensors
 from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
-from dppa_jax.kernels import Kernels, host_sums
+from dppa_jax.merge.blocks import Loaded, Part
+from dppa_jax.merge.kernels import Kernels, host_sums
 from dppa_jax.runtime.mesh import PerLayer, put_rows
 from dppa_jax.runtime.processes import joined
 

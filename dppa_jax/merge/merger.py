@@ -4,29 +4,36 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.rules import check_patterns
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec
-from dppa_jax.blocks import Block, Loaded, Part, Stream, make_blocks, shares
+from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.protocol import Sink, Source
 from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.kernels import Kernels
-from dppa_jax.prune import Pruner, allocate
+from dppa_jax.merge.blocks import Block, Loaded, Part, Stream, make_blocks, shares
+from dppa_jax.merge.bounds import Pruner, allocate
+from dppa_jax.merge.compatible import check_compatible
+from dppa_jax.merge.kernels import Kernels
+from dppa_jax.merge.survey import NonfiniteError, survey
 from dppa_jax.runtime.files import sources_digest
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
-from dppa_jax.survey import NonfiniteError, survey
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-CODE = ("delta/*.py", "kernels.py", "prune.py", "survey.py", "pipeline.py", "blocks.py", "runtime/mesh.py")
+CODE = (
+    "delta/*.py",
+    "merge/kernels.py",
+    "merge/bounds.py",
+    "merge/survey.py",
+    "merge/merger.py",
+    "merge/blocks.py",
+    "runtime/mesh.py",
+)
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 
@@ -238,43 +245,6 @@ def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
     from dppa_jax.checkpoint import DTYPES
 
     return DTYPES[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
-
-
-def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Mapping[str, TensorSpec]:
-    """The tensors to merge: the base's. Experts must have them all, in the base's shapes but for added vocabulary.
-
-    Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
-    """
-    for name, expert in experts.items():
-        layers, wanted = expert.config["num_hidden_layers"], base.config["num_hidden_layers"]
-        if layers != wanted:
-            raise CheckpointError(
-                f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?"
-            )
-        for tensor, spec in base.specs.items():
-            found = expert.specs.get(tensor)
-            if found is None:
-                raise CheckpointError(
-                    f"expert {name!r} has no {tensor}, the base has; tie_word_embeddings is "
-                    f"{expert.config.get('tie_word_embeddings', False)} there and "
-                    f"{base.config.get('tie_word_embeddings', False)} in the base. Export it like the base."
-                )
-            if found.shape == spec.shape:
-                continue
-            vocabulary = tensor in ("model.embed_tokens.weight", "lm_head.weight")
-            if vocabulary and found.shape[1:] == spec.shape[1:] and found.shape[0] > spec.shape[0]:
-                extra = found.shape[0] - spec.shape[0]
-                if not quiet:
-                    logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
-                continue
-            raise CheckpointError(
-                f"expert {name!r}: {tensor} has shape {found.shape}, base has {spec.shape}: different base model? "
-                f"Experts must be fine-tuned from --base."
-            )
-        extra = [tensor for tensor in expert.specs if tensor not in base.specs]
-        if extra:
-            raise CheckpointError(f"expert {name!r} has {extra[0]}, which the base has not; a different base model?")
-    return base.specs
 
 
 def _locate_nonfinite(x: Loaded, config: MergeConfig) -> CheckpointError:

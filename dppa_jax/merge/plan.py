@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
-from dppa_jax.blocks import Block, Part, make_blocks, shares
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.statistics import WAYS
-from dppa_jax.pipeline import SEARCHES, WRITES_BEHIND
-from dppa_jax.speed import Speeds
-from dppa_jax.survey import SURVEYS
+from dppa_jax.merge.blocks import Block, Part, make_blocks, shares
+from dppa_jax.merge.merger import SEARCHES, WRITES_BEHIND
+from dppa_jax.merge.speed import Speeds
+from dppa_jax.merge.survey import SURVEYS
 
 DEVICE_SHARE = 0.8  # of a device's memory that is filled; the rest is for the allocator
 BLOCK = 8 * 10**9  # bytes of base and experts in a block at most, where more would fit: the host holds two blocks
