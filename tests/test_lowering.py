@@ -21,8 +21,8 @@ from dppa_jax.finetune.train import TRAIN_AXES, TrainConfig, Trainer, compiled
 from dppa_jax.merge import activations, kernels
 from dppa_jax.merge.kernels import ZERO, Kernels
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
+from dppa_jax.model.decoder import Cache, init_tree
 from dppa_jax.model.generate import decode
-from dppa_jax.model.llama import Cache, init_tree
 from dppa_jax.runtime.mesh import PerLayer, make_mesh, over_rows
 from dppa_jax.search import adamerging
 from dppa_jax.search.entropy import Batch, Mixture

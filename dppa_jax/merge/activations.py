@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dppa_jax.architecture.specs import tree_of
 from dppa_jax.checkpoint import LINEARS, Checkpoint
 from dppa_jax.model.config import LlamaConfig
-from dppa_jax.model.llama import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
+from dppa_jax.model.decoder import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
 ROWS = 128  # at most: 65,536 tokens

@@ -1,7 +1,7 @@
 """The LLaMA model in Flax, and greedy generation with it."""
 
 from dppa_jax.model.config import LlamaConfig
+from dppa_jax.model.decoder import Llama, abstract_tree, decoder_layer, forward, init_tree
 from dppa_jax.model.generate import generate
-from dppa_jax.model.llama import Llama, abstract_tree, decoder_layer, forward, init_tree
 
 __all__ = ["Llama", "LlamaConfig", "abstract_tree", "decoder_layer", "forward", "generate", "init_tree"]

@@ -10,7 +10,7 @@ from absl import logging
 from jaxtyping import Array, Int
 
 from dppa_jax.model.config import LlamaConfig
-from dppa_jax.model.llama import Cache, Llama, Tree, hidden_states, unembed
+from dppa_jax.model.decoder import Cache, Llama, Tree, hidden_states, unembed
 
 SMALLEST_BUCKET = 16  # below it, a compilation costs more than the padding
 

@@ -52,7 +52,7 @@ SAVE_SECONDS = 20  # at most so much work is lost
 LOG_STEPS = 50
 
 CODE = sources_digest("search/adamerging.py", "search/entropy.py", "search/prompts.py")
-FORWARD = sources_digest("model/llama.py", "model/generate.py")
+FORWARD = sources_digest("model/decoder.py", "model/generate.py")
 
 
 @dataclass

@@ -39,7 +39,7 @@ from dppa_jax.merge.compatible import check_compatible
 from dppa_jax.merge.kernels import Kernels
 from dppa_jax.merge.merger import kernels_of, merge_rates, output_tensors, surveyed
 from dppa_jax.model.config import LlamaConfig
-from dppa_jax.model.llama import decoder_layer, rms_norm, rotary, unembed, visibility
+from dppa_jax.model.decoder import decoder_layer, rms_norm, rotary, unembed, visibility
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import AXES, REPLICATED, PerLayer, across_processes, put
 
