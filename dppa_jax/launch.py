@@ -129,19 +129,19 @@ def _benchmark() -> None:
     if (FLAGS.device or FLAGS.scaling) and len(FLAGS.shape) > 1:
         raise ValueError(f"--shape={','.join(FLAGS.shape)}: give one shape with {given[0]}.")
     if FLAGS.peer == "restart":
-        from dppa_jax.search.benchmark import run_restart_benchmark
+        from dppa_jax.benchmark.restart import run_restart_benchmark
 
         run_restart_benchmark(job_config())
     elif FLAGS.scaling:
-        from dppa_jax.scaling import run_scaling
+        from dppa_jax.benchmark.scaling import run_scaling
 
         run_scaling(*FLAGS.shape, FLAGS.workdir)
     elif FLAGS.device:
-        from dppa_jax.device_benchmark import run_device_benchmark
+        from dppa_jax.benchmark.device import run_device_benchmark
 
         run_device_benchmark(*FLAGS.shape, FLAGS.device, FLAGS.workdir, FLAGS.repeats)
     else:
-        from dppa_jax.benchmark import run_benchmark
+        from dppa_jax.benchmark.merges import run_benchmark
 
         peer = (FLAGS.peer, FLAGS.peer_python)
         run_benchmark(FLAGS.shape, FLAGS.workdir, *peer, FLAGS.repeats, FLAGS.methods)

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from command import launch
 
-from dppa_jax import benchmark, benchmark_models, device_benchmark, scaling
-from dppa_jax.benchmark import Run
-from dppa_jax.benchmark_models import make_family, make_model, model_config, parameters
+from dppa_jax.benchmark.families import make_family, make_model, model_config, parameters
+from dppa_jax.benchmark.merges import Run, device, families, merges, scaling
 from dppa_jax.checkpoint import SafetensorsDirectory
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -18,7 +17,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
-    monkeypatch.setitem(benchmark_models.SHAPES, "tiny", (64, 96, 2, 4, 2))
+    monkeypatch.setitem(families.SHAPES, "tiny", (64, 96, 2, 4, 2))
     monkeypatch.setattr(benchmark_models, "VOCABULARY", 512)
     monkeypatch.setenv("DPPA_JAX_CACHE", str(tmp_path / "cache"))
 
@@ -56,7 +55,7 @@ def test_tensors_longer_than_the_noise_are_filled(tmp_path, monkeypatch):
 
 def test_a_disk_too_small_is_refused_before_anything_is_made(tmp_path, monkeypatch):
     needed = 5 * 2 * parameters(model_config("tiny"))  # base, three experts and an output
-    monkeypatch.setattr(benchmark_models.shutil, "disk_usage", lambda _: Usage(1e12, 0, needed - 1))
+    monkeypatch.setattr(families.shutil, "disk_usage", lambda _: Usage(1e12, 0, needed - 1))
     with pytest.raises(SystemExit, match=r"error: --workdir: .* GB free; .* for 4 models .* and an output"):
         launch(*flags(tmp_path))
     assert not (tmp_path / "benchmark").exists()
@@ -64,7 +63,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_made(tmp_path, monkeypat
 
 def test_all_families_of_a_scaling_count_as_one(tmp_path, monkeypatch):
     sizes = [2 * parameters(model_config("tiny", layers)) for layers in (2, 4, 8)]
-    monkeypatch.setattr(benchmark_models.shutil, "disk_usage", lambda _: Usage(1e12, 0, 4 * sum(sizes) + sizes[-1] - 1))
+    monkeypatch.setattr(families.shutil, "disk_usage", lambda _: Usage(1e12, 0, 4 * sum(sizes) + sizes[-1] - 1))
     with pytest.raises(SystemExit, match="for 12 models"):
         launch(*flags(tmp_path, "--scaling"))
 
@@ -72,7 +71,7 @@ def test_all_families_of_a_scaling_count_as_one(tmp_path, monkeypatch):
 def test_models_that_are_there_need_no_room(tmp_path, monkeypatch):
     model = 2 * parameters(model_config("tiny"))
     make_family(tmp_path, model_config("tiny"), ())
-    monkeypatch.setattr(benchmark_models.shutil, "disk_usage", lambda _: Usage(1e12, 0, model))
+    monkeypatch.setattr(families.shutil, "disk_usage", lambda _: Usage(1e12, 0, model))
     assert make_family(tmp_path, model_config("tiny"), ())["base"].is_dir()
 
 
@@ -100,7 +99,7 @@ def test_shapes_timed_at_different_times_share_a_table(tmp_path, monkeypatch, ca
         row = "dppa" if shape == "7b" else "dppa, 2 experts"
         run = {"seconds": 10.0 * i, "peak_bytes": i * 10**9, "cpu_seconds": 1.0, "moved_bytes": 10**10 * i}
         (tmp_path / shape / "benchmark.json").write_text(json.dumps({row: run}))
-    benchmark._print_sizes(tmp_path)
+    merges._print_sizes(tmp_path)
     printed = capsys.readouterr().out
     for_each = [line.replace("│", " ").split() for line in printed.splitlines() if "b " in line and "B" in line]
     assert ["7b", "6.74", "B", "20.0", "2.00", "2.97", "1.00"] in for_each
@@ -131,7 +130,7 @@ def test_device_benchmark_times_the_stages_of_a_merge(tmp_path, monkeypatch, cap
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     monkeypatch.setattr(device_benchmark, "COPIED", 1 << 20)
-    monkeypatch.setitem(benchmark_models.SHAPES, "tiny", (64, 96, 6, 4, 2))
+    monkeypatch.setitem(families.SHAPES, "tiny", (64, 96, 6, 4, 2))
     monkeypatch.setattr(device_benchmark, "_from_disk", lambda *_: {"shape": "tiny", "seconds": 1.0})
     (tmp_path / "benchmark").mkdir()
     launch(*flags(tmp_path, "--device=cpu"))
@@ -151,8 +150,8 @@ def test_device_benchmark_times_the_stages_of_a_merge(tmp_path, monkeypatch, cap
 def test_a_device_that_is_not_there_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    monkeypatch.setattr(device_benchmark.jax.config, "update", lambda *_: None)
-    monkeypatch.setattr(device_benchmark.jax, "devices", absent)
+    monkeypatch.setattr(device.jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(device.jax, "devices", absent)
     with pytest.raises(SystemExit, match=r"--device=gpu: JAX finds none here .*jax\[cuda12\]"):
         launch(*flags(tmp_path, "--device=gpu"))
 

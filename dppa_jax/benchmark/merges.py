@@ -16,7 +16,7 @@ import psutil
 from absl import logging
 from rich.table import Table
 
-from dppa_jax.benchmark_models import EXPERTS, SHAPES, make_family, model_config, parameters
+from dppa_jax.benchmark.families import EXPERTS, SHAPES, make_family, model_config, parameters
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter
 from dppa_jax.config.merge import choose
 from dppa_jax.runtime.progress import console
@@ -82,7 +82,7 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
     config, experts = model_config(shape), EXPERTS[: EXPERTS_OF.get(shape, len(EXPERTS))]
     models = make_family(root, config, experts)
     output = root / "out"
-    commands = {FLOOR: [sys.executable, "-m", "dppa_jax.benchmark", *map(str, models.values()), str(output)]}
+    commands = {FLOOR: [sys.executable, "-m", "dppa_jax.benchmark.merges", *map(str, models.values()), str(output)]}
     commands |= {name: merge_command(models, output, OURS[name]) for name in methods}
     name, several = COMPARED_SIZE
     if name in methods and len(experts) > several:

@@ -9,8 +9,8 @@ from pathlib import Path
 from absl import logging
 from rich.table import Table
 
-from dppa_jax.benchmark import OURS, Run, merge_command, timed
-from dppa_jax.benchmark_models import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
+from dppa_jax.benchmark.families import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
+from dppa_jax.benchmark.merges import OURS, Run, merge_command, timed
 from dppa_jax.config.merge import choose
 from dppa_jax.runtime.progress import console
 

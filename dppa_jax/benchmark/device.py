@@ -21,7 +21,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from rich.table import Table
 
-from dppa_jax.benchmark_models import EXPERTS, SHAPES, model_config, parameters
+from dppa_jax.benchmark.families import EXPERTS, SHAPES, model_config, parameters
 from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
 from dppa_jax.config.merge import MergeConfig, choose
 from dppa_jax.merge.blocks import Block, Loaded, Part, Stream, make_blocks
@@ -265,7 +265,7 @@ def copy_bandwidth(mesh: Mesh) -> float:
 
 
 def _from_disk(shape: str, workdir: str, repeats: int) -> dict:
-    from dppa_jax.benchmark import run_benchmark
+    from dppa_jax.benchmark.merges import run_benchmark
 
     smaller = min(shape, FROM_DISK, key=lambda name: parameters(model_config(name)))
     found = run_benchmark([smaller], workdir, "", "", repeats, ["dppa"])[smaller]
