@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
-from dppa_jax.checkpoint import DTYPES, MAX_SHARD_SIZE, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
-from dppa_jax.checkpoint.orbax import PREFIX
+from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
 from dppa_jax.checkpoint.safetensors import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
-from dppa_jax.config.merge import choose
+from dppa_jax.config.run import PREFIX, ConvertConfig
 from dppa_jax.jobs import check_apart, common_identity, input_identity, journal_of
 from dppa_jax.merge.blocks import aligned, owners
 from dppa_jax.runtime import processes
@@ -30,30 +28,6 @@ from dppa_jax.runtime.progress import Stage, stage
 
 PIECE = 1 << 26  # bytes that are read and written at a time on the way to safetensors
 RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # that go with the weights
-
-
-@dataclass(frozen=True)
-class ConvertConfig:
-    """What is converted, where to, and how it is sharded and stored there."""
-
-    base: str
-    output: str
-    mesh: str = ""
-    output_dtype: str = ""
-    max_shard_size: int = MAX_SHARD_SIZE
-    overwrite: bool = False
-    resume: bool = True
-    seed: int = 0
-
-    def __post_init__(self):
-        for flag, given in (("--base", self.base), ("--output", self.output.removeprefix(PREFIX))):
-            if not given:
-                raise ValueError(
-                    f"{flag} is empty: --job=convert reads --base=WHERE and writes --output={PREFIX}DIR, an Orbax "
-                    f"checkpoint, or --output=DIR, a Hugging Face directory."
-                )
-        if self.output_dtype:
-            choose("--output_dtype", self.output_dtype, DTYPES)
 
 
 def run_convert(job: ConvertConfig) -> None:

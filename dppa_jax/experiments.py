@@ -10,14 +10,15 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax import jobs
-from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint import locate, open_checkpoint
+from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.evaluate.evaluation import Evaluation, EvaluationConfig, open_evaluation
+from dppa_jax.config.run import JobConfig
+from dppa_jax.config.search import AdaMergingConfig, FactorSearch
+from dppa_jax.evaluate.evaluation import Evaluation, open_evaluation
 from dppa_jax.evaluate.scores import Scores
-from dppa_jax.evaluate.tasks import Task
+from dppa_jax.evaluate.tasks import Task, by_domain, every_task
 from dppa_jax.inspect import remaining
-from dppa_jax.jobs import JobConfig
 from dppa_jax.merge.merger import Outcome
 from dppa_jax.report import figures
 from dppa_jax.report.page import Illustration, Run, surroundings, write_report
@@ -27,10 +28,9 @@ from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.progress import console, steps
 from dppa_jax.search.adamerging import AdaMerged, adamerge
-from dppa_jax.search.coefficients import AdaMergingConfig
+from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.entropy import check_combine
-from dppa_jax.search.factors import FactorSearch
-from dppa_jax.search.job import Searched, print_searches, search_factors
+from dppa_jax.search.factors import Searched, print_searches, search_factors
 
 Domains = Mapping[str, Sequence[Task]]
 
@@ -59,9 +59,12 @@ def run_evaluate(
                 weights = directories[name]
                 fingerprint = model.content_digest()
                 model.close()
-                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, config.every_task)
+                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, every_task(config.tasks))
                 advance()
-        rows = {task.name: [Cell.of_scores([found[name][task.name]]) for name in models] for task in config.every_task}
+        rows = {
+            task.name: [Cell.of_scores([found[name][task.name]]) for name in models]
+            for task in every_task(config.tasks)
+        }
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
         finish(Path(workdir), run_of("Evaluation", command, models, config, evaluation, [table]))
     return found
@@ -168,7 +171,7 @@ def announce(
 ) -> None:
     """Read and encode the items, so that bad ones are refused now, and print how they are asked and judged."""
     table = Table("task", "items", "prompt", "scoring", "tokens", title="how the tasks are asked and judged")
-    for task in config.every_task:
+    for task in every_task(config.tasks):
         counts = [f"{len(evaluation.questions(task))} test"]
         if search and search.split == "validation":
             limited = replace(config.options, limit=search.limit)
@@ -183,7 +186,7 @@ def announce(
 def domains_of(job: JobConfig) -> dict[str, list[Task]]:
     """The tasks by domain, every one of which must have its expert."""
     check_tasks(job.evaluation)
-    domains = job.evaluation.domains
+    domains = by_domain(job.evaluation.tasks)
     for domain, tasks in domains.items():
         if domain not in job.experts:
             raise ValueError(
@@ -209,7 +212,7 @@ def _report_merge(
 ) -> None:
     merged = open_checkpoint(job.output)
     content = processes.of_first("content of the merge", merged.content_digest)
-    every = job.evaluation.every_task
+    every = every_task(job.evaluation.tasks)
     with steps("evaluate", 2 + len(domains)) as advance:
         base = candidates.dense("base", every)
         advance()
@@ -341,7 +344,7 @@ def run_of(
 ) -> Run:
     choices = {
         task.name: {"items": str(len(evaluation.questions(task))), **task.describe(config.options)}
-        for task in config.every_task
+        for task in every_task(config.tasks)
     }
     decoding = ", ".join(f"{name} {value}" for name, value in evaluation.evaluator.decoding.items())
     facts = {**surroundings(), "decoding": f"greedy, {decoding}"}

@@ -15,8 +15,9 @@ UNSET = -1.0
 
 def job_config():
     """Those of jobs that merge, or look at what would be merged."""
-    from dppa_jax.config.merge import MergeConfig, choose, per_expert
-    from dppa_jax.jobs import JobConfig
+    from dppa_jax.config.merge import MergeConfig
+    from dppa_jax.config.option import choose, per_expert
+    from dppa_jax.config.run import JobConfig
 
     experts = read_experts(FLAGS.expert)
     if not FLAGS.base:
@@ -70,9 +71,10 @@ def models() -> dict[str, str]:
 
 def evaluation():
     """How models are evaluated."""
-    from dppa_jax.evaluate.evaluation import EvaluationConfig
-    from dppa_jax.evaluate.tasks import TaskOptions
+    from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
+    from dppa_jax.evaluate.tasks import by_domain
 
+    by_domain(FLAGS.evaluate)
     share = FLAGS.validation_share
     if share == UNSET:
         splits = [FLAGS.search_split] * searches() + [FLAGS.adamerging_split] * adamerges()
@@ -96,8 +98,7 @@ def evaluation():
 
 def finetune_config():
     """The flags of --job=finetune."""
-    from dppa_jax.finetune.job import FinetuneConfig
-    from dppa_jax.finetune.train import AdamW
+    from dppa_jax.config.finetune import AdamW, FinetuneConfig
 
     return FinetuneConfig(
         data=tuple(FLAGS.train_data),
@@ -117,7 +118,7 @@ def finetune_config():
 
 def convert_config():
     """The flags of --job=convert."""
-    from dppa_jax.convert import ConvertConfig
+    from dppa_jax.config.run import ConvertConfig
 
     return ConvertConfig(
         **_same("base", "output", "mesh", "output_dtype", "max_shard_size", "overwrite", "resume", "seed")
@@ -131,7 +132,7 @@ def searches() -> bool:
 
 def factor_search():
     """How factors are searched; None where they are given."""
-    from dppa_jax.search.factors import FactorSearch
+    from dppa_jax.config.search import FactorSearch
 
     if not searches():
         return None
@@ -159,7 +160,7 @@ def adamerges() -> bool:
 
 def adamerging(granularity: str = "task"):
     """How AdaMerging finds coefficients."""
-    from dppa_jax.search.coefficients import AdaMergingConfig
+    from dppa_jax.config.search import AdaMergingConfig
 
     own = ("steps", "batch_size", "learning_rate", "start", "positions", "new_tokens", "split", "patience", "min_delta")
     return AdaMergingConfig(
@@ -172,14 +173,15 @@ def adamerging(granularity: str = "task"):
 
 def _granularity() -> str:
     """What shares a coefficient where AdaMerging finds them, else ""; a --coefficient after a flagfile's counts."""
-    from dppa_jax.search.coefficients import ADAMERGING
+    from dppa_jax.config.search import ADAMERGING
 
     return ADAMERGING.get(FLAGS.coefficient[-1], "") if FLAGS.coefficient else ""
 
 
 def _coefficients(names: tuple[str, ...]) -> dict:
-    from dppa_jax.config.merge import per_expert, read_coefficients
-    from dppa_jax.search.coefficients import ADAMERGING
+    from dppa_jax.config.merge import read_coefficients
+    from dppa_jax.config.option import per_expert
+    from dppa_jax.config.search import ADAMERGING
 
     if _granularity():
         return {}
@@ -191,7 +193,7 @@ def _coefficients(names: tuple[str, ...]) -> dict:
 
 def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
     """Those that are given: of all experts or, beside a search, of some."""
-    from dppa_jax.config.merge import per_expert
+    from dppa_jax.config.option import per_expert
 
     last = max((i for i, text in enumerate(FLAGS.factors) if text == "search"), default=-1)
     given = [text for text in FLAGS.factors[last + 1 :] if "=" in text or not searches()]
@@ -200,14 +202,14 @@ def _factors(names: tuple[str, ...]) -> dict[str, tuple[float, ...]]:
 
 def sweep():
     """The flags of --job=report."""
-    from dppa_jax.report.sweep import Sweep
+    from dppa_jax.config.report import Sweep
 
     if len(FLAGS.factors) > 1 and not searches():
         raise ValueError("--job=report: give --factors once, for all experts, or --factors=search.")
     for name in ("score", "allocate", "scale", "combine", "partitions"):
         if FLAGS[name].value:
             raise ValueError(f"--{name}: --job=report compares --methods as they are; leave it out.")
-    from dppa_jax.config.merge import per_expert
+    from dppa_jax.config.option import per_expert
 
     return Sweep(
         q=per_expert("--q", FLAGS.q, tuple(read_experts(FLAGS.expert)), float),

@@ -11,9 +11,10 @@ from rich.table import Table
 from dppa_jax.architecture.specs import LINEARS, linear_name
 from dppa_jax.checkpoint import DTYPES, Checkpoint
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import sample_starts
-from dppa_jax.jobs import JobConfig, check_models, open_models, plan_of
+from dppa_jax.jobs import check_models, open_models, plan_of
 from dppa_jax.merge.blocks import Loaded, Stream, make_blocks
 from dppa_jax.merge.kernels import Kernels, host_sums
 from dppa_jax.merge.merger import merge_rates, pass_bytes, shared_kernels, surveyed

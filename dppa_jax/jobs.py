@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,6 @@ from rich.table import Table
 from dppa_jax.architecture.specs import CheckpointError, tensor_specs, with_dtype
 from dppa_jax.checkpoint import (
     DTYPES,
-    MAX_SHARD_SIZE,
     Checkpoint,
     SafetensorsWriter,
     locate,
@@ -26,8 +25,7 @@ from dppa_jax.checkpoint import (
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
-from dppa_jax.config.merge import MergeConfig
-from dppa_jax.evaluate.evaluation import EvaluationConfig
+from dppa_jax.config.run import JobConfig
 from dppa_jax.merge.blocks import owners
 from dppa_jax.merge.compatible import check_compatible
 from dppa_jax.merge.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
@@ -40,47 +38,9 @@ from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.memory import device_memory, peak_resident
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
-from dppa_jax.search.coefficients import AdaMergingConfig
-from dppa_jax.search.factors import FactorSearch
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
 PROBED_ROWS = 16  # of each linear of the first, middle and last layer
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """Where the models are and go, and on what devices; `merge` says what is computed."""
-
-    merge: MergeConfig
-    base: str
-    experts: Mapping[str, str]
-    output: str = ""
-    workdir: str = "runs"
-    save_delta: str = ""
-    tokenizer: str = "base"
-    mesh: str = ""
-    block_layers: int = 0
-    residency: str = "auto"
-    device_memory: int = 0
-    num_processes: int = 0  # to plan for; 0: as many as there are
-    max_shard_size: int = MAX_SHARD_SIZE
-    overwrite: bool = False
-    resume: bool = True
-    allow_other_base: bool = False
-    calibration: str = ""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    search: FactorSearch | None = None  # None where factors are given
-    adamerging: AdaMergingConfig | None = None  # None where coefficients are given
-    flags: Mapping = field(default_factory=dict)  # as resolved, for recipe.json
-    command: str = ""  # that repeats the job, for the model card
-
-    def __post_init__(self):
-        if self.max_shard_size < 1:
-            raise ValueError(f"--max_shard_size={self.max_shard_size}: a number of bytes, for example 2000000000.")
-        if self.block_layers < 0:
-            raise ValueError(f"--block_layers={self.block_layers}: 1 or more layers at a time, or 0 to choose.")
-        if self.device_memory < 0:
-            raise ValueError(f"--device_memory={self.device_memory / 1e9:g}: GB of one device, or 0 to ask it.")
 
 
 def run_merge(job: JobConfig) -> Outcome:

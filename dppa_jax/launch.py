@@ -27,7 +27,7 @@ SEVERAL_PROCESSES = ("merge", "search", "finetune", "convert")
 
 def main(argv: list[str]) -> None:
     from dppa_jax.architecture.rules import nearest
-    from dppa_jax.config.merge import choose
+    from dppa_jax.config.option import choose
     from dppa_jax.runtime import processes
 
     try:

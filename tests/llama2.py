@@ -14,7 +14,8 @@ import numpy as np
 from families import DTYPES, write_json, write_weights
 
 from dppa_jax.checkpoint import tensor_specs, tree_tensor
-from dppa_jax.evaluate.tasks import TASKS, TaskOptions
+from dppa_jax.config.evaluation import TaskOptions
+from dppa_jax.evaluate.tasks import TASKS
 from dppa_jax.finetune import Example, TrainConfig, encode, train
 from dppa_jax.model import LlamaConfig, init_tree
 

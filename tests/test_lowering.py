@@ -11,13 +11,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from support import AWKWARD, make_family
 
+from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.delta.score import SCORES
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.finetune.data import Rows
-from dppa_jax.finetune.train import TRAIN_AXES, TrainConfig, Trainer, compiled
+from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
 from dppa_jax.merge import activations, kernels
 from dppa_jax.merge.kernels import ZERO, Kernels
 from dppa_jax.model import LlamaConfig, abstract_tree, forward

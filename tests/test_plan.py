@@ -26,7 +26,8 @@ from jax.sharding import NamedSharding
 from dppa_jax import jobs
 from dppa_jax.checkpoint import SafetensorsDirectory, tensor_specs
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.jobs import JobConfig, plan_of, run_plan
+from dppa_jax.config.run import JobConfig
+from dppa_jax.jobs import plan_of, run_plan
 from dppa_jax.merge import kernels, speed
 from dppa_jax.merge.blocks import Part, make_blocks
 from dppa_jax.merge.kernels import Kernels

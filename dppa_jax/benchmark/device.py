@@ -23,7 +23,8 @@ from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, model_config, parameters
 from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
-from dppa_jax.config.merge import MergeConfig, choose
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.option import choose
 from dppa_jax.merge.blocks import Block, Loaded, Part, Stream, make_blocks
 from dppa_jax.merge.bounds import Pruner
 from dppa_jax.merge.kernels import Kernels

@@ -10,8 +10,9 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter, TensorSpec, tensor_specs
-from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, total_bytes
-from dppa_jax.config.merge import choose
+from dppa_jax.checkpoint.safetensors_writer import total_bytes
+from dppa_jax.config.option import choose
+from dppa_jax.config.run import MAX_SHARD_SIZE
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "0.3b": (1024, 2816, 22, 16, 4),

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, make_family, model_config, parameters
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter
-from dppa_jax.config.merge import choose
+from dppa_jax.config.option import choose
 from dppa_jax.runtime.progress import console
 
 OURS = {

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
 from dppa_jax.benchmark.merges import OURS, Run, merge_command, timed
-from dppa_jax.config.merge import choose
+from dppa_jax.config.option import choose
 from dppa_jax.runtime.progress import console
 
 PROCESSES = (1, 2, 4)

@@ -17,9 +17,10 @@ from dppa_jax.architecture.specs import (
     tree_of,
     with_dtype,
 )
-from dppa_jax.checkpoint.orbax import PREFIX, OrbaxDirectory, is_orbax
+from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import COPIED, SafetensorsDirectory, read_config
-from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, SafetensorsWriter
+from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
+from dppa_jax.config.run import MAX_SHARD_SIZE, PREFIX
 
 __all__ = [
     "LINEARS",

@@ -16,8 +16,8 @@ from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, by_path, stacked_shape, tensor_specs
 from dppa_jax.checkpoint.safetensors import DTYPES, content_digest, fingerprint, read_config, read_json
+from dppa_jax.config.run import PREFIX
 
-PREFIX = "orbax:"
 TREE = "_METADATA"  # Orbax's file of the names of all arrays
 MANIFEST = "manifest.ocdbt"  # there when all arrays share files, Orbax's default
 CACHE_BYTES = 1 << 26  # of all checkpoints together; a chunk of which one row was asked for is kept for the next row

@@ -15,10 +15,10 @@ import numpy as np
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct_file import DirectFile
 from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPES, companions
+from dppa_jax.config.run import MAX_SHARD_SIZE
 from dppa_jax.runtime import processes
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-MAX_SHARD_SIZE = 2_000_000_000
 IDENTITY, JOURNAL = "identity", "journal-{}.jsonl"  # beside unfinished shards
 
 Tensors = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype by name

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.architecture.specs import tensor_specs
-from dppa_jax.config.option import choose
+from dppa_jax.config.option import WEIGHT_DTYPES, choose
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.methods import METHODS
@@ -17,7 +17,6 @@ from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 
 RATE = 0.9
-DELTA_DTYPES = ("float32", "bfloat16", "float16")
 
 Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
 
@@ -83,9 +82,9 @@ class MergeConfig:
         if self.score is None and self.tensor_rates:
             raise ValueError(f"--tensor_rate: --method={self.method} prunes nothing; give a method with a score.")
         choose("--dpa_combine", self.dpa_combine, ("highest", "max"))
-        choose("--delta_dtype", self.delta_dtype, DELTA_DTYPES)
+        choose("--delta_dtype", self.delta_dtype, WEIGHT_DTYPES)
         if self.output_dtype:
-            choose("--output_dtype", self.output_dtype, DELTA_DTYPES)
+            choose("--output_dtype", self.output_dtype, WEIGHT_DTYPES)
 
     @property
     def rates(self) -> tuple[float, ...]:

@@ -24,3 +24,6 @@ def per_expert(flag: str, given: Sequence[str], experts: Sequence[str], parse) -
             except ValueError:
                 raise ValueError(f"{flag}={text}: {value!r} is not a number.") from None
     return values
+
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")

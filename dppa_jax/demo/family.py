@@ -17,10 +17,11 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.checkpoint import save_tree
+from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.demo.text import TASKS, general_text, stream
 from dppa_jax.demo.tokenizer import save_tokenizer
 from dppa_jax.finetune.data import Example, encode
-from dppa_jax.finetune.train import STEPS_PER_REPORT, TrainConfig, train
+from dppa_jax.finetune.train import STEPS_PER_REPORT, train
 from dppa_jax.model import LlamaConfig, init_tree
 from dppa_jax.runtime.files import cache_directory, sources_digest
 from dppa_jax.runtime.progress import steps

@@ -9,9 +9,9 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-Split = Literal["train", "validation", "test"]
+from dppa_jax.config.evaluation import Split
 
 COMPANIES = ["Adobe", "Bayer", "Ford", "Intel", "Lego", "Nestle", "Nokia", "Philips", "Shell", "Sony", "Visa", "Volvo"]
 PLACES = [

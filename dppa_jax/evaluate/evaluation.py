@@ -5,20 +5,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from dppa_jax.config.merge import choose
+from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.evaluate.scores import Score, Scores
-from dppa_jax.evaluate.tasks import Item, Split, Task, TaskOptions, by_domain
+from dppa_jax.evaluate.tasks import Item, Split, Task
 from dppa_jax.memory import Model
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.progress import steps
 
 Weights = Path | Model
-EVALUATORS = ("jax", "vllm")
 SCORER = sources_digest("evaluate/answers.py", "evaluate/equivalence.py")  # verdicts of other code are not kept
 BATCHES_AT_A_TIME = 2  # between two writes of responses: little is lost, and vLLM's batch seldom runs empty
 
@@ -40,40 +39,6 @@ class Evaluator(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[list[int]]: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Which tasks, by which evaluator; `options` says how items, prompts and verdicts are made."""
-
-    tasks: tuple[str, ...] = ()
-    evaluator: str = "jax"
-    options: TaskOptions = field(default_factory=TaskOptions)
-    batch_size: int = 256
-    dtype: str = "auto"
-    vllm_python: str = ""
-    vllm_timeout: float = 1800.0
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.9
-    resume: bool = True  # take responses that an earlier run has kept
-
-    def __post_init__(self):
-        choose("--evaluator", self.evaluator, EVALUATORS)
-        choose("--evaluate_dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        by_domain(self.tasks)
-        positive = {"--batch_size": self.batch_size, "--tensor_parallel_size": self.tensor_parallel_size}
-        positive |= {"--vllm_timeout": self.vllm_timeout, "--gpu_memory_utilization": self.gpu_memory_utilization}
-        for flag, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"{flag}={value:g}: it must be above 0.")
-
-    @property
-    def domains(self) -> dict[str, list[Task]]:
-        return by_domain(self.tasks)
-
-    @property
-    def every_task(self) -> list[Task]:
-        return [task for tasks in self.domains.values() for task in tasks]
 
 
 @dataclass

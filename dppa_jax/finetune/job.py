@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial, reduce
 from importlib.metadata import version
 from operator import getitem
@@ -20,13 +20,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
 from dppa_jax.checkpoint.card import library_versions
-from dppa_jax.checkpoint.safetensors_writer import MAX_SHARD_SIZE, check_space, output_directory
+from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory
 from dppa_jax.checkpoint.stacked import stored_tree
-from dppa_jax.config.merge import choose
-from dppa_jax.evaluate.evaluation import EvaluationConfig
+from dppa_jax.config.evaluation import EvaluationConfig
+from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
+from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.checkpoints import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
-from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, AdamW, State, TrainConfig, Trainer
+from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
 from dppa_jax.jobs import check_apart
 from dppa_jax.model import LlamaConfig
 from dppa_jax.runtime import processes
@@ -36,83 +37,6 @@ from dppa_jax.runtime.progress import steps
 from dppa_jax.runtime.signals import held
 
 STATE_BYTES = 12  # of a parameter: weight and two moments in float32
-
-
-@dataclass(frozen=True)
-class FinetuneConfig:
-    """What --job=finetune does.
-
-    Attributes:
-      base, output: the checkpoint to start from, and the directory of the expert.
-      data: files of examples, JSON lines; all of them are learned.
-      eval_data: files of examples of which only the loss is told.
-      epochs: passes over the examples, which give the number of steps where `steps` is 0.
-      length: tokens of a row; longer examples are cut.
-      pack: several examples to a row, each of which sees itself only.
-      checkpoint_every, eval_every: steps; 0 for never.
-      resume: go on from what is kept; else it is removed.
-      held_out: the tasks whose items must not be learned.
-    """
-
-    base: str
-    output: str
-    data: tuple[str, ...]
-    eval_data: tuple[str, ...] = ()
-    epochs: float = 1.0
-    steps: int = 0
-    learning_rate: float = 2e-5
-    batch_size: int = 16
-    accumulate: int = 1
-    length: int = 512
-    pack: bool = True
-    warmup: float = 0.03
-    optimizer: AdamW = field(default_factory=AdamW)
-    dtype: str = "bfloat16"
-    remat: bool = True
-    seed: int = 0
-    checkpoint_every: int = 100
-    eval_every: int = 0
-    mesh: str = ""
-    workdir: str = "runs"
-    output_dtype: str = ""
-    max_shard_size: int = MAX_SHARD_SIZE
-    overwrite: bool = False
-    resume: bool = True
-    held_out: EvaluationConfig = field(default_factory=EvaluationConfig)
-    flags: Mapping = field(default_factory=dict)
-    command: str = ""
-
-    def __post_init__(self):
-        if not self.base:
-            raise ValueError("--base is empty: give the model to fine-tune.")
-        if not self.output:
-            raise ValueError("--output is empty: give the directory of the expert.")
-        if not self.data:
-            raise ValueError("--train_data is empty: give files of examples, JSON lines of prompt and completion.")
-        if self.steps < 0 or (self.steps == 0 and not 0 < self.epochs < math.inf):
-            raise ValueError(f"--epochs={self.epochs:g}, --train_steps={self.steps}: one of them must be above 0.")
-        if self.length < 2:
-            raise ValueError(f"--train_length={self.length}: a row has at least 2 tokens.")
-        for flag, value in (("checkpoint_every", self.checkpoint_every), ("eval_every", self.eval_every)):
-            if value < 0:
-                raise ValueError(f"--{flag}={value}: a number of steps, or 0 for never.")
-        if self.output_dtype:
-            choose("--output_dtype", self.output_dtype, DTYPES)
-        self.training(rows=1)  # checks what it is given
-
-    def training(self, rows: int) -> TrainConfig:
-        """How to train on so many rows."""
-        return TrainConfig(
-            steps=self.steps or max(1, round(self.epochs * rows / self.batch_size)),
-            learning_rate=self.learning_rate,
-            batch_size=self.batch_size,
-            warmup=self.warmup,
-            optimizer=self.optimizer,
-            accumulate=self.accumulate,
-            dtype=self.dtype,
-            remat=self.remat,
-            seed=self.seed,
-        )
 
 
 def run_finetune(job: FinetuneConfig) -> list[dict]:
@@ -286,7 +210,7 @@ def check_held_out(tasks: EvaluationConfig, examples: Sequence[Example]) -> None
     """Refuse examples that ask, from the start of a line on, what a task of --evaluate asks in any of its splits."""
     learned = "".join(f"\n{prompt}{completion}" for prompt, completion in examples)
     options = replace(tasks.options, limit=None)
-    for task in tasks.every_task:
+    for task in every_task(tasks.tasks):
         for split, items in task.load(options).items():
             for item in items:
                 if f"\n{item.prompt.strip()}" in learned:

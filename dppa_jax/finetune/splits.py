@@ -17,9 +17,10 @@ from pathlib import Path
 
 from absl import logging
 
+from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.paper_tasks import SOURCES
 from dppa_jax.evaluate.sources import with_cue
-from dppa_jax.evaluate.tasks import TASKS, Item, TaskOptions
+from dppa_jax.evaluate.tasks import TASKS, Item
 
 FPB_TEST = 970  # rows, AdaptLLM's number
 VALIDATION = 200  # rows of gsm8k and fpb, from those that are not tested

@@ -5,7 +5,6 @@ gradient, which are gathered a layer at a time as they are needed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -16,90 +15,23 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dppa_jax.config.merge import choose
+from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
+from dppa_jax.finetune.optimizer import transformation
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put
 
 STEPS_PER_REPORT = 10  # waiting for a loss empties the device's queue, so not every step
 TRAIN_AXES = ("data", "fsdp")
-COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
-@dataclass(frozen=True)
-class AdamW:
-    """AdamW, decay of all weights included, apart from its learning rate, which changes from step to step."""
-
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-
-    def __post_init__(self):
-        if not 0.0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"--weight_decay={self.weight_decay}: it must be a number of 0 or more.")
-        if not self.max_gradient_norm > 0.0:
-            raise ValueError(f"--max_gradient_norm={self.max_gradient_norm}: it must be above 0; inf for no limit.")
-
-    def transform(self) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(self.max_gradient_norm),
-            optax.scale_by_adam(self.beta1, self.beta2),
-            optax.add_decayed_weights(self.weight_decay),
-        )
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    Attributes:
-      steps: of the optimiser.
-      learning_rate: its peak: it rises linearly from 0 during the first `warmup` share of the steps, then falls along a
-        cosine to `final` times the peak.
-      batch_size: rows of a step, of which `accumulate` parts go through the model one after another.
-      dtype: of the forward and backward pass; weights, moments and the update are float32 whatever it is.
-      remat: recompute layers in the backward pass: less memory, a third more work.
-      seed: of the rows' order.
-    """
-
-    steps: int
-    learning_rate: float
-    batch_size: int = 64
-    warmup: float = 0.1
-    final: float = 0.05
-    optimizer: AdamW = AdamW()
-    accumulate: int = 1
-    dtype: str = "float32"
-    remat: bool = False
-    seed: int = 0
-
-    def __post_init__(self):
-        choose("--train_dtype", self.dtype, COMPUTE_DTYPES)
-        positive = {"--train_steps": self.steps, "--train_batch_size": self.batch_size, "--accumulate": self.accumulate}
-        for flag, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{flag}={value}: it must be 1 or more.")
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"--accumulate={self.accumulate}: --train_batch_size={self.batch_size} must be a multiple of it."
-            )
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ValueError(f"--warmup={self.warmup}: outside [0, 1]; it is the share of the steps.")
-        if not 0.0 <= self.learning_rate < float("inf"):
-            raise ValueError(f"--learning_rate={self.learning_rate}: it must be a number of 0 or more.")
-
-    @property
-    def rows_together(self) -> int:
-        """That go through the model at a time."""
-        return self.batch_size // self.accumulate
-
-    def learning_rates(self) -> Float[np.ndarray, "steps"]:
-        warmup = max(1, round(self.warmup * self.steps))
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, self.learning_rate, warmup, max(self.steps, warmup + 1), self.final * self.learning_rate
-        )
-        return np.asarray(jax.vmap(schedule)(jnp.arange(self.steps)), np.float32)
+def learning_rates(options: TrainConfig) -> Float[np.ndarray, "steps"]:
+    """The learning rate of every step: a linear rise, then half a cosine down to `final` times the peak."""
+    warmup = max(1, round(options.warmup * options.steps))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, options.learning_rate, warmup, max(options.steps, warmup + 1), options.final * options.learning_rate
+    )
+    return np.asarray(jax.vmap(schedule)(jnp.arange(options.steps)), np.float32)
 
 
 class State(NamedTuple):
@@ -131,7 +63,7 @@ class Trainer:
                 f"--train_batch_size={options.batch_size}, --accumulate={options.accumulate}: the rows that go through "
                 f"the model together, {options.rows_together}, must be a multiple of the {self.mesh.size} devices."
             )
-        self.rates = options.learning_rates()
+        self.rates = learning_rates(options)
         self._update, self._loss = compiled(
             config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh
         )
@@ -148,13 +80,13 @@ class Trainer:
             return jax.make_array_from_callback(weight.shape, sharding, copied)
 
         tree = jax.tree.map(place, tree, self.shardings.tree)
-        init = jax.jit(self.options.optimizer.transform().init, out_shardings=self.shardings.moments)
+        init = jax.jit(transformation(self.options.optimizer).init, out_shardings=self.shardings.moments)
         return State(tree, init(tree))
 
     def abstract(self) -> State:
         """Shapes, dtypes and shardings of a state, without one."""
         tree = abstract_tree(self.config)
-        state = State(tree, jax.eval_shape(self.options.optimizer.transform().init, tree))
+        state = State(tree, jax.eval_shape(transformation(self.options.optimizer).init, tree))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
 
     def step(self, state: State, number: int, rows: Rows) -> tuple[State, Float[Array, ""]]:
@@ -238,7 +170,7 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
         if accumulate > 1:
             found, _ = jax.lax.scan(add, found, jax.tree.map(lambda array: array[1:], rows))
         loss, gradient = found
-        direction, moments = optimizer.transform().update(gradient, state.moments, state.tree)
+        direction, moments = transformation(optimizer).update(gradient, state.moments, state.tree)
         return State(jax.tree.map(lambda w, d: w - learning_rate * d, state.tree, direction), moments), loss
 
     def batch_loss(tree, rows: Rows):
@@ -269,7 +201,7 @@ def state_shardings(config: LlamaConfig, optimizer: AdamW, mesh: Mesh) -> State:
     of_tree = jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, path[0].key == "layers", mesh.shape["fsdp"])), tree
     )
-    transform, whole = optimizer.transform(), NamedSharding(mesh, PartitionSpec())
+    transform, whole = transformation(optimizer), NamedSharding(mesh, PartitionSpec())
     moments = jax.eval_shape(transform.init, tree)
     of_moments = optax.tree.map_params(
         transform, lambda _, s: s, moments, of_tree, transform_non_params=lambda _: whole

@@ -27,7 +27,7 @@ from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report.measurements import Measurements, Remaining
 from dppa_jax.report.paper import Domains, label, percent
 from dppa_jax.search.adamerging import OUTSIDE, AdaMerged
-from dppa_jax.search.dpa import Visit
+from dppa_jax.search.rules import Visit
 
 # Okabe and Ito 2008, Tol 2021.
 METHOD_STYLES = {

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dppa_jax.candidates import Candidates
-from dppa_jax.config.merge import Coefficient, MergeConfig, choose, default_partitions
+from dppa_jax.config.merge import Coefficient, MergeConfig, default_partitions
+from dppa_jax.config.report import Sweep
+from dppa_jax.config.run import JobConfig
+from dppa_jax.config.search import ADAMERGING, Factors
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
-from dppa_jax.evaluate.tasks import Task
+from dppa_jax.evaluate.tasks import Task, every_task
 from dppa_jax.experiments import (
     adamerging_figures,
     adamerging_notes,
@@ -26,58 +28,18 @@ from dppa_jax.experiments import (
     search_figures,
     search_notes,
 )
-from dppa_jax.jobs import JobConfig, check_outputs
+from dppa_jax.jobs import check_outputs
 from dppa_jax.report import figures, published
 from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.tables import ResultTable
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.adamerging import AdaMerged
-from dppa_jax.search.coefficients import ADAMERGING, AdaMergingConfig
-from dppa_jax.search.dpa import Factors
+from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.entropy import check_combine
-from dppa_jax.search.job import Searched, search_expert
+from dppa_jax.search.factors import Searched, search_expert
 
 Domains = Mapping[str, Sequence[Task]]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What the report compares.
-
-    Attributes:
-      methods: of the tables of single experts.
-      merge_methods: of the table of merges of all experts; with "+adamerging", "+adamerging_layerwise" or
-        "+adamerging_linearwise" AdaMerging finds their coefficients.
-      rates: of both; methods that prune nothing appear once.
-      factors: DPA's, of the partitions from 0.9 down; a rate takes as many as it has partitions, and 1 for those that
-        are not given. Empty where they are searched, for every method, rate and expert.
-      q: by expert, for darex_q.
-      seeds: of the demo family, of random scores and of the order of AdaMerging's prompts; cells are means over them.
-      adamerging: how AdaMerging finds coefficients, apart from granularity and seed.
-    """
-
-    methods: tuple[str, ...]
-    merge_methods: tuple[str, ...]
-    rates: tuple[float, ...]
-    factors: Factors = ()
-    q: Mapping[str, float] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    adamerging: AdaMergingConfig = field(default_factory=AdaMergingConfig)
-
-    def __post_init__(self):
-        for name in self.methods:
-            choose("--methods", name, METHODS)
-        for name in self.merge_methods:
-            method, _, coefficients = name.partition("+")
-            choose("--merge_methods", method, METHODS)
-            if coefficients:
-                choose("--merge_methods: the coefficients", coefficients, ADAMERGING)
-        for rate in self.rates:
-            if not 0.0 <= rate <= 1.0:
-                raise ValueError(f"--rates: {rate} is outside [0, 1]; it is the share that is removed.")
-        if not self.seeds or not (self.methods or self.merge_methods):
-            raise ValueError("--job=report needs --methods or --merge_methods, and at least one of --seeds.")
 
 
 class Compared(NamedTuple):
@@ -111,7 +73,7 @@ class Measuring:
 
     def measure(self, advance, first: Measurements | None = None) -> Measurements:
         """Of this seed; only of models with random scores where `first` has measured the same models with another."""
-        every = self.job.evaluation.every_task
+        every = every_task(self.job.evaluation.tasks)
         if first:
             found = Measurements(first.base, first.experts, {}, {})
         else:

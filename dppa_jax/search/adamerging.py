@@ -33,8 +33,8 @@ from jaxtyping import Array, Float
 
 from dppa_jax.architecture.rules import check_patterns, first_match
 from dppa_jax.architecture.specs import TensorSpec
-from dppa_jax.candidates import Candidates
 from dppa_jax.config.merge import Coefficient, MergeConfig
+from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs import activation_norms
@@ -43,7 +43,7 @@ from dppa_jax.model.generate import check_prompts
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole
 from dppa_jax.runtime.progress import steps as progress_of
-from dppa_jax.search.coefficients import AdaMergingConfig
+from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.entropy import Batch, Mixture, check_combine, row_entropies
 from dppa_jax.search.prompts import Prompt, draw, prompts_of
 

@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Float
 from rich.table import Table
 
+from dppa_jax.config.search import Factors, SearchConfig
 from dppa_jax.runtime.progress import console
-from dppa_jax.search.dpa import Factors, SearchConfig, search
+from dppa_jax.search.rules import search
 
 KINDS = ("concave", "plateaued", "noisy")
 SEED = 4242  # not one that the rule's constants were chosen on

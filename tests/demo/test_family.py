@@ -10,11 +10,12 @@ from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
 from dppa_jax import demo
+from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.demo import family
 from dppa_jax.demo.text import TASKS as TASKS_OF
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.local import JaxEvaluator
-from dppa_jax.evaluate.tasks import TASKS, TaskOptions
+from dppa_jax.evaluate.tasks import TASKS
 
 
 @pytest.fixture(scope="session")

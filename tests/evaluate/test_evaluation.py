@@ -6,9 +6,10 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.demo.tokenizer import save_tokenizer
-from dppa_jax.evaluate.evaluation import Evaluation, EvaluationConfig
-from dppa_jax.evaluate.tasks import TASKS, TaskOptions
+from dppa_jax.evaluate.evaluation import Evaluation
+from dppa_jax.evaluate.tasks import TASKS
 
 TEN = 10
 

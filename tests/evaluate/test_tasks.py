@@ -6,9 +6,10 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
+from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.demo.text import TASKS as DEMO_TASKS
 from dppa_jax.demo.tokenizer import save_tokenizer
-from dppa_jax.evaluate.tasks import TASKS, Item, Task, TaskOptions, by_domain
+from dppa_jax.evaluate.tasks import TASKS, Item, Task, by_domain
 
 DEMO = [name for names in DEMO_TASKS.values() for name in names]
 MATH = ("gsm8k", "math")

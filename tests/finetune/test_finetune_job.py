@@ -262,7 +262,8 @@ def test_the_base_is_not_overwritten(refusal, material):
 @pytest.mark.parametrize("asked", ["{}", "Read this.\n{}\nNow answer."])
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_a_held_out_item_is_refused_by_its_id_also_within_other_words(refusal, tmp_path, split, asked):
-    from dppa_jax.evaluate.tasks import TASKS, TaskOptions
+    from dppa_jax.config.evaluation import TaskOptions
+    from dppa_jax.evaluate.tasks import TASKS
 
     item = TASKS["addition"].items(TaskOptions(), split)[42]
     leak = json.dumps({"prompt": asked.format(item.prompt), "completion": " 7"})

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.paper_tasks import SOURCES
-from dppa_jax.evaluate.tasks import TASKS, TaskOptions
+from dppa_jax.evaluate.tasks import TASKS
 from dppa_jax.finetune.data import read_examples
 from dppa_jax.finetune.splits import FPB_TEST, SPLITS, VALIDATION, write_splits
 

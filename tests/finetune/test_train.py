@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
-from dppa_jax.finetune.train import STEPS_PER_REPORT, AdamW, TrainConfig, Trainer, compiled, loss_sums, train
+from dppa_jax.finetune.train import STEPS_PER_REPORT, Trainer, compiled, loss_sums, train
 from dppa_jax.model import LlamaConfig, forward, init_tree
 
 CONFIG = LlamaConfig(

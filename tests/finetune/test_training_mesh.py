@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.finetune.data import Rows, batches
-from dppa_jax.finetune.train import TRAIN_AXES, State, TrainConfig, Trainer
+from dppa_jax.finetune.train import TRAIN_AXES, State, Trainer
 from dppa_jax.model import LlamaConfig, init_tree
 
 CONFIG = LlamaConfig(

@@ -13,7 +13,7 @@ from dppa_jax.delta.methods import METHODS
 from dppa_jax.report import figures
 from dppa_jax.report.figures import Curve, Panel
 from dppa_jax.report.measurements import Remaining
-from dppa_jax.search.dpa import Visit
+from dppa_jax.search.rules import Visit
 
 SVG = "{http://www.w3.org/2000/svg}"
 

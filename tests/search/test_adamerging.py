@@ -12,14 +12,16 @@ from families import write_family
 from support import AWKWARD, ONE_DEVICE, make_family, merge_to_arrays
 from transformers import AutoTokenizer
 
-from dppa_jax.candidates import Candidates
 from dppa_jax.checkpoint import LINEARS, load_tree
+from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.config.merge import MergeConfig, read_coefficients
+from dppa_jax.config.run import JobConfig
+from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.sources import Item
-from dppa_jax.evaluate.tasks import Task, TaskOptions
-from dppa_jax.jobs import JobConfig, run_merge
+from dppa_jax.evaluate.tasks import Task
+from dppa_jax.jobs import run_merge
 from dppa_jax.model import LlamaConfig, forward, generate
 from dppa_jax.report import figures
 from dppa_jax.runtime.mesh import make_mesh
@@ -31,7 +33,7 @@ from dppa_jax.search.adamerging import (
     fixed_coefficients,
     groups_of,
 )
-from dppa_jax.search.coefficients import AdaMergingConfig
+from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.entropy import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
 

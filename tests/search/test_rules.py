@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppa_jax.search.dpa import RULES, SearchConfig, search, search_defaults
+from dppa_jax.config.search import SearchConfig, search_defaults
+from dppa_jax.search.rules import RULES, search
 
 
 def concave(nine: float, eight: float) -> float:

@@ -14,16 +14,13 @@ Source: Zhu et al. 2024, section 3.3.2; the authors' `python_contral`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from decimal import Decimal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from dppa_jax.config.merge import choose
-
-Factors = tuple[float, ...]
+from dppa_jax.config.search import Factors, SearchConfig
 
 STRIDES = (8, 3)  # first move along a line, in steps, by round: 8 tell a slope from the noise of some hundred items
 FLOOR = 0.05  # of a line's highest score; lower ones count as this, as a score of 0 has no logarithm
@@ -47,141 +44,6 @@ class Visit(NamedTuple):
     factors: Factors
     score: float
     raw: Factors
-
-
-class Range(NamedTuple):
-    """The factors that one partition may take."""
-
-    start: float
-    step: float
-    lower: float
-    upper: float
-
-    @property
-    def decimals(self) -> int:
-        """Decimal places of the step, to which factors are rounded.
-
-        >>> Range(1.0, 0.25, 0.0, 4.0).decimals
-        2
-        """
-        return max(0, -int(Decimal(repr(self.step)).normalize().as_tuple().exponent))
-
-    @property
-    def grid(self) -> tuple[float, ...]:
-        """Whole steps from the start within the bounds, in the direction of the step.
-
-        >>> Range(1.0, -0.25, 0.5, 1.3).grid
-        (1.25, 1.0, 0.75, 0.5)
-        """
-        first, last = sorted(((self.lower - self.start) / self.step, (self.upper - self.start) / self.step))
-        steps = range(math.ceil(first - 1e-9), math.floor(last + 1e-9) + 1)
-        return tuple(round(self.start + k * self.step, self.decimals) for k in steps)
-
-    def allows(self, factor: float) -> bool:
-        """Within the bounds, or 0: the partition is left out."""
-        return factor == 0 or self.lower <= round(factor, self.decimals) <= self.upper
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """How factors are searched. A tuple has one number per partition, highest rate first, or one for all of them.
-
-    Attributes:
-      rule: a key of RULES.
-      methods: the paper's methods that may be used.
-      start: the factor with which a partition comes in.
-      step: the smallest change of a factor; negative looks below the start first, and "reference" only there.
-      lower, upper: the bounds of a factor, both included. A partition that is absent has factor 0 whatever they are.
-      max_evaluations: how many candidates may be scored.
-      starts: by method, where its walk begins, if not at `start`; 0 for a partition that is absent.
-
-    >>> SearchConfig().begin(1, 3), SearchConfig().begin(2, 3)
-    ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    """
-
-    rule: str = "parabola"
-    methods: tuple[int, ...] = (1, 2)
-    start: Factors = (1.0,)
-    step: Factors = (0.1,)
-    lower: Factors = (0.0,)
-    upper: Factors = (4.0,)
-    max_evaluations: int = 200
-    starts: Mapping[int, Factors] = field(default_factory=dict)
-
-    def __post_init__(self):
-        choose("--search_rule", self.rule, RULES)
-        for method in (*self.methods, *self.starts):
-            choose("--search_methods", str(method), ("1", "2"))
-        if not self.methods or len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"--search_methods={self.methods}: give 1, 2 or both, each once.")
-        if self.max_evaluations < 1:
-            raise ValueError(f"--search_evaluations={self.max_evaluations}: at least one candidate must be scored.")
-        self.ranges(max(map(len, (self.start, self.step, self.lower, self.upper))))
-
-    def ranges(self, partitions: int) -> list[Range]:
-        """Of every partition, checked."""
-        columns = []
-        for name in Range._fields:
-            numbers = getattr(self, name)
-            if len(numbers) not in (1, partitions):
-                raise ValueError(
-                    f"--search_{name}={numbers}: give one number, or one for each of {partitions} partitions."
-                )
-            columns.append([float(number) for number in numbers] * (partitions // len(numbers)))
-        ranges = [Range(*row) for row in zip(*columns, strict=True)]
-        for one in ranges:
-            if not all(map(math.isfinite, one)) or one.step == 0:
-                raise ValueError(
-                    f"--search_step={one.step}: it must not be 0, and start and bounds must be finite: {one}."
-                )
-            if one.start == 0 or not one.allows(one.start):
-                raise ValueError(f"--search_start={one.start}: not 0, and within [{one.lower}, {one.upper}].")
-        return ranges
-
-    def begin(self, method: int, partitions: int) -> Factors:
-        """Where the walk of `method` begins."""
-        ranges = self.ranges(partitions)
-        present = partitions if method == 2 else 1
-        default = [one.start if i < present else 0.0 for i, one in enumerate(ranges)]
-        factors = tuple(map(float, self.starts.get(method, default)))
-        if len(factors) != partitions or not all(one.allows(f) for one, f in zip(ranges, factors, strict=True)):
-            raise ValueError(
-                f"starts of method {method}: {factors} does not fit {partitions} partitions within bounds."
-            )
-        return factors
-
-
-def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes) -> SearchConfig:
-    """The configuration for partitions of these rates, highest first, and this score of delta parameters.
-
-    Pruning by magnitude leaves a partition at factor 1, and factors are raised from there. DARE has multiplied what it
-    keeps by 1/(1 − rate) already, so the factors are reduced: a partition by itself starts there, which is also its
-    upper bound, and steps down by a twentieth of it. Method 2, where all are present, starts from plain DARE at the
-    target, 1/(1 − rate) of the last partition for all. `changes` are fields that replace these.
-
-    Raises:
-      ValueError: a random score with rate 1, which has no 1/(1 − rate).
-
-    Source: Zhu et al. 2024, section 4.5 ("we modified the approach to dynamic reduction"); the paper gives no step.
-
-    >>> config = search_defaults((0.9, 0.8), "random")
-    >>> config.start, config.step, config.upper
-    ((10.0, 5.0), (-0.5, -0.25), (10.0, 5.0))
-    >>> config.begin(1, 2), config.begin(2, 2)
-    ((10.0, 0.0), (5.0, 5.0))
-    """
-    if score != "random":
-        return SearchConfig(**changes)
-    if max(rates) >= 1:
-        raise ValueError(
-            f"--partitions={tuple(rates)}: with random scores a rate must be below 1, as 1/(1-rate) is used."
-        )
-    step = tuple(-round(0.05 / (1 - rate), 2) for rate in rates)
-    start = tuple(
-        round(1 / (1 - rate), Range(1.0, by, 0.0, 1.0).decimals) for rate, by in zip(rates, step, strict=True)
-    )
-    starts = {} if "start" in changes else {2: (start[-1],) * len(start)}
-    return SearchConfig(**({"start": start, "step": step, "upper": start, "starts": starts} | changes))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import jax
 from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
-from dppa_jax.jobs import JobConfig, activation_norms, check_models, open_models, plan_of
+from dppa_jax.jobs import activation_norms, check_models, open_models, plan_of
 from dppa_jax.memory import merged_model
 from dppa_jax.merge.blocks import owners
 from dppa_jax.merge.merger import ARITHMETIC, Layout, Merger, output_tensors
