@@ -5,15 +5,15 @@ For notebooks: `load`, `merge`, `save`, `methods`. The command line is `python -
 
 from dppa_jax.delta.methods import METHODS as methods
 
-_MEMORY = ("Model", "load", "merge", "save")
+_NOTEBOOK = ("Model", "load", "merge", "save")
 
 __all__ = ["Model", "load", "merge", "methods", "save"]
 
 
 def __getattr__(name: str):
     """Import what needs JAX only when it is asked for: `--helpshort` answers at once."""
-    if name in _MEMORY:
-        from dppa_jax import memory
+    if name in _NOTEBOOK:
+        from dppa_jax import notebook
 
-        return getattr(memory, name)
+        return getattr(notebook, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
-from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, TensorSpec, open_checkpoint
+from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, TensorSpec
 from dppa_jax.checkpoint.safetensors import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
 from dppa_jax.config.run import PREFIX, ConvertConfig
@@ -25,6 +25,7 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh
 from dppa_jax.runtime.progress import Stage, stage
+from dppa_jax.where import open_checkpoint
 
 PIECE = 1 << 26  # bytes that are read and written at a time on the way to safetensors
 RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # that go with the weights

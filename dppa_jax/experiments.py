@@ -10,7 +10,6 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax import jobs
-from dppa_jax.checkpoint import locate, open_checkpoint
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
@@ -31,6 +30,7 @@ from dppa_jax.search.adamerging import AdaMerged, adamerge
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.entropy import check_combine
 from dppa_jax.search.factors import Searched, print_searches, search_factors
+from dppa_jax.where import locate, open_checkpoint
 
 Domains = Mapping[str, Sequence[Task]]
 

@@ -14,14 +14,7 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.architecture.specs import CheckpointError, tensor_specs, with_dtype
-from dppa_jax.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    SafetensorsWriter,
-    locate,
-    open_checkpoint,
-    read_config,
-)
+from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, read_config
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
@@ -38,6 +31,7 @@ from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.memory import device_memory, peak_resident
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
+from dppa_jax.where import locate, open_checkpoint
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
 PROBED_ROWS = 16  # of each linear of the first, middle and last layer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dppa_jax.checkpoint import Checkpoint, open_checkpoint, tensor_specs
+from dppa_jax.checkpoint import Checkpoint, tensor_specs
 from dppa_jax.checkpoint.compare import (
     DIFFERENT,
     EQUAL,
@@ -27,6 +27,7 @@ from dppa_jax.checkpoint.compare import (
     together,
 )
 from dppa_jax.runtime.progress import Stage, console, stage
+from dppa_jax.where import open_checkpoint
 
 READERS = 2
 

@@ -11,9 +11,10 @@ from command import Merge, launch, tree
 from families import DTYPES, llama_config, random_weights, read_json, write_model
 from processes import LAUNCH, check_success, run_processes
 
-from dppa_jax.checkpoint import SafetensorsDirectory, load_tree, open_checkpoint
+from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.validate import run_validate
+from dppa_jax.where import load_tree, open_checkpoint
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 

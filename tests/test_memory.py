@@ -7,7 +7,7 @@ from families import write_family
 from support import same_bits
 
 import dppa_jax
-from dppa_jax.checkpoint import load_tree
+from dppa_jax.where import load_tree
 
 
 @pytest.fixture(scope="module")

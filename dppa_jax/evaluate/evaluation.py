@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Item, Split, Task
-from dppa_jax.memory import Model
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.progress import steps

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dppa_jax.checkpoint import load_tree
-from dppa_jax.memory import Model
+from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.model import LlamaConfig, generate
 from dppa_jax.model.generate import bucket
 from dppa_jax.runtime.memory import device_memory
+from dppa_jax.where import load_tree
 
 BATCH_SIZE = 256
 

@@ -17,10 +17,11 @@ import psutil
 from absl import logging
 
 from dppa_jax.checkpoint import SafetensorsDirectory, is_orbax, save_tree
+from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.evaluate.local import end_tokens, room_for
 from dppa_jax.evaluate.worker import Worker, WorkerError
-from dppa_jax.memory import Model, load
 from dppa_jax.model import LlamaConfig
+from dppa_jax.where import load
 
 CHILD = Path(__file__).with_name("vllm_worker.py")
 MEMORY = Path("/dev/shm")  # files there are never written to a disk

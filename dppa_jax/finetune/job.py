@@ -18,7 +18,7 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dppa_jax.architecture.specs import with_dtype
-from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, locate, open_checkpoint
+from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory
 from dppa_jax.checkpoint.stacked import stored_tree
@@ -35,6 +35,7 @@ from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import steps
 from dppa_jax.runtime.signals import held
+from dppa_jax.where import locate, open_checkpoint
 
 STATE_BYTES = 12  # of a parameter: weight and two moments in float32
 

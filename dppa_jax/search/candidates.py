@@ -16,8 +16,8 @@ from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.jobs import activation_norms, check_models, open_models, plan_of
-from dppa_jax.memory import merged_model
 from dppa_jax.merge.blocks import owners
+from dppa_jax.merge.in_memory import merged_model
 from dppa_jax.merge.merger import ARITHMETIC, Layout, Merger, output_tensors
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest

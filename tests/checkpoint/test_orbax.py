@@ -13,7 +13,8 @@ from command import launch
 from families import DTYPES, llama_config, random_weights, write_json, write_model
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dppa_jax.checkpoint import CheckpointError, OrbaxDirectory, load_tree, locate, open_checkpoint
+from dppa_jax.checkpoint import CheckpointError, OrbaxDirectory
+from dppa_jax.where import load_tree, locate, open_checkpoint
 
 LAYER_1 = "model.layers.1.mlp.down_proj.weight"
 

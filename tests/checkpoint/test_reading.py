@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from families import DTYPES, Q_PROJ, fine_tuned, llama_config, random_weights, write_model
 
-from dppa_jax.checkpoint import CheckpointError, SafetensorsDirectory, load_tree, locate, save_tree, tensor_specs
+from dppa_jax.checkpoint import CheckpointError, SafetensorsDirectory, save_tree, tensor_specs
+from dppa_jax.where import load_tree, locate
 
 EMBEDDINGS = "model.embed_tokens.weight"
 LAYER_1 = "model.layers.1.mlp.down_proj.weight"

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from dppa_jax.checkpoint import load_tree, save_tree
+from dppa_jax.checkpoint import save_tree
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.train import train
 from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.where import load_tree
 
 CONFIG = LlamaConfig(
     vocab_size=48,

@@ -10,9 +10,9 @@ import torch
 import transformers
 from smollm import smollm_directory
 
-from dppa_jax.checkpoint import load_tree
 from dppa_jax.model import Llama, LlamaConfig, forward, generate, init_tree
 from dppa_jax.model.generate import decode
+from dppa_jax.where import load_tree
 
 CONFIG = LlamaConfig(
     vocab_size=96,

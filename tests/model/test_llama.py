@@ -12,9 +12,9 @@ import transformers
 from flax import nnx
 from smollm import smollm_directory
 
-from dppa_jax.checkpoint import load_tree
 from dppa_jax.model import Llama, LlamaConfig, decoder_layer, forward, init_tree
 from dppa_jax.model.decoder import rms_norm, rotary, unembed, visibility
+from dppa_jax.where import load_tree
 
 TOLERANCE = 1e-4  # on every logit, in float32
 

@@ -12,7 +12,7 @@ from families import write_family
 from support import AWKWARD, ONE_DEVICE, make_family, merge_to_arrays
 from transformers import AutoTokenizer
 
-from dppa_jax.checkpoint import LINEARS, load_tree
+from dppa_jax.checkpoint import LINEARS
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.config.merge import MergeConfig, read_coefficients
 from dppa_jax.config.run import JobConfig
@@ -36,6 +36,7 @@ from dppa_jax.search.adamerging import (
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.entropy import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
+from dppa_jax.where import load_tree
 
 EXPERTS = ("math", "law")
 FACTORS = {"math": (1.8, 0.7), "law": (0.4, 2.5)}
@@ -83,7 +84,7 @@ def entropies(config: dict, tree: dict, prompts) -> list[float]:
 
 
 def as_tree(base, tensors: dict) -> dict:
-    from dppa_jax.memory import Model
+    from dppa_jax.checkpoint.in_memory import Model
 
     tree: dict = {}
     for name, spec in base.specs.items():

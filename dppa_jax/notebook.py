@@ -1,0 +1,46 @@
+"""Models in memory, for notebooks and sweeps: load, merge, save."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dppa_jax.checkpoint import save_tree
+from dppa_jax.checkpoint.in_memory import Model
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.merge.in_memory import merged_model
+from dppa_jax.merge.merger import Layout, Merger
+from dppa_jax.runtime.mesh import make_mesh
+from dppa_jax.where import load
+
+__all__ = ["Model", "load", "merge", "save"]
+
+
+def merge(base: Model, experts: Mapping[str, Model], method: str = "dppa", *, mesh: str = "", **options) -> Model:
+    """Merge in memory, with the arithmetic of the command line, bit for bit.
+
+    Args:
+      base: the model that the experts were fine-tuned from.
+      experts: by name, in the order in which their deltas are added.
+      method: a preset, a key of `dppa_jax.methods`.
+      mesh: "layer=2,row=4"; all local devices on the row axis by default.
+      **options: fields of `MergeConfig`: rate, factors, coefficients, allocate, seed, ...
+
+    >>> import dppa_jax, numpy as np
+    >>> from dppa_jax.model import LlamaConfig, init_tree
+    >>> config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32, "hidden_size": 16,
+    ...           "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    ...           "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "tie_word_embeddings": True}
+    >>> import jax
+    >>> base, expert = (dppa_jax.Model(config, jax.tree.map(np.asarray, init_tree(
+    ...     LlamaConfig.from_hf(config), jax.random.key(k), "float32"))) for k in (0, 1))
+    >>> merged = dppa_jax.merge(base, {"math": expert}, "magnitude", rate=0.9, mesh="layer=1,row=1")
+    >>> kept = merged.tensors["model.layers.0.mlp.up_proj.weight"] != base.tensors["model.layers.0.mlp.up_proj.weight"]
+    >>> int(kept.sum()), kept.size
+    (38, 384)
+    """
+    config = MergeConfig(experts=tuple(experts), method=method, **options)
+    return merged_model(Merger(base, experts, config, make_mesh(mesh), Layout(), quiet=True), base.directory)
+
+
+def save(model: Model, directory: str | Path, overwrite: bool = False) -> None:
+    """Write a model as a Hugging Face directory, with the tokenizer of where it came from."""
+    save_tree(directory, model.tree, model.config, model.directory, overwrite=overwrite)
