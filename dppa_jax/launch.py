@@ -65,22 +65,22 @@ def _run(job: str) -> None:
         _benchmark()
         return
     if job == "evaluate":
-        from dppa_jax.experiments import run_evaluate
+        from dppa_jax.jobs.evaluate import run_evaluate
 
         run_evaluate(models(), evaluation(), FLAGS.workdir, FLAGS.seed, command(), FLAGS.tokenizer)
         return
     if job == "finetune":
-        from dppa_jax.finetune.job import run_finetune
+        from dppa_jax.jobs.finetune import run_finetune
 
         run_finetune(finetune_config())
         return
     if job == "convert":
-        from dppa_jax.convert import run_convert
+        from dppa_jax.jobs.convert import run_convert
 
         run_convert(convert_config())
         return
     if job == "validate":
-        from dppa_jax.validate import run_validate
+        from dppa_jax.jobs.validate import run_validate
 
         if not run_validate(
             FLAGS.output, FLAGS.reference, FLAGS.base, FLAGS.workdir, FLAGS.tolerance_ulp, FLAGS.seed
@@ -89,27 +89,27 @@ def _run(job: str) -> None:
         return
     config = job_config()
     if job == "plan":
-        from dppa_jax.jobs import run_plan
+        from dppa_jax.jobs.plan import run_plan
 
         run_plan(config)
     elif job == "inspect":
-        from dppa_jax.inspect import run_inspect
+        from dppa_jax.jobs.inspect import run_inspect
 
         run_inspect(config)
     elif job == "report":
-        from dppa_jax.report.sweep import run_report
+        from dppa_jax.jobs.report import run_report
 
         run_report(config, sweep())
     elif job == "search":
-        from dppa_jax.experiments import run_search
+        from dppa_jax.jobs.search import run_search
 
         run_search(config)
     elif config.search or config.adamerging or config.evaluation.tasks:
-        from dppa_jax.experiments import run_merge
+        from dppa_jax.jobs.evaluated_merge import run_merge
 
         run_merge(config)
     else:  # without what evaluation and reports need, a second of imports
-        from dppa_jax.jobs import run_merge
+        from dppa_jax.jobs.merge import run_merge
 
         run_merge(config)
 

@@ -12,7 +12,8 @@ from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import COPIED, SafetensorsDirectory
-from dppa_jax.config.run import PREFIX
+from dppa_jax.config.run import PREFIX, JobConfig
+from dppa_jax.runtime import processes
 
 
 def open_checkpoint(where: str | Path, seed: int = 0, weights: bool = True) -> Checkpoint:
@@ -83,3 +84,11 @@ def load(where: str | Path, seed: int = 0) -> Model:
     """Read a model: a directory, a hub id, or demo:base, demo:math, demo:finance, demo:law (of a seed)."""
     directory = locate(where, seed)
     return Model(*load_tree(directory), directory)
+
+
+def open_models(job: JobConfig, weights: bool = True) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """Base and experts; without `weights` nothing large is fetched, and models that are not here are an error."""
+    seed = job.merge.seed
+    with processes.first_alone("models"):  # it fetches or builds what the others then find
+        base = open_checkpoint(job.base, seed, weights)
+        return base, {name: open_checkpoint(where, seed, weights) for name, where in job.experts.items()}

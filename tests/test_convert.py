@@ -13,7 +13,7 @@ from processes import LAUNCH, check_success, run_processes
 
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.evaluate.local import JaxEvaluator
-from dppa_jax.validate import run_validate
+from dppa_jax.jobs.validate import run_validate
 from dppa_jax.where import load_tree, open_checkpoint
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"

@@ -23,15 +23,14 @@ from command import launch
 from families import edit_json, read_json, write_family
 from jax.sharding import NamedSharding
 
-from dppa_jax import jobs
 from dppa_jax.checkpoint import SafetensorsDirectory, tensor_specs
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
-from dppa_jax.jobs import plan_of, run_plan
+from dppa_jax.jobs.plan import run_plan
 from dppa_jax.merge import kernels, speed
 from dppa_jax.merge.blocks import Part, make_blocks
 from dppa_jax.merge.kernels import Kernels
-from dppa_jax.merge.plan import RUNTIME
+from dppa_jax.merge.plan import RUNTIME, plan_of
 from dppa_jax.merge.speed import Speeds
 from dppa_jax.runtime.mesh import ROWS, make_mesh, over_rows, padded_rows
 
@@ -177,7 +176,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(plan, options, change):
 
 
 def test_merge_beyond_the_memory_of_the_host_is_warned_of(merge, monkeypatch, caplog):
-    monkeypatch.setattr(jobs.psutil, "virtual_memory", lambda: SimpleNamespace(available=RUNTIME))
+    monkeypatch.setattr(merge.psutil, "virtual_memory", lambda: SimpleNamespace(available=RUNTIME))
     with caplog.at_level(logging.WARNING):
         merge("--method=dare", "--rate=0.7", "--residency=resident")
     assert "too much; give --residency=streamed" in caplog.text

@@ -17,8 +17,8 @@ from rich.table import Table
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import make_evaluator
-from dppa_jax.experiments import check_search, domains_of, opened
-from dppa_jax.jobs import run_merge
+from dppa_jax.jobs.evaluated import check_search, domains_of, opened
+from dppa_jax.jobs.merge import run_merge
 from dppa_jax.runtime.progress import console
 
 CANDIDATES = 5

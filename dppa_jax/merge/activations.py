@@ -1,15 +1,18 @@
 """Norms of every linear's inputs over calibration text, one decoder layer in memory at a time (score "wanda")."""
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 
 from dppa_jax.architecture.specs import tree_of
 from dppa_jax.checkpoint import LINEARS, Checkpoint
+from dppa_jax.config.run import JobConfig
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.decoder import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
 
@@ -63,3 +66,17 @@ def _layer(
     inputs = (normed, normed, normed, mixed, normed_again, normed_again, inner)
     norms = {name: jnp.sqrt((x * x).sum(axis=(0, 1))) for name, x in zip(LINEARS, inputs, strict=True)}
     return decoder_layer(config, weights, hidden, None, rope, visible)[0], norms
+
+
+def norms_of_experts(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict:
+    """Per expert and linear, what the score "wanda" weighs columns by."""
+    from dppa_jax.merge import activations
+
+    if not job.calibration:
+        raise ValueError("--score=wanda needs --calibration=FILE, a text file whose lines the experts read.")
+    norms = {}
+    for name, expert in experts.items():
+        tokens = activations.calibration_tokens(expert.directory, Path(job.calibration))
+        norms[name] = activations.activation_norms(expert, tokens)
+        logging.info("activation norms of %s on %s", name, job.calibration)
+    return norms

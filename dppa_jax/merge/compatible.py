@@ -1,11 +1,15 @@
 """TODO."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec
+from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.runtime import processes
 
 
 def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Mapping[str, TensorSpec]:
@@ -43,3 +47,59 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
         if extra:
             raise CheckpointError(f"expert {name!r} has {extra[0]}, which the base has not; a different base model?")
     return base.specs
+
+
+OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
+
+
+PROBED_ROWS = 16  # of each linear of the first, middle and last layer
+
+
+def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path]) -> None:
+    """Refuse an output that is, contains or lies in an input or another output."""
+    taken = {f"the model {name!r}": path.resolve() for name, path in inputs.items()}
+    for flag, given in outputs.items():
+        path = Path(given).expanduser().resolve()
+        for what, other in taken.items():
+            for place in (path, path.with_name(path.name + ".incomplete")):
+                if place.is_relative_to(other) or other.is_relative_to(place):
+                    raise CheckpointError(
+                        f"{flag}: {given} and {what} in {other} are the same or one contains the other; choose a "
+                        f"directory apart from it."
+                    )
+        taken[f"the output of {flag}"] = path
+
+
+def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
+    """Refuse an expert whose delta is as large as the weights, on a few rows of every kind of linear.
+
+    Each process looks at layers of its own.
+    """
+    own = processes.share(base.config["num_hidden_layers"], processes.count(), processes.index())
+    if not own:
+        return
+    difference = norm = 0.0
+    for spec in base.specs.values():
+        if spec.linear is None or spec.layer not in (own[0], own[len(own) // 2], own[-1]):
+            continue
+        for row in np.linspace(0, spec.rows - 1, PROBED_ROWS).astype(int):
+            b, e = (_row(source, spec.name, int(row)) for source in (base, expert))
+            finite = np.isfinite(b) & np.isfinite(e)  # the merge tells where they are not
+            difference += np.square(e[finite] - b[finite]).sum()
+            norm += np.square(b[finite]).sum()
+    relative = np.sqrt(difference / norm) if norm else 0.0
+    if relative == 0:
+        logging.warning("expert %r equals the base where it was probed; is %s fine-tuned?", name, expert.directory)
+    if relative > OTHER_BASE:
+        raise CheckpointError(
+            f"expert {name!r}: its delta is {relative:.2f} times as large as the base's weights, that of a fine-tune "
+            f"is a small part of them: other base? Was {expert.directory} made from {base.directory}? "
+            f"--allow_other_base merges it."
+        )
+
+
+def _row(source: Checkpoint, name: str, row: int) -> np.ndarray:
+    tensor = source.tensors[name]
+    out = np.empty(tensor.shape[-1], tensor.dtype)
+    source.read_rows(name, row, row + 1, out)
+    return out.astype(np.float64)

@@ -37,7 +37,7 @@ from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.jobs import activation_norms
+from dppa_jax.merge.activations import norms_of_experts
 from dppa_jax.merge.kernels import ZERO
 from dppa_jax.model.generate import check_prompts
 from dppa_jax.runtime import processes
@@ -151,7 +151,7 @@ def adamerge(
     if not finished:
         prompts = _prompts(candidates, asked, budgets, merge, given, workdir, fingerprint)
         experts = {name: candidates.experts[name] for name in merge.experts}
-        norms = activation_norms(candidates.job, experts) if merge.score == "wanda" else None
+        norms = norms_of_experts(candidates.job, experts) if merge.score == "wanda" else None
         mixture = Mixture(candidates.base, experts, merge, candidates.mesh, norms)
         step = Step(mixture, of_tensor, fixed_coefficients(merge, specs), given.learning_rate)
 

@@ -15,13 +15,16 @@ from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
-from dppa_jax.jobs import activation_norms, check_models, open_models, plan_of
+from dppa_jax.jobs.models import check_models
+from dppa_jax.merge.activations import norms_of_experts
 from dppa_jax.merge.blocks import owners
 from dppa_jax.merge.in_memory import merged_model
 from dppa_jax.merge.merger import ARITHMETIC, Layout, Merger, output_tensors
+from dppa_jax.merge.plan import plan_of
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.mesh import make_mesh
+from dppa_jax.where import open_models
 
 
 class Candidates:
@@ -65,7 +68,7 @@ class Candidates:
         experts = {name: self.experts[name] for name in config.experts}
         models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
         plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
-        norms = activation_norms(self.job, experts) if config.score == "wanda" else None
+        norms = norms_of_experts(self.job, experts) if config.score == "wanda" else None
         layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
         return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)
 

@@ -179,7 +179,7 @@ def stop_before_writing(monkeypatch, given: list[str]) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr("dppa_jax.finetune.job.write_expert", fail)
+        patch.setattr("dppa_jax.jobs.finetune.write_expert", fail)
         with pytest.raises(SystemExit, match="disk full"):
             launch(*given)
 

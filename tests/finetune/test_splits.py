@@ -7,9 +7,9 @@ import pytest
 
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.paper_tasks import SOURCES
+from dppa_jax.evaluate.splits import FPB_TEST, SPLITS, VALIDATION, write_splits
 from dppa_jax.evaluate.tasks import TASKS
 from dppa_jax.finetune.data import read_examples
-from dppa_jax.finetune.splits import FPB_TEST, SPLITS, VALIDATION, write_splits
 
 SHARES = {"train": 69, "validation": 26, "test": 77}  # of UNFAIR-ToS's 172 sentences with a label
 

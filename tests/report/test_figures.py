@@ -10,9 +10,9 @@ from report_runs import PAIR, two_seeds
 
 from dppa_jax.architecture.specs import LINEARS
 from dppa_jax.delta.methods import METHODS
+from dppa_jax.merge.inspection import Remaining
 from dppa_jax.report import figures
 from dppa_jax.report.figures import Curve, Panel
-from dppa_jax.report.measurements import Remaining
 from dppa_jax.search.rules import Visit
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -21,7 +21,7 @@ from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.sources import Item
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.jobs import run_merge
+from dppa_jax.jobs.merge import run_merge
 from dppa_jax.model import LlamaConfig, forward, generate
 from dppa_jax.report import figures
 from dppa_jax.runtime.mesh import make_mesh

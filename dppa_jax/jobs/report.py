@@ -13,25 +13,21 @@ from dppa_jax.delta.methods import METHODS
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
-from dppa_jax.experiments import (
+from dppa_jax.jobs.evaluated import announce, check_searched, domains_of, evaluation_of, find_coefficients
+from dppa_jax.jobs.evaluated_merge import merge_and_report
+from dppa_jax.jobs.models import check_outputs
+from dppa_jax.report import figures, published
+from dppa_jax.report.measurements import Measurements, Merged
+from dppa_jax.report.paper import paper_tables, raw
+from dppa_jax.report.sections import (
     adamerging_figures,
     adamerging_notes,
-    announce,
-    check_searched,
-    domains_of,
-    evaluation_of,
-    find_coefficients,
     finish,
     illustration,
-    merge_and_report,
     run_of,
     search_figures,
     search_notes,
 )
-from dppa_jax.jobs import check_outputs
-from dppa_jax.report import figures, published
-from dppa_jax.report.measurements import Measurements, Merged
-from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.tables import ResultTable
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.adamerging import AdaMerged

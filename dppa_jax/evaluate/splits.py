@@ -1,6 +1,6 @@
 """Training, validation and test files of three of the paper's tasks, from files that hold them together.
 
-    python -m dppa_jax.finetune.splits SOURCE TARGET
+    python -m dppa_jax.evaluate.splits SOURCE TARGET
 
 SOURCE has gsm8k_train.jsonl, gsm8k_train_solutions.jsonl ({"id", "solution"}), gsm8k_test.jsonl, fpb.jsonl (the test
 rows first, as many as the paper has) and unfair_tos_full1607.jsonl (LexGLUE's test split, "None" rows included); other

@@ -1,0 +1,55 @@
+"""TODO."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dppa_jax.config.evaluation import EvaluationConfig
+from dppa_jax.evaluate.evaluation import open_evaluation
+from dppa_jax.evaluate.scores import Scores
+from dppa_jax.evaluate.tasks import every_task
+from dppa_jax.jobs.evaluated import (
+    announce,
+    check_tasks,
+)
+from dppa_jax.report.sections import (
+    finish,
+    run_of,
+)
+from dppa_jax.report.tables import Cell, ResultTable
+from dppa_jax.runtime.progress import steps
+from dppa_jax.where import open_checkpoint
+
+
+def run_evaluate(
+    models: Mapping[str, str],
+    config: EvaluationConfig,
+    workdir: str,
+    seed: int = 0,
+    command: str = "",
+    tokenizer: str = "base",
+) -> dict[str, Scores]:
+    """Every model on every task: a table of accuracies, printed and as a report in `workdir`.
+
+    All are asked with the tokenizer of one of them; of the first where there is no `tokenizer` among them.
+    """
+    check_tasks(config)
+    opened = {name: open_checkpoint(where, seed) for name, where in models.items()}
+    directories = {name: model.directory for name, model in opened.items()}
+    reader = directories.get(tokenizer) or next(iter(directories.values()))
+    with open_evaluation(config, reader, Path(workdir)) as evaluation:
+        announce(evaluation, config)
+        with steps("evaluate", len(opened)) as advance:
+            found = {}
+            for name, model in opened.items():
+                weights = directories[name]
+                fingerprint = model.content_digest()
+                model.close()
+                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, every_task(config.tasks))
+                advance()
+        rows = {
+            task.name: [Cell.of_scores([found[name][task.name]]) for name in models]
+            for task in every_task(config.tasks)
+        }
+        table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
+        finish(Path(workdir), run_of("Evaluation", command, models, config, evaluation, [table]))
+    return found

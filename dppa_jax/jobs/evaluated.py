@@ -1,0 +1,105 @@
+"""TODO."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+from rich.table import Table
+
+from dppa_jax.config.evaluation import EvaluationConfig
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.run import JobConfig
+from dppa_jax.config.search import AdaMergingConfig, FactorSearch
+from dppa_jax.evaluate.evaluation import Evaluation, open_evaluation
+from dppa_jax.evaluate.tasks import Task, by_domain, every_task
+from dppa_jax.runtime.progress import console
+from dppa_jax.search.adamerging import AdaMerged, adamerge
+from dppa_jax.search.candidates import Candidates
+from dppa_jax.where import locate
+
+Domains = Mapping[str, Sequence[Task]]
+
+
+def find_coefficients(
+    candidates: Candidates, domains: Domains, merge: MergeConfig, given: AdaMergingConfig, workdir: Path
+) -> AdaMerged:
+    """By AdaMerging, which needs the memory of an accelerator that the evaluator has: it starts again after it."""
+    if jax.default_backend() != "cpu":
+        candidates.evaluation.release()
+    return adamerge(candidates, domains, merge, given, workdir)
+
+
+def check_tasks(config: EvaluationConfig) -> None:
+    if not config.tasks:
+        raise ValueError("--evaluate is empty: name the tasks, for example --evaluate=gsm8k,fpb.")
+
+
+def check_search(job: JobConfig) -> None:
+    """Refuse a search that cannot be made."""
+    if job.merge.scale != "partition":
+        raise ValueError(
+            f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
+            f"--method={job.merge.method} with scale {job.merge.scale!r}."
+        )
+    given = job.search or FactorSearch()
+    given.config(job.merge).ranges(len(job.merge.partitions))
+    replace(job.merge, factors=given.given)  # as many as partitions?
+
+
+def check_searched(job: JobConfig, domains: Domains) -> None:
+    """Refuse a merge with an expert whose factors nothing can tell."""
+    given = job.search.given if job.search else {}
+    if missing := [expert for expert in job.experts if expert not in domains and expert not in given]:
+        raise ValueError(
+            f"--factors=search: expert {missing[0]!r} has no tasks in --evaluate, which has those of "
+            f"{', '.join(domains)}; an expert is searched by the tasks of the domain it is named after."
+        )
+
+
+@contextmanager
+def opened(job: JobConfig) -> Iterator[Candidates]:
+    """The job's models, and what evaluates them; all that can be refused before the work begins is."""
+    with evaluation_of(job) as evaluation:
+        announce(evaluation, job.evaluation, job.search, job.adamerging)
+        with Candidates(job, evaluation) as candidates:
+            yield candidates
+
+
+def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
+    tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
+    return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
+
+
+def announce(
+    evaluation: Evaluation,
+    config: EvaluationConfig,
+    search: FactorSearch | None = None,
+    adamerging: AdaMergingConfig | None = None,
+) -> None:
+    """Read and encode the items, so that bad ones are refused now, and print how they are asked and judged."""
+    table = Table("task", "items", "prompt", "scoring", "tokens", title="how the tasks are asked and judged")
+    for task in every_task(config.tasks):
+        counts = [f"{len(evaluation.questions(task))} test"]
+        if search and search.split == "validation":
+            limited = replace(config.options, limit=search.limit)
+            counts.append(f"{len(evaluation.questions(task, 'validation', limited))} validation")
+        if adamerging:
+            limited = replace(config.options, limit=adamerging.limit)
+            counts.append(f"{len(evaluation.questions(task, adamerging.split, limited))} {adamerging.split} prompts")
+        table.add_row(task.name, ", ".join(counts), *task.describe(config.options).values())
+    console().print(table)
+
+
+def domains_of(job: JobConfig) -> dict[str, list[Task]]:
+    """The tasks by domain, every one of which must have its expert."""
+    check_tasks(job.evaluation)
+    domains = by_domain(job.evaluation.tasks)
+    for domain, tasks in domains.items():
+        if domain not in job.experts:
+            raise ValueError(
+                f"--evaluate={tasks[0].name}: its domain is {domain}, and ratios are relative to the expert of that "
+                f"name, which is missing: give --expert={domain}=WHERE, or leave the task out."
+            )
+    return domains

@@ -1,0 +1,70 @@
+"""--job=inspect: what the deltas look like before anything is pruned."""
+
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from dppa_jax.architecture.specs import LINEARS
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.run import JobConfig
+from dppa_jax.jobs.models import check_models
+from dppa_jax.merge.blocks import Stream, make_blocks
+from dppa_jax.merge.inspection import DECILES, Inspection, inspect_deltas
+from dppa_jax.merge.plan import plan_of
+from dppa_jax.runtime.mesh import make_mesh
+from dppa_jax.runtime.progress import console, write_json
+from dppa_jax.where import open_models
+
+
+def run_inspect(job: JobConfig) -> dict[str, Inspection]:
+    """Print the tables and write them as JSON to inspect.json in --workdir."""
+    base, experts = open_models(job)
+    check_models(job, base, experts)
+    mesh = make_mesh(job.mesh)
+    plan = plan_of(job, [base.config, *(e.config for e in experts.values())], mesh.devices.shape)
+    stream = Stream(base, list(experts.values()), make_blocks(base.specs, plan.block_layers), mesh, plan.resident)
+    found = inspect_deltas(stream, job.merge)
+    _print(found, job.merge)
+    write_json(Path(job.workdir) / "inspect.json", {name: _as_json(one, job.merge) for name, one in found.items()})
+    return found
+
+
+def _as_json(one: Inspection, config: MergeConfig) -> dict:
+    tables = {"norm": one.norms, "relative_norm": one.relative_norms}
+    if one.statistics:
+        tables["linear_significance"] = one.statistics.linear_outliers
+    content = {"min": one.minimum, "deciles": one.deciles, "max": one.maximum}
+    content |= {name: [dict(zip(LINEARS, row, strict=True)) for row in t.tolist()] for name, t in tables.items()}
+    if one.statistics:
+        content["layer_significance"] = one.statistics.layer_outliers.tolist()
+    content["rates"] = {
+        f"{rate:g}": [dict(zip(LINEARS, row, strict=True)) for row in table.tolist()]
+        for rate, table in zip(config.rates, one.rates, strict=True)
+    }
+    return content
+
+
+def _print(found: dict[str, Inspection], config: MergeConfig) -> None:
+    out = console()
+    table = Table("expert", "min", *(f"{q:.0%}" for q in DECILES), "max", title="delta parameters")
+    for name, one in found.items():
+        table.add_row(name, *(f"{value:.2g}" for value in (one.minimum, *one.deciles, one.maximum)))
+    out.print(table)
+    for name, one in found.items():
+        out.print(_by_layer(f"{name}: norm of the delta (share of the base's norm)", one.norms, one.relative_norms))
+        if one.statistics:
+            shown = one.statistics.linear_outliers / one.statistics.numel
+            out.print(_by_layer(f"{name}: significance per parameter", shown))
+        for rate, rates in zip(config.rates, one.rates, strict=True):
+            out.print(_by_layer(f"{name}: rates at {rate:g} by {config.allocate}", rates))
+
+
+def _by_layer(title: str, values: np.ndarray, beside: np.ndarray | None = None) -> Table:
+    table = Table("layer", *(linear.split(".")[1] for linear in LINEARS), title=title)
+    for layer, row in enumerate(values):
+        cells = [f"{value:.4g}" for value in row]
+        if beside is not None:
+            cells = [f"{cell} ({share:.1%})" for cell, share in zip(cells, beside[layer], strict=True)]
+        table.add_row(str(layer), *cells)
+    return table

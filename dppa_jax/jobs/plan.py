@@ -1,0 +1,50 @@
+"""TODO."""
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+from rich.table import Table
+
+from dppa_jax.architecture.specs import tensor_specs
+from dppa_jax.checkpoint import read_config
+from dppa_jax.config.run import JobConfig
+from dppa_jax.merge.compatible import check_compatible
+from dppa_jax.merge.plan import Plan, plan_of
+from dppa_jax.merge.speed import measure_speeds
+from dppa_jax.runtime.mesh import make_mesh, mesh_shape
+from dppa_jax.runtime.progress import console, write_json
+from dppa_jax.where import locate, open_models
+
+
+def run_plan(job: JobConfig) -> Plan:
+    """Print the plan, and write it as JSON to plan.json in --workdir.
+
+    The config.json files are enough, and devices of the mesh are needed only for the time.
+    """
+    where = {"base": job.base, **job.experts}
+    configs = {name: read_config(locate(place, job.merge.seed, weights=False)) for name, place in where.items()}
+    models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
+    check_compatible(models.pop("base"), models)
+    plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
+    told, predicted = _predicted_time(job, plan)
+    table = Table("plan", "", show_header=False)
+    for row in (*plan.lines(), ("time", told)):
+        table.add_row(*row)
+    console().print(table)
+    write_json(Path(job.workdir) / "plan.json", asdict(plan) | predicted)
+    return plan
+
+
+def _predicted_time(job: JobConfig, plan: Plan) -> tuple[str, dict]:
+    """From speeds measured here, where the weights are: in words, and for plan.json; or why there is none."""
+    if job.device_memory:
+        return "not predicted: the devices of --device_memory are not here to be measured", {}
+    if not job.output:
+        return "not predicted: give --output, as it depends on that disk", {}
+    try:
+        base, experts = open_models(job, weights=False)
+        speeds = measure_speeds((base, *experts.values()), Path(job.output), job.merge, make_mesh(job.mesh))
+    except (ValueError, OSError) as error:
+        return f"not predicted: {error}", {}
+    return plan.time(speeds), {"seconds": plan.seconds(speeds), "speeds": asdict(speeds)}
