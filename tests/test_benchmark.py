@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from command import launch
 
+from dppa_jax.benchmark import device, families, merges, scaling
 from dppa_jax.benchmark.families import make_family, make_model, model_config, parameters
-from dppa_jax.benchmark.merges import Run, device, families, merges, scaling
+from dppa_jax.benchmark.merges import Run
 from dppa_jax.checkpoint import SafetensorsDirectory
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -18,7 +19,7 @@ Usage = namedtuple("Usage", "total used free")
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch, tmp_path):
     monkeypatch.setitem(families.SHAPES, "tiny", (64, 96, 2, 4, 2))
-    monkeypatch.setattr(benchmark_models, "VOCABULARY", 512)
+    monkeypatch.setattr(families, "VOCABULARY", 512)
     monkeypatch.setenv("DPPA_JAX_CACHE", str(tmp_path / "cache"))
 
 
@@ -47,7 +48,7 @@ def test_models_are_seeded_bf16_checkpoints_with_heavy_tailed_deltas(tmp_path):
 
 
 def test_tensors_longer_than_the_noise_are_filled(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark_models, "CHUNK", 1000)
+    monkeypatch.setattr(families, "CHUNK", 1000)
     base = read(make_model(tmp_path / "base", model_config("tiny"), "base"))
     assert base.std(axis=1).min() > 0.01
     assert len({row.tobytes() for row in base}) == len(base)
@@ -93,7 +94,7 @@ def test_chosen_methods_are_timed_beside_the_floor_and_sizes_compared(tmp_path, 
 
 
 def test_shapes_timed_at_different_times_share_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark_models, "VOCABULARY", 32000)
+    monkeypatch.setattr(families, "VOCABULARY", 32000)
     for i, shape in enumerate(("0.3b", "7b"), 1):
         (tmp_path / shape).mkdir()
         row = "dppa" if shape == "7b" else "dppa, 2 experts"
@@ -129,9 +130,9 @@ def test_wrong_flags_are_refused(wrong, message, tmp_path):
 def test_device_benchmark_times_the_stages_of_a_merge(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    monkeypatch.setattr(device_benchmark, "COPIED", 1 << 20)
+    monkeypatch.setattr(device, "COPIED", 1 << 20)
     monkeypatch.setitem(families.SHAPES, "tiny", (64, 96, 6, 4, 2))
-    monkeypatch.setattr(device_benchmark, "_from_disk", lambda *_: {"shape": "tiny", "seconds": 1.0})
+    monkeypatch.setattr(device, "_from_disk", lambda *_: {"shape": "tiny", "seconds": 1.0})
     (tmp_path / "benchmark").mkdir()
     launch(*flags(tmp_path, "--device=cpu"))
     result = json.loads((tmp_path / "benchmark" / "device-cpu-tiny.json").read_text())

@@ -38,15 +38,15 @@ def test_signal_within_a_garbage_collection_is_not_lost(name, status):
 
 SWALLOWING = """
 import time
-from dppa_jax import interrupts
+from dppa_jax.runtime import signals
 
-interrupts.end_on_signals()
+signals.end_on_signals()
 print("ready", flush=True)
 try:
     time.sleep(10)
 except BaseException:  # as native code may, that calls back into Python
     pass
-interrupts.check()
+signals.check()
 print("not ended")
 """
 

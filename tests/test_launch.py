@@ -115,7 +115,7 @@ def test_interruption_is_told(merge, monkeypatch):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dppa_jax.jobs.run_merge", interrupted)
+    monkeypatch.setattr("dppa_jax.jobs.merge.run_merge", interrupted)
     with pytest.raises(SystemExit) as error:
         merge()
     assert error.value.code == "interrupted; the same command goes on from there"
