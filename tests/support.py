@@ -10,7 +10,7 @@ from families import DTYPES, llama_config
 from dppa_jax.checkpoint import tensor_specs
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.merge.merger import Layout, Outcome, merge_checkpoints
+from dppa_jax.merging.merger import Layout, Outcome, merge_checkpoints
 from dppa_jax.runtime.mesh import make_mesh
 
 ONE_DEVICE = "layer=1,row=1"

@@ -11,7 +11,7 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.methods import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
-from dppa_jax.merge.merger import Layout
+from dppa_jax.merging.merger import Layout
 
 LAYERS = 3
 EXPERTS = ("math", "law")

@@ -16,7 +16,7 @@ FLOORS = (  # the ground floor first; rooms of one floor do not know each other
     ("flags",),
     ("checkpoint", "packs"),
     ("model",),
-    ("merge", "finetune"),
+    ("merging", "finetune"),  # not "merge", which is a function of the package: dppa_jax.merge(base, experts)
     ("demo",),
     ("where",),
     ("evaluate",),

@@ -19,8 +19,8 @@ from dppa_jax.delta.score import SCORES
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.finetune.data import Rows
 from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
-from dppa_jax.merge import activations, kernels
-from dppa_jax.merge.kernels import ZERO, Kernels
+from dppa_jax.merging import activations, kernels
+from dppa_jax.merging.kernels import ZERO, Kernels
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.model.decoder import Cache, init_tree
 from dppa_jax.model.generate import decode

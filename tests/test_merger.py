@@ -5,7 +5,7 @@ import pytest
 from support import ONE_DEVICE, MemorySink, assert_same_bits, make_family, merge_to_arrays
 
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.merge.merger import Layout, Merger
+from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.runtime.mesh import make_mesh
 
 EXPERTS = ("math", "law")

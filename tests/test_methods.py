@@ -20,7 +20,7 @@ from support import (
 
 from dppa_jax.config.merge import MergeConfig, default_partitions
 from dppa_jax.delta.methods import METHODS
-from dppa_jax.merge.merger import Layout
+from dppa_jax.merging.merger import Layout
 
 EXPERTS = ("math", "law")
 PRUNING = [method for method in METHODS if METHODS[method].score]

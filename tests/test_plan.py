@@ -27,11 +27,11 @@ from dppa_jax.checkpoint import SafetensorsDirectory, tensor_specs
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.plan import run_plan
-from dppa_jax.merge import kernels, speed
-from dppa_jax.merge.blocks import Part, make_blocks
-from dppa_jax.merge.kernels import Kernels
-from dppa_jax.merge.plan import RUNTIME, plan_of
-from dppa_jax.merge.speed import Speeds
+from dppa_jax.merging import kernels, speed
+from dppa_jax.merging.blocks import Part, make_blocks
+from dppa_jax.merging.kernels import Kernels
+from dppa_jax.merging.plan import RUNTIME, plan_of
+from dppa_jax.merging.speed import Speeds
 from dppa_jax.runtime.mesh import ROWS, make_mesh, over_rows, padded_rows
 
 LLAMA_2 = {
@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(plan, options, change):
 
 
 def test_merge_beyond_the_memory_of_the_host_is_warned_of(merge, monkeypatch, caplog):
-    monkeypatch.setattr("dppa_jax.merge.plan.psutil.virtual_memory", lambda: SimpleNamespace(available=RUNTIME))
+    monkeypatch.setattr("dppa_jax.merging.plan.psutil.virtual_memory", lambda: SimpleNamespace(available=RUNTIME))
     with caplog.at_level(logging.WARNING):
         merge("--method=dare", "--rate=0.7", "--residency=resident")
     assert "too much; give --residency=streamed" in caplog.text
@@ -264,7 +264,7 @@ def test_models_that_are_merged_again_stay_resident_where_they_fit(merge, monkey
     once, again = plan_of(job, configs, (1, 1)), plan_of(job, configs, (1, 1), again=True)
     assert (once.resident, once.block_layers) == (False, 1)
     assert (again.resident, again.block_layers) == (True, layers)
-    monkeypatch.setattr("dppa_jax.merge.plan.device_memory", lambda given: (again.device_bytes // 10, "cpu"))
+    monkeypatch.setattr("dppa_jax.merging.plan.device_memory", lambda given: (again.device_bytes // 10, "cpu"))
     little = plan_of(job, configs, (1, 1), again=True)
     assert not little.resident
 

@@ -25,11 +25,11 @@ from dppa_jax.benchmark.families import EXPERTS, SHAPES, model_config, parameter
 from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.option import choose
-from dppa_jax.merge.blocks import Block, Loaded, Part, Stream, make_blocks
-from dppa_jax.merge.bounds import Pruner
-from dppa_jax.merge.kernels import Kernels
-from dppa_jax.merge.merger import SEARCHES, check_finite, merge_part, pass_bytes
-from dppa_jax.merge.survey import survey
+from dppa_jax.merging.blocks import Block, Loaded, Part, Stream, make_blocks
+from dppa_jax.merging.bounds import Pruner
+from dppa_jax.merging.kernels import Kernels
+from dppa_jax.merging.merger import SEARCHES, check_finite, merge_part, pass_bytes
+from dppa_jax.merging.survey import survey
 from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
 from dppa_jax.runtime.progress import console, stage
 

@@ -19,9 +19,9 @@ from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, TensorSpe
 from dppa_jax.checkpoint.safetensors import common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
 from dppa_jax.config.run import PREFIX, ConvertConfig
-from dppa_jax.merge.blocks import aligned, owners
-from dppa_jax.merge.compatible import check_apart
-from dppa_jax.merge.identity import common_identity, input_identity, journal_of
+from dppa_jax.merging.blocks import aligned, owners
+from dppa_jax.merging.compatible import check_apart
+from dppa_jax.merging.identity import common_identity, input_identity, journal_of
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh

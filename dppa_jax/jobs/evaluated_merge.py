@@ -18,7 +18,7 @@ from dppa_jax.jobs.evaluated import (
 from dppa_jax.jobs.merge import run_merge as write_merge
 from dppa_jax.jobs.models import check_outputs
 from dppa_jax.jobs.search import _search
-from dppa_jax.merge.merger import Outcome
+from dppa_jax.merging.merger import Outcome
 from dppa_jax.report.paper import evaluated, published_merge
 from dppa_jax.report.published import is_papers
 from dppa_jax.report.sections import (

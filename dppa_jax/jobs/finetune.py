@@ -28,7 +28,7 @@ from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
-from dppa_jax.merge.compatible import check_apart
+from dppa_jax.merging.compatible import check_apart
 from dppa_jax.model import LlamaConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest

@@ -9,9 +9,9 @@ from dppa_jax.architecture.specs import LINEARS
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import check_models
-from dppa_jax.merge.blocks import Stream, make_blocks
-from dppa_jax.merge.inspection import DECILES, Inspection, inspect_deltas
-from dppa_jax.merge.plan import plan_of
+from dppa_jax.merging.blocks import Stream, make_blocks
+from dppa_jax.merging.inspection import DECILES, Inspection, inspect_deltas
+from dppa_jax.merging.plan import plan_of
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.where import open_models

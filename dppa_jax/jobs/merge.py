@@ -16,12 +16,12 @@ from dppa_jax.checkpoint.card import library_versions, licence, model_card, reci
 from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import _outputs, check_models, check_outputs
-from dppa_jax.merge.activations import norms_of_experts
-from dppa_jax.merge.blocks import owners
-from dppa_jax.merge.identity import common_identity, input_identity, journal_of
-from dppa_jax.merge.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
-from dppa_jax.merge.plan import plan_of
-from dppa_jax.merge.survey import NonfiniteError
+from dppa_jax.merging.activations import norms_of_experts
+from dppa_jax.merging.blocks import owners
+from dppa_jax.merging.identity import common_identity, input_identity, journal_of
+from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
+from dppa_jax.merging.plan import plan_of
+from dppa_jax.merging.survey import NonfiniteError
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.memory import peak_resident
 from dppa_jax.runtime.mesh import make_mesh

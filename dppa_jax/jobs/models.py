@@ -9,7 +9,7 @@ from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.checkpoint.safetensors_writer import output_directory
 from dppa_jax.config.run import JobConfig
-from dppa_jax.merge.compatible import check_apart, check_compatible, check_same_base
+from dppa_jax.merging.compatible import check_apart, check_compatible, check_same_base
 
 
 def check_outputs(job: JobConfig) -> None:

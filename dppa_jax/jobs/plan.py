@@ -9,9 +9,9 @@ from rich.table import Table
 from dppa_jax.architecture.specs import tensor_specs
 from dppa_jax.checkpoint import read_config
 from dppa_jax.config.run import JobConfig
-from dppa_jax.merge.compatible import check_compatible
-from dppa_jax.merge.plan import Plan, plan_of
-from dppa_jax.merge.speed import measure_speeds
+from dppa_jax.merging.compatible import check_compatible
+from dppa_jax.merging.plan import Plan, plan_of
+from dppa_jax.merging.speed import measure_speeds
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.where import locate, open_models

@@ -24,7 +24,7 @@ from dppa_jax.delta.methods import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.merge.inspection import Remaining
+from dppa_jax.merging.inspection import Remaining
 from dppa_jax.report.measurements import Measurements
 from dppa_jax.report.paper import Domains, label, percent
 from dppa_jax.search.adamerging import OUTSIDE, AdaMerged

@@ -10,8 +10,8 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.tasks import every_task
-from dppa_jax.merge.inspection import remaining
-from dppa_jax.merge.merger import Outcome
+from dppa_jax.merging.inspection import remaining
+from dppa_jax.merging.merger import Outcome
 from dppa_jax.report import figures
 from dppa_jax.report.page import Illustration, Run, surroundings, write_report
 from dppa_jax.report.tables import Cell, ResultTable

@@ -37,8 +37,8 @@ from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.merge.activations import norms_of_experts
-from dppa_jax.merge.kernels import ZERO
+from dppa_jax.merging.activations import norms_of_experts
+from dppa_jax.merging.kernels import ZERO
 from dppa_jax.model.generate import check_prompts
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole

@@ -16,11 +16,11 @@ from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.jobs.models import check_models
-from dppa_jax.merge.activations import norms_of_experts
-from dppa_jax.merge.blocks import owners
-from dppa_jax.merge.in_memory import merged_model
-from dppa_jax.merge.merger import ARITHMETIC, Layout, Merger, output_tensors
-from dppa_jax.merge.plan import plan_of
+from dppa_jax.merging.activations import norms_of_experts
+from dppa_jax.merging.blocks import owners
+from dppa_jax.merging.in_memory import merged_model
+from dppa_jax.merging.merger import ARITHMETIC, Layout, Merger, output_tensors
+from dppa_jax.merging.plan import plan_of
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.mesh import make_mesh

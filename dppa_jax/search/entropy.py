@@ -33,11 +33,11 @@ from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import scaled
 from dppa_jax.delta.score import SCORES, row_keys
-from dppa_jax.merge.blocks import Loaded, Part, Piece, Stream, make_blocks, shares
-from dppa_jax.merge.bounds import Pruner
-from dppa_jax.merge.compatible import check_compatible
-from dppa_jax.merge.kernels import Kernels
-from dppa_jax.merge.merger import kernels_of, merge_rates, output_tensors, surveyed
+from dppa_jax.merging.blocks import Loaded, Part, Piece, Stream, make_blocks, shares
+from dppa_jax.merging.bounds import Pruner
+from dppa_jax.merging.compatible import check_compatible
+from dppa_jax.merging.kernels import Kernels
+from dppa_jax.merging.merger import kernels_of, merge_rates, output_tensors, surveyed
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.decoder import decoder_layer, rms_norm, rotary, unembed, visibility
 from dppa_jax.runtime import processes

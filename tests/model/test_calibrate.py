@@ -6,7 +6,7 @@ from families import write_family
 from transformers import LlamaForCausalLM
 
 from dppa_jax.checkpoint import LINEARS, SafetensorsDirectory
-from dppa_jax.merge.activations import activation_norms
+from dppa_jax.merging.activations import activation_norms
 
 
 def test_norms_are_those_that_hooks_on_transformers_see(tmp_path):

@@ -6,7 +6,7 @@ from safetensors.numpy import load_file
 from support import assert_same_bits, merge_to_arrays
 
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.merge.compatible import check_compatible
+from dppa_jax.merging.compatible import check_compatible
 
 OFFSETS = ("bf16/expert0", "fp32/expert0")
 

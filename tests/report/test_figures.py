@@ -10,7 +10,7 @@ from report_runs import PAIR, two_seeds
 
 from dppa_jax.architecture.specs import LINEARS
 from dppa_jax.delta.methods import METHODS
-from dppa_jax.merge.inspection import Remaining
+from dppa_jax.merging.inspection import Remaining
 from dppa_jax.report import figures
 from dppa_jax.report.figures import Curve, Panel
 from dppa_jax.search.rules import Visit

@@ -15,11 +15,11 @@ from dppa_jax.checkpoint.protocol import Sink, Source
 from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.merge.blocks import Block, Loaded, Part, Stream, make_blocks, shares
-from dppa_jax.merge.bounds import Pruner, allocate
-from dppa_jax.merge.compatible import check_compatible
-from dppa_jax.merge.kernels import Kernels
-from dppa_jax.merge.survey import NonfiniteError, survey
+from dppa_jax.merging.blocks import Block, Loaded, Part, Stream, make_blocks, shares
+from dppa_jax.merging.bounds import Pruner, allocate
+from dppa_jax.merging.compatible import check_compatible
+from dppa_jax.merging.kernels import Kernels
+from dppa_jax.merging.survey import NonfiniteError, survey
 from dppa_jax.runtime.files import sources_digest
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
@@ -27,11 +27,11 @@ from dppa_jax.runtime.progress import stage
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
 CODE = (
     "delta/*.py",
-    "merge/kernels.py",
-    "merge/bounds.py",
-    "merge/survey.py",
-    "merge/merger.py",
-    "merge/blocks.py",
+    "merging/kernels.py",
+    "merging/bounds.py",
+    "merging/survey.py",
+    "merging/merger.py",
+    "merging/blocks.py",
     "runtime/mesh.py",
 )
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits

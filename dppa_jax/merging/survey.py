@@ -11,8 +11,8 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
 from dppa_jax.delta.threshold import BOUNDS
-from dppa_jax.merge.blocks import Block, Loaded, Stream
-from dppa_jax.merge.kernels import Kernels, host_sums
+from dppa_jax.merging.blocks import Block, Loaded, Stream
+from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.mesh import put_rows
 from dppa_jax.runtime.processes import joined

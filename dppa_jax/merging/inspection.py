@@ -11,9 +11,9 @@ from dppa_jax.checkpoint import DTYPES, Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import sample_starts
-from dppa_jax.merge.blocks import Loaded, Stream
-from dppa_jax.merge.kernels import Kernels, host_sums
-from dppa_jax.merge.merger import merge_rates, pass_bytes, shared_kernels, surveyed
+from dppa_jax.merging.blocks import Loaded, Stream
+from dppa_jax.merging.kernels import Kernels, host_sums
+from dppa_jax.merging.merger import merge_rates, pass_bytes, shared_kernels, surveyed
 from dppa_jax.runtime.mesh import put_rows
 from dppa_jax.runtime.progress import stage
 

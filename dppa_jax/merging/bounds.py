@@ -12,8 +12,8 @@ from dppa_jax.delta import scale
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
-from dppa_jax.merge.blocks import Loaded, Part
-from dppa_jax.merge.kernels import Kernels, host_sums
+from dppa_jax.merging.blocks import Loaded, Part
+from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.runtime.mesh import PerLayer, put_rows
 from dppa_jax.runtime.processes import joined
 

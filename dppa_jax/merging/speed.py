@@ -18,8 +18,8 @@ from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.direct_file import DirectFile
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.merge.blocks import READERS
-from dppa_jax.merge.merger import Layout, merge_checkpoints
+from dppa_jax.merging.blocks import READERS
+from dppa_jax.merging.merger import Layout, merge_checkpoints
 
 READ = 512 << 20  # bytes
 WRITTEN = 256 << 20  # bytes

@@ -11,13 +11,13 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.statistics import WAYS
-from dppa_jax.merge.blocks import Block, Part, make_blocks, shares
-from dppa_jax.merge.merger import (
+from dppa_jax.merging.blocks import Block, Part, make_blocks, shares
+from dppa_jax.merging.merger import (
     SEARCHES,
     WRITES_BEHIND,
 )
-from dppa_jax.merge.speed import Speeds
-from dppa_jax.merge.survey import SURVEYS
+from dppa_jax.merging.speed import Speeds
+from dppa_jax.merging.survey import SURVEYS
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import device_memory
 

@@ -70,7 +70,7 @@ def _layer(
 
 def norms_of_experts(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict:
     """Per expert and linear, what the score "wanda" weighs columns by."""
-    from dppa_jax.merge import activations
+    from dppa_jax.merging import activations
 
     if not job.calibration:
         raise ValueError("--score=wanda needs --calibration=FILE, a text file whose lines the experts read.")

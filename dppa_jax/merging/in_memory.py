@@ -8,7 +8,7 @@ from dppa_jax.architecture.specs import stacked_shape, tree_of
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.merge.merger import Merger, output_tensors
+from dppa_jax.merging.merger import Merger, output_tensors
 
 
 def merged_model(merger: Merger, directory: Path | None, **numbers) -> Model:
