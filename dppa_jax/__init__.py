@@ -3,7 +3,7 @@
 For notebooks: `load`, `merge`, `save`, `methods`. The command line is `python -m dppa_jax.launch`.
 """
 
-from dppa_jax.delta.methods import METHODS as methods
+from dppa_jax.delta.presets import METHODS as methods
 
 _NOTEBOOK = ("Model", "load", "merge", "save")
 

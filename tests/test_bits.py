@@ -8,7 +8,7 @@ from support import AWKWARD, ONE_DEVICE, MemorySource, Merge, assert_same_bits, 
 
 from dppa_jax.checkpoint import LINEARS
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 from dppa_jax.merging.merger import Layout

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import dppa_jax
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.score import SCORES
 
 PACKAGE = Path(dppa_jax.__file__).parent

@@ -14,7 +14,7 @@ from support import AWKWARD, make_family
 from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.score import SCORES
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.finetune.data import Rows
@@ -26,7 +26,8 @@ from dppa_jax.model.decoder import Cache, init_tree
 from dppa_jax.model.generate import decode
 from dppa_jax.runtime.mesh import PerLayer, make_mesh, over_rows
 from dppa_jax.search import adamerging
-from dppa_jax.search.entropy import Batch, Mixture
+from dppa_jax.search.entropy import Batch
+from dppa_jax.search.mixture import Mixture
 
 PLATFORMS = ("tpu", "cuda")
 MESH = "layer=2,row=4"

@@ -19,7 +19,7 @@ from support import (
 )
 
 from dppa_jax.config.merge import MergeConfig, default_partitions
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.merging.merger import Layout
 
 EXPERTS = ("math", "law")

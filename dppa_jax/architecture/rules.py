@@ -1,10 +1,8 @@
-"""TODO."""
+"""Rules on tensor names: regular expressions of which the first match wins, and nearest spellings."""
 
 import difflib
 import re
 from collections.abc import Iterable
-
-from dppa_jax.architecture.specs import LINEARS
 
 
 def first_match(rules: Iterable[tuple[str, float]], name: str) -> float | None:
@@ -13,7 +11,7 @@ def first_match(rules: Iterable[tuple[str, float]], name: str) -> float | None:
 
 
 def check_patterns(rules: Iterable[tuple[str, float]], names: Iterable[str], flag: str) -> None:
-    """Every pattern must match some tensor; the error shows the nearest spelling."""
+    """Refuse a pattern that matches no tensor, with the nearest spelling."""
     names = list(names)
     for pattern, _ in rules:
         try:
@@ -21,11 +19,12 @@ def check_patterns(rules: Iterable[tuple[str, float]], names: Iterable[str], fla
         except re.error as error:
             raise ValueError(f"{flag}: {pattern!r} is not a regular expression: {error}.") from None
         if not matched:
-            words = {part for name in names for part in name.split(".") if not part.isdigit()} | set(LINEARS)
+            words = {part for name in names for part in name.split(".") if not part.isdigit()}
+            words |= {re.sub(r"^.*\.\d+\.|\.weight$", "", name) for name in names}
             raise ValueError(f"{flag}: no tensor matches {pattern!r}.{nearest(pattern, words | set(names))}")
 
 
 def nearest(given: str, allowed: Iterable[str]) -> str:
-    """' Did you mean …?', or the empty string when nothing is near."""
+    """Return " Did you mean …?", or the empty string when nothing is near."""
     close = difflib.get_close_matches(given, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

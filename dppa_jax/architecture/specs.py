@@ -1,80 +1,150 @@
-"""Tensor names and shapes of a LLaMA checkpoint, from its config.json alone."""
+"""The tensors of a checkpoint: name, shape, role and layer of each, from config.json alone."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)  # the order of the authors' tables
+import numpy as np
+from jaxtyping import Int
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-MODEL_TYPES = ("llama",)  # of a config.json that lists no architectures
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+from dppa_jax.architecture.table import architecture_of
+
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 DEQUANTISE = (
     "Quantised weights have no delta to a base: take the model as it was before quantisation, or dequantise it "
     "(transformers: model.dequantize().save_pretrained(DIR))."
 )
-IGNORED = re.compile(r".*rotary_emb\.inv_freq$")  # a buffer that older exports carry
 
 
 class CheckpointError(ValueError):
     """A checkpoint, or a set of them, that cannot be merged: names the file, the tensor and the fix."""
 
 
+class Role(StrEnum):
+    """What a tensor is to a merge. Only linears are pruned; every other tensor carries its dense delta."""
+
+    LINEAR = "linear"
+    BIAS = "bias"
+    NORM = "norm"
+    VOCABULARY = "vocabulary"  # its rows are tokens: an expert may have more of them than the base
+
+
 @dataclass(frozen=True)
 class TensorSpec:
+    """One tensor of a checkpoint.
+
+    Attributes:
+      kind: its name within a layer, without ".weight": "self_attn.q_proj"; outside the layers the whole name.
+      layer: the decoder layer that it belongs to, counted from 0; None outside the layers.
+      linear: its place on the axis of linears (`Linears`); None for a tensor that is not pruned.
+    """
+
     name: str
     shape: tuple[int, ...]
+    role: Role
+    kind: str
     layer: int | None = None
-    linear: int | None = None  # index into LINEARS; None: not pruned
+    linear: int | None = None
 
     @property
     def rows(self) -> int:
-        """Rows and columns of the tensor as a matrix; vectors are one row."""
+        """Rows of the tensor as a matrix; a vector is one row."""
         return self.shape[0] if len(self.shape) == 2 else 1
 
     @property
     def columns(self) -> int:
+        """Columns of the tensor as a matrix."""
         return self.shape[-1]
 
     @property
     def path(self) -> tuple[str, ...]:
-        """Where the tensor is in the tree: ('layers', 'self_attn', 'q_proj'), ('embed_tokens',)."""
+        """The place of the tensor in the tree: ('layers', 'self_attn', 'q_proj'), ('embed_tokens',)."""
         parts = self.name.removeprefix("model.").split(".")
         parts = [p for p in parts if not p.isdigit()]
         return tuple(parts[:-1] if parts[-1] == "weight" else [*parts[:-2], f"{parts[-2]}_{parts[-1]}"])
 
 
-def linear_name(layer: int, linear: int) -> str:
-    return f"model.layers.{layer}.{LINEARS[linear]}.weight"
+@dataclass(frozen=True)
+class Linears:
+    """The matrices of a model that are pruned, on one axis in the order of the file, with layer and kind beside it.
+
+    Every table of a merge (rates, thresholds, densities, weights) has this axis last.
+    """
+
+    specs: tuple[TensorSpec, ...]
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The tensors' names."""
+        return tuple(spec.name for spec in self.specs)
+
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind once, in the order in which they first come."""
+        return tuple(dict.fromkeys(spec.kind for spec in self.specs))
+
+    @cached_property
+    def layer(self) -> Int[np.ndarray, " linears"]:
+        """The layer of each linear."""
+        return np.array([spec.layer for spec in self.specs], np.int64)
+
+    @cached_property
+    def numel(self) -> np.ndarray:
+        """Parameters of each linear, (linears,) float64."""
+        return np.array([spec.rows * spec.columns for spec in self.specs], np.float64)
+
+    def by_layer(self, values: np.ndarray) -> np.ndarray:
+        """Spread one value per linear over a table (layers, kinds); NaN where a layer has no linear of a kind."""
+        table = np.full((1 + self.layer.max(initial=-1), len(self.kinds)), np.nan)
+        table[self.layer, [self.kinds.index(spec.kind) for spec in self.specs]] = values
+        return table
+
+    def named(self, values: np.ndarray) -> dict[str, float]:
+        """One value per linear by the tensor's name, as JSON can say it."""
+        return dict(zip(self.names, values.tolist(), strict=True))
+
+
+def linears_of(specs: Mapping[str, TensorSpec]) -> Linears:
+    """The axis of the linears among these tensors."""
+    return Linears(tuple(spec for spec in specs.values() if spec.linear is not None))
+
+
+def layer_count(specs: Mapping[str, TensorSpec]) -> int:
+    """Decoder layers of a model with these tensors."""
+    return 1 + max(spec.layer for spec in specs.values() if spec.layer is not None)
+
+
+def first_linear(specs: Mapping[str, TensorSpec]) -> TensorSpec:
+    """The linear whose dtype is called the model's; norms may have another."""
+    return next(spec for spec in specs.values() if spec.role is Role.LINEAR)
 
 
 def check_config(config: Mapping, where: Path | str) -> None:
-    """Refuse a config.json that is not that of an unquantised LLaMA with all its sizes; `where` is its path."""
-    listed = config.get("architectures")
-    found = listed[0] if listed else config.get("model_type", "unknown")
-    if found not in (ARCHITECTURES if listed else MODEL_TYPES):
-        supported = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{where}: architecture {found!r} is not supported; supported: {supported}.")
+    """Refuse a config.json that is not that of an unquantised model of the table with all its sizes.
+
+    Args:
+      where: the path of config.json, for the message.
+    """
+    try:
+        architecture = architecture_of(config)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     if quantisation := config.get("quantization_config"):
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, Mapping) else quantisation
         raise CheckpointError(f"{where}: the weights are quantised (quant_method {method!r}). {DEQUANTISE}")
-    for key in SIZES:
+    required = architecture.required
+    for key in required:
         if key not in config:
             raise CheckpointError(f"{where}: has no {key!r}; download config.json again from where the weights came.")
-    for key in (*SIZES, *OPTIONAL_SIZES):
+    for key in (*required, *OPTIONAL_SIZES):
         value = config.get(key)
-        if (key in SIZES or value is not None) and (type(value) is not int or value < 1):
+        if (key in required or value is not None) and (type(value) is not int or value < 1):
             raise CheckpointError(f"{where}: {key} is {value!r}, it must be a positive integer.")
     heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % keys or (config["hidden_size"] % heads and not config.get("head_dim")):
@@ -92,28 +162,34 @@ def with_dtype(config: Mapping, dtype: str) -> dict:
 
 def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
     """Every tensor of the model, in the order of the file: embeddings, layers, norm, head."""
-    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    queries, keys = heads * head, (config.get("num_key_value_heads") or heads) * head
-    inner = config["intermediate_size"]
-    shapes = ((queries, hidden), (keys, hidden), (keys, hidden), (hidden, queries))
-    shapes += ((inner, hidden), (inner, hidden), (hidden, inner))
+    architecture = architecture_of(config)
+    sizes = architecture.sizes(config)
+    specs: dict[str, TensorSpec] = {}
+    linears = 0
 
-    specs = [TensorSpec("model.embed_tokens.weight", (vocabulary, hidden))]
+    def add(name: str, shape: Sequence[str], role: Role, kind: str, layer: int | None = None) -> None:
+        nonlocal linears
+        place = linears if role is Role.LINEAR else None
+        linears += role is Role.LINEAR
+        specs[name] = TensorSpec(name, tuple(sizes[size] for size in shape), role, kind, layer, place)
+
+    def add_outside(names: Iterable[str], role: Role, shape: Sequence[str]) -> None:
+        for name in names:
+            add(f"{name}.weight", shape, role, name)
+
+    add_outside(architecture.embeddings, Role.VOCABULARY, ("vocabulary", "hidden"))
     for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}."
-        for j, (linear, shape) in enumerate(zip(LINEARS, shapes, strict=True)):
-            specs.append(TensorSpec(f"{prefix}{linear}.weight", shape, layer, j))
-            biased = config.get("attention_bias") if linear.startswith("self_attn") else config.get("mlp_bias")
-            if biased:
-                specs.append(TensorSpec(f"{prefix}{linear}.bias", shape[:1], layer))
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            specs.append(TensorSpec(f"{prefix}{norm}.weight", (hidden,), layer))
-    specs.append(TensorSpec("model.norm.weight", (hidden,)))
-    if not config.get("tie_word_embeddings", False):
-        specs.append(TensorSpec("lm_head.weight", (vocabulary, hidden)))
-    return {spec.name: spec for spec in specs}
+        prefix = architecture.layer.format(layer)
+        for linear in architecture.linears:
+            add(f"{prefix}{linear.kind}.weight", (linear.rows, linear.columns), Role.LINEAR, linear.kind, layer)
+            if linear.has_bias(config):
+                add(f"{prefix}{linear.kind}.bias", (linear.rows,), Role.BIAS, f"{linear.kind}.bias", layer)
+        for norm in architecture.norms:
+            add(f"{prefix}{norm}.weight", ("hidden",), Role.NORM, norm, layer)
+    add_outside(architecture.final_norms, Role.NORM, ("hidden",))
+    if not config.get("tie_word_embeddings", architecture.tied):
+        add_outside(architecture.heads, Role.VOCABULARY, ("vocabulary", "hidden"))
+    return specs
 
 
 def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpec]]:
@@ -125,7 +201,7 @@ def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpe
 
 
 def stacked_shape(group: Sequence[TensorSpec]) -> tuple[int, ...]:
-    """Of the array at a place of the tree: layers first, where every layer has such a tensor."""
+    """The shape of the array at a place of the tree: layers first, where every layer has such a tensor."""
     first = group[0]
     return first.shape if first.layer is None else (len(group), *first.shape)
 

@@ -21,14 +21,18 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from rich.table import Table
 
+from dppa_jax.architecture.specs import TensorSpec, linears_of, tensor_specs
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, model_config, parameters
-from dppa_jax.checkpoint import DTYPES, TensorSpec, tensor_specs
+from dppa_jax.checkpoint import DTYPES
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.option import choose
-from dppa_jax.merging.blocks import Block, Loaded, Part, Stream, make_blocks
+from dppa_jax.merging.blocks import Block, make_blocks
 from dppa_jax.merging.bounds import Pruner
+from dppa_jax.merging.elementwise import elementwise_of
 from dppa_jax.merging.kernels import Kernels
-from dppa_jax.merging.merger import SEARCHES, check_finite, merge_part, pass_bytes
+from dppa_jax.merging.merger import SEARCHES, check_finite, merge_matrix
+from dppa_jax.merging.rows import DeviceMatrix, Matrix
+from dppa_jax.merging.stream import Stream
 from dppa_jax.merging.survey import survey
 from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
 from dppa_jax.runtime.progress import console, stage
@@ -76,9 +80,9 @@ class Tallied(Kernels):
         self.moved.append(base.nbytes + expert.nbytes)
         return super().row_sums(term, base, expert, *per_row)
 
-    def counts(self, base, expert, side, bounds):
+    def counts(self, base, expert, inputs, bounds):
         self.moved.append(base.nbytes + expert.nbytes)
-        return super().counts(base, expert, side, bounds)
+        return super().counts(base, expert, inputs, bounds)
 
     def nonfinite(self, x):
         self.moved.append(x.nbytes)
@@ -118,24 +122,22 @@ class DeviceStream(Stream):
         self._random = jax.jit(_random_weights, static_argnums=0, out_shardings=sharding)
         self._kept = dict(self._made(len(experts)))
 
-    def _made(self, experts: int) -> Iterator[tuple[Block, list[Loaded]]]:
-        made: dict[tuple[Part, ...], list[Loaded]] = {}
+    def _made(self, experts: int) -> Iterator[tuple[Block, list[DeviceMatrix]]]:
+        made: dict[tuple[Matrix, ...], list[DeviceMatrix]] = {}
         layers = [block for block in self.blocks if block.layers]
         for i, block in enumerate(self.blocks):
             twin = layers[i % RESIDENT] if block.layers and i >= RESIDENT else block
             if twin is block:
-                made[block.parts] = [self._weights(part, i, j, experts) for j, part in enumerate(block.parts)]
-            yield (
-                block,
-                [Loaded(part, x.base, x.experts) for part, x in zip(block.parts, made[twin.parts], strict=True)],
-            )
+                made[block.matrices] = [self._weights(m, i, j, experts) for j, m in enumerate(block.matrices)]
+            weights = zip(block.matrices, made[twin.matrices], strict=True)
+            yield block, [DeviceMatrix(matrix, x.base, x.experts) for matrix, x in weights]
 
-    def _weights(self, part: Part, block: int, number: int, experts: int) -> Loaded:
+    def _weights(self, matrix: Matrix, block: int, number: int, experts: int) -> DeviceMatrix:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0, impl="rbg"), block), number)
-        shape = padded_rows(self.mesh, part.rows), part.columns
+        shape = padded_rows(self.mesh, matrix.rows), matrix.columns
         scales = np.random.default_rng([block, number]).uniform(0.0005, 0.002, experts).astype(np.float32)
         base, *tuned = jax.block_until_ready(self._random(shape, key, scales))
-        return Loaded(part, base, tuple(tuned))
+        return DeviceMatrix(matrix, base, tuple(tuned))
 
 
 def _random_weights(shape: tuple[int, int], key: jax.Array, scales: jax.Array) -> list[jax.Array]:
@@ -197,7 +199,7 @@ def time_compute(config: dict, mesh: Mesh, repeats: int) -> dict[str, Timing]:
     factors = dict.fromkeys(EXPERTS, (1.8, 1.3))
     merge = MergeConfig(EXPERTS, rate=0.8, factors=factors, coefficients=dict.fromkeys(EXPERTS, 0.3))
     stream = DeviceStream(config, EXPERTS, mesh)
-    kernels = Tallied(mesh, merge.score, merge.combine, merge.delta_dtype)
+    kernels = Tallied(mesh, elementwise_of(merge)[0])
     best: dict[str, Timing] = {}
     for _ in range(1 + repeats):
         for name, run in _stages(stream, kernels, merge):
@@ -214,18 +216,21 @@ def time_compute(config: dict, mesh: Mesh, repeats: int) -> dict[str, Timing]:
 def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Iterator[tuple[str, Callable[[], None]]]:
     """Names and calls, in the order of a merge."""
     source = stream.sources[0]
-    pruner = Pruner(kernels, merge, source.config["num_hidden_layers"])
-    pairs: list[tuple[Loaded, list[tuple]]] = []
+    linears = linears_of(source.specs)
+    pruner = Pruner(kernels, merge, linears)
+    pairs: list[tuple[DeviceMatrix, list[tuple]]] = []
 
     def surveying():
-        with stage("survey", pass_bytes(stream), quiet=True) as progress:
-            pruner.allocate(survey(stream, kernels, merge, progress))
+        with stage("survey", stream.pass_bytes(), quiet=True) as progress:
+            pruner.allocate(survey(stream, linears, kernels, merge, progress))
         pruner.weigh(merge)
 
     def thresholds():
         with ThreadPoolExecutor(SEARCHES, "threshold") as searcher:
             for _, loaded in stream():
-                found = [[searcher.submit(pruner.tables, x, e) for e in range(len(EXPERTS))] for x in loaded]
+                found = [
+                    [searcher.submit(pruner.bounds_and_weights, x, e) for e in range(len(EXPERTS))] for x in loaded
+                ]
                 pairs.extend((x, [f.result() for f in each]) for x, each in zip(loaded, found, strict=True))
 
     def applying():
@@ -233,7 +238,7 @@ def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Itera
         with ThreadPoolExecutor(SEARCHES, "check") as checker:
             checks = []
             for x, tables in pairs:
-                merged = merge_part(x, tables, kernels, pruner, source, merge, None)
+                merged = merge_matrix(x, tables, kernels, pruner, source, merge, None)
                 checks.append(checker.submit(check_finite, x, merged, kernels, merge))
                 while len(checks) > SEARCHES:
                     checks.pop(0).result()

@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 
 from dppa_jax.architecture.specs import (
-    LINEARS,
     CheckpointError,
     TensorSpec,
     check_config,
+    first_linear,
     tensor_specs,
     with_dtype,
 )
@@ -20,7 +20,6 @@ from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from dppa_jax.config.run import MAX_SHARD_SIZE
 
 __all__ = [
-    "LINEARS",
     "MAX_SHARD_SIZE",
     "Checkpoint",
     "CheckpointError",
@@ -61,7 +60,7 @@ def save_tree(
     specs = tensor_specs(config)
     arrays = {name: tree_tensor(tree, spec) for name, spec in specs.items()}
     tensors = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    dtype = arrays["model.layers.0.self_attn.q_proj.weight"].dtype.name
+    dtype = arrays[first_linear(specs).name].dtype.name
     with SafetensorsWriter(directory, tensors, max_shard_size, overwrite) as writer:
         for name, array in arrays.items():
             writer.write_rows(name, 0, array)

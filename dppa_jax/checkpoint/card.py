@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 
-from dppa_jax.architecture.specs import LINEARS
+from dppa_jax.architecture.specs import Linears
 
 LIBRARIES = ("dppa_jax", "jax", "jaxlib", "numpy", "flax", "transformers", "safetensors")
 
@@ -16,6 +16,8 @@ def recipe(
     config: Mapping,
     inputs: Mapping[str, Mapping],
     tables: Mapping[str, np.ndarray],
+    linears: Linears,
+    rates: Sequence[float],
     cost: Mapping,
 ) -> str:
     """recipe.json: everything a merge was made from and everything it decided.
@@ -24,15 +26,17 @@ def recipe(
       flags: every flag as resolved.
       config: the MergeConfig as a dict.
       inputs: per model ("base" and the experts' names), where it was and its fingerprint.
-      tables: "rates", "thresholds", "densities", "weights": arrays (experts, partitions, layers, linears).
+      tables: "rates", "thresholds", "densities", "weights": arrays (experts, partitions, linears).
+      linears: the last axis of the tables.
+      rates: of the partitions, highest first.
       cost: wall time, bytes read and written, peak memory.
     """
     names = [name for name in inputs if name != "base"]
     per_expert = {
         name: {
             what: [
-                {"rate": rate, "by_layer": [dict(zip(LINEARS, row, strict=True)) for row in table[e, p].tolist()]}
-                for p, rate in enumerate(_rates(config))
+                {"rate": rate, "density": 1.0 - rate, "by_tensor": linears.named(table[e, p])}
+                for p, rate in enumerate(rates)
             ]
             for what, table in tables.items()
         }
@@ -105,12 +109,6 @@ def licence(card: str) -> str:
             if line.startswith("license:"):
                 return line.removeprefix("license:").split(" #")[0].strip().strip("'\"") or "unknown"
     return "unknown"
-
-
-def _rates(config: Mapping) -> list[float]:
-    if not config["score"]:
-        return []
-    return list(config["partitions"]) or [config["rate"]]
 
 
 def _coefficient(given: float | Mapping[str, float]) -> str:

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field, replace
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.checkpoint import LINEARS, Checkpoint, CheckpointError
+from dppa_jax.architecture.table import ARCHITECTURES
+from dppa_jax.checkpoint import Checkpoint, CheckpointError
 
 PIECE = 1 << 17  # elements compared at a time: what is made of them in float32 stays in a core's cache
 SINGLE = np.dtype(np.float32)
@@ -15,7 +16,8 @@ EXPONENT = np.int32(0x7F800000)  # its bits in a float32
 
 IDENTICAL, EQUAL, MASKS, DIFFERENT = "identical", "equal", "masks differ", "different"
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # their rows beyond the shorter are ignored
-KINDS = (*(linear.split(".")[1] for linear in LINEARS), "embed_tokens", "lm_head", "norms", "biases", "other")
+LINEARS = dict.fromkeys(linear.kind.split(".")[-1] for row in ARCHITECTURES.values() for linear in row.linears)
+KINDS = (*LINEARS, "embed_tokens", "lm_head", "norms", "biases", "other")
 
 MEASURED = """\
 - Everything is compared in the coarser dtype of the two, to which the finer is rounded.

@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec, by_path, stacked_shape, tensor_specs
+from dppa_jax.architecture.specs import (
+    CheckpointError,
+    TensorSpec,
+    by_path,
+    first_linear,
+    stacked_shape,
+    tensor_specs,
+)
 from dppa_jax.checkpoint.safetensors import DTYPES, content_digest, fingerprint, read_config, read_json
 from dppa_jax.config.run import PREFIX
 
@@ -52,7 +59,7 @@ class OrbaxDirectory:
     @property
     def dtype(self) -> np.dtype:
         """That of the linears; norms may differ."""
-        return self.tensors["model.layers.0.self_attn.q_proj.weight"].dtype
+        return self.tensors[first_linear(self.specs).name].dtype
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Rows start..stop of a tensor (the whole of a vector) into `out`, a contiguous array of the tensor's dtype."""
@@ -94,11 +101,11 @@ class OrbaxDirectory:
         if missing := [path for path in wanted if path not in found]:
             raise CheckpointError(
                 f"{self.directory}: {len(missing)} arrays are missing, first {'.'.join(missing[0])!r}; is it the tree "
-                f"of a LLaMA with layers stacked (README), and is config.json that of these arrays?"
+                f"of a model with layers stacked (README), and is config.json that of these arrays?"
             )
         if extra := sorted(found - set(wanted)):
             raise CheckpointError(
-                f"{self.directory} has {len(extra)} arrays that a LLaMA of this config.json does not have, first "
+                f"{self.directory} has {len(extra)} arrays that a model of this config.json does not have, first "
                 f"{'.'.join(extra[0])!r}; save the weights alone, and check attention_bias, mlp_bias and "
                 f"tie_word_embeddings."
             )

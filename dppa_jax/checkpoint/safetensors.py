@@ -18,7 +18,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from dppa_jax.architecture.specs import DEQUANTISE, IGNORED, CheckpointError, TensorSpec, check_config, tensor_specs
+from dppa_jax.architecture.specs import (
+    DEQUANTISE,
+    CheckpointError,
+    TensorSpec,
+    check_config,
+    first_linear,
+    tensor_specs,
+)
+from dppa_jax.architecture.table import IGNORED, architecture_of
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ALIGNMENT = 64  # what a device takes without a copy
@@ -69,8 +77,9 @@ class SafetensorsDirectory:
     def specs(self) -> dict[str, TensorSpec]:
         """The tensors that config.json promises, each found in a file with the shape it should have."""
         specs = tensor_specs(self.config)
-        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self.tensors:
-            self.tensors.pop("lm_head.weight")  # a copy of the embeddings that some exports carry
+        if self.config.get("tie_word_embeddings", architecture_of(self.config).tied):
+            for head in architecture_of(self.config).heads:
+                self.tensors.pop(f"{head}.weight", None)  # a copy of the embeddings that some exports carry
         missing, extra = [n for n in specs if n not in self.tensors], [n for n in self.tensors if n not in specs]
         if missing:
             layers = self.config["num_hidden_layers"]
@@ -80,7 +89,7 @@ class SafetensorsDirectory:
             )
         if extra:
             raise CheckpointError(
-                f"{self.directory}: {self.tensors[extra[0]].file.name} has {len(extra)} tensors that a LLaMA of this "
+                f"{self.directory}: {self.tensors[extra[0]].file.name} has {len(extra)} tensors that a model of this "
                 f"config.json does not have, first {extra[0]!r}; merge adapters into the model before, and check "
                 f"attention_bias, mlp_bias and tie_word_embeddings."
             )
@@ -95,7 +104,7 @@ class SafetensorsDirectory:
     @property
     def dtype(self) -> np.dtype:
         """That of the linears; norms may differ."""
-        return self.tensors["model.layers.0.self_attn.q_proj.weight"].dtype
+        return self.tensors[first_linear(self.specs).name].dtype
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Rows start..stop of a tensor (the whole of a vector) into `out`, a contiguous array of the tensor's dtype."""

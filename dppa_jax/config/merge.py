@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dppa_jax.architecture.rules import nearest
-from dppa_jax.architecture.specs import tensor_specs
 from dppa_jax.config.option import WEIGHT_DTYPES, choose
 from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.combine import COMBINATIONS
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 
@@ -34,6 +33,7 @@ class MergeConfig:
       coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default.
       q: the divisor of scale "q", global or per expert; in (0, 1].
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
+      method_options: the numbers that the score and the scale have to themselves, by the name of their flag.
     """
 
     experts: tuple[str, ...]
@@ -56,6 +56,7 @@ class MergeConfig:
     tensor_rates: tuple[tuple[str, float], ...] = ()
     tensor_coefficients: tuple[tuple[str, float], ...] = ()
     allow_nonfinite: bool = False
+    method_options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         preset = METHODS[choose("--method", self.method, METHODS)]
@@ -69,15 +70,17 @@ class MergeConfig:
             set_("allocate", "uniform")
         self._check_experts()
         self._check_numbers()
-        if self.scale == "partition":
+        set_("method_options", self._resolve_method_options())
+        scale = SCALES[self.scale]
+        if scale.takes_factors:
             set_("partitions", self.partitions or default_partitions(self.rate))
         elif self.partitions:
             raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
         set_("factors", self._resolve_factors())
         set_("coefficients", {name: _coefficient(name, self.coefficients.get(name, 1.0)) for name in self.experts})
-        if self.scale == "q" and set(self.q) != set(self.experts):
+        if scale.takes_q and set(self.q) != set(self.experts):
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
-        if self.scale != "q" and self.q:
+        if not scale.takes_q and self.q:
             raise ValueError(f"--q: only --scale=q (darex_q) divides by it, not {self.scale!r}.")
         if self.score is None and self.tensor_rates:
             raise ValueError(f"--tensor_rate: --method={self.method} prunes nothing; give a method with a score.")
@@ -91,7 +94,26 @@ class MergeConfig:
         """Nominal rates, highest first: of the partitions, or the one rate; empty when nothing is pruned."""
         if self.score is None:
             return ()
-        return self.partitions or (self.rate,)
+        return self.partitions or self.rates_of_tensor(self.rate)
+
+    @property
+    def has_random_score(self) -> bool:
+        """Does a random number say what is kept? Then rates are the thresholds, and the seed counts."""
+        return bool(self.score) and SCORES[self.score].random
+
+    @property
+    def ranks_by_magnitude(self) -> bool:
+        """Is the score |δ| itself, so that thresholds are magnitudes?"""
+        return bool(self.score) and SCORES[self.score].inputs is None
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Does the score need activation norms on `--calibration` text?"""
+        return bool(self.score) and SCORES[self.score].calibrated
+
+    def rates_of_tensor(self, rate: float) -> tuple[float, ...]:
+        """The rates of the partitions of a linear to which `--tensor_rate` gives this rate: of DPA's all the same."""
+        return (rate,) * len(self.partitions) or SCALES[self.scale].rates(rate, self.method_options)
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -140,12 +162,23 @@ class MergeConfig:
         if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
             raise ValueError(f"--partitions={_join(self.partitions)}: the last one must be --rate={self.rate:g}.")
 
+    def _resolve_method_options(self) -> dict[str, float]:
+        """The options of this score and scale, checked, with defaults for those that are not given."""
+        own = dict(SCORES[self.score].parameters) if self.score else {}
+        own |= SCALES[self.scale].parameters
+        for name, value in self.method_options.items():
+            if name not in own:
+                raise ValueError(f"--{name}={value:g}: --method={self.method} has no such option.{nearest(name, own)}")
+            if not own[name].lower <= value <= own[name].upper:
+                raise ValueError(f"--{name}={value:g}: outside [{own[name].lower:g}, {own[name].upper:g}].")
+        return {name: float(self.method_options.get(name, parameter.default)) for name, parameter in own.items()}
+
     def _resolve_factors(self) -> dict[str, tuple[float, ...]]:
-        if self.scale != "partition":
+        if not SCALES[self.scale].takes_factors:
             if self.factors:
                 raise ValueError(f"--factors: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
             return {}
-        plain = 1.0 / (1.0 - self.rate) if self.score == "random" and self.rate < 1 else 1.0
+        plain = 1.0 / (1.0 - self.rate) if self.has_random_score and self.rate < 1 else 1.0
         resolved = {}
         for name in self.experts:
             factors = tuple(map(float, self.factors.get(name) or [plain] * len(self.partitions)))
@@ -166,23 +199,6 @@ def default_partitions(rate: float) -> tuple[float, ...]:
     """
     tenths = [p / 10 for p in range(9, 0, -1) if p / 10 > rate + 1e-12]
     return (*tenths, rate)
-
-
-def check_tensors(coefficients: Mapping[str, Coefficient], layers: int) -> None:
-    """Refuse coefficients by tensor that lack a tensor of a model with so many layers, or name one that it has not."""
-    known = _tensor_names(layers)
-    optional = {name for name in known if name.endswith("bias") or name == "lm_head.weight"}
-    for expert, given in coefficients.items():
-        if not isinstance(given, Mapping):
-            continue
-        for name in given:
-            if name not in known:
-                raise ValueError(f"--coefficient of {expert!r}: the base has no tensor {name}.{nearest(name, known)}")
-        for name in known:
-            if name not in given and name not in optional:
-                raise ValueError(
-                    f"--coefficient of {expert!r}: none for the tensor {name}; give one number or all tensors."
-                )
 
 
 def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coefficient]:
@@ -212,13 +228,6 @@ def _coefficient(expert: str, given: object) -> Coefficient:
         return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
     except (TypeError, ValueError):
         raise ValueError(f"--coefficient of {expert!r}: {given!r} is not a number, or one for each tensor.") from None
-
-
-def _tensor_names(layers: int) -> list[str]:
-    """Every tensor that a checkpoint with so many layers may have; sizes do not matter here."""
-    sizes = dict.fromkeys(("hidden_size", "vocab_size", "num_attention_heads", "intermediate_size"), 1)
-    flags = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
-    return list(tensor_specs({**sizes, **flags, "num_hidden_layers": layers}))
 
 
 def _join(numbers: Iterable[float]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from dppa_jax.config.option import choose
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, Factors
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-Matrix = Float[Array | np.ndarray, "*shape"]
+Delta = Float[Array | np.ndarray, "*shape"]
 
 
-def sum_(deltas: Sequence[Matrix]) -> Matrix:
-    """Σₖ λₖδₖ, added in the order of the experts. Source: Ilharco et al. 2023 (task arithmetic)."""
+def sum_(deltas: Sequence[Delta]) -> Delta:
+    """Add: Σₖ λₖδₖ, in the order of the experts. Source: Ilharco et al. 2023 (task arithmetic)."""
     return reduce(add, deltas)
 
 
-def ties(deltas: Sequence[Matrix], zero_sign: float = 1.0) -> Matrix:
-    """The mean of those λₖδₖ that are not zero and have the elected sign, which is the sign of Σₖ λₖδₖ.
+def ties(deltas: Sequence[Delta], zero_sign: float = 1.0) -> Delta:
+    """Average the λₖδₖ that are not zero and have the elected sign, which is the sign of Σₖ λₖδₖ.
 
     Source: Yadav et al. 2023, section 3 (elect, disjoint merge); the trimming is the score's work.
     Differs from the authors' code: where the sum is exactly zero they elect the sign that is in the majority over the
@@ -39,24 +39,32 @@ def ties(deltas: Sequence[Matrix], zero_sign: float = 1.0) -> Matrix:
 COMBINATIONS = {"sum": sum_, "ties": ties}
 
 
-def scaled(delta: jax.Array, keys: jax.Array, bounds: jax.Array, weights: jax.Array, zero: jax.Array) -> jax.Array:
-    """keep and scale: wₚ·δ with p the first partition (highest rate first) whose bound the key reaches, else 0.
+def scaled(
+    delta: jax.Array,
+    keys: jax.Array,
+    bounds: jax.Array,
+    weights: jax.Array,
+    zero: jax.Array,
+    gain: jax.Array | None = None,
+) -> jax.Array:
+    """Keep and scale: wₚ·δ with p the first partition (highest rate first) whose bound the key reaches, else 0.
 
     Args:
       delta: (rows, columns) float32.
       keys: (rows, columns) uint32, the score.
       bounds: (rows, partitions) uint32, not increasing along partitions.
       weights: (rows, partitions) float32, factor times coefficient.
+      gain: a scale for each element beside the weight, (rows, columns) float32; None for 1.
       zero: the int32 number 0, unknown to the compiler; see `rounded`.
     """
     weight = jnp.zeros_like(delta)
     for p in reversed(range(bounds.shape[1])):
         weight = jnp.where(keys >= bounds[:, p : p + 1], weights[:, p : p + 1], weight)
-    return rounded(weight * delta, zero)
+    return rounded((weight if gain is None else weight * gain) * delta, zero)
 
 
 def rounded(product: jax.Array, zero: jax.Array) -> jax.Array:
-    """The product, rounded to float32 before it is added to anything.
+    """Round a product to float32 before it is added to anything.
 
     Compilers contract a·b + c to one fused multiply-add, on some backends and in some loops only, which changes the
     last bit. An exclusive-or with a zero that the compiler cannot see keeps the two apart, at no measurable cost.

@@ -1,17 +1,55 @@
 """How kept parameters are rescaled: from the rates of the partitions to one weight per partition.
 
-Each function takes rates (partitions, ...) in float64, highest rate first, and gives weights of the same shape.
+A partition is an interval of the score: "kept at rate 0.9", "kept at rate 0.8 but not at 0.9". Each function takes the
+partitions' rates, (partitions, linears) float64 with the highest rate first, and gives weights of the same shape.
+
+To add a scale, write its function and a row in `SCALES`. Nothing outside this room looks at a scale's name.
 """
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from dppa_jax.delta.score import Parameter
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What a scale may use of an expert's numbers: DPA's factors and rule, DAREx's q."""
+
+    factors: tuple[float, ...] = ()
+    dpa_combine: str = "highest"
+    q: float | np.ndarray = 1.0
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The facts of a scale.
+
+    Attributes:
+      weights: from (rates, numbers of the expert) to the weights of the partitions.
+      takes_factors: is it given `--partitions` and a factor for each?
+      takes_q: is it given `--q`?
+      rates: from (the rate, the parameters by name) to the partitions' nominal rates, highest first, for a scale that
+        makes its partitions itself.
+      parameters: the scale's own numbers, by the name of their flag.
+    """
+
+    weights: Callable[[np.ndarray, Numbers], np.ndarray]
+    takes_factors: bool = False
+    takes_q: bool = False
+    rates: Callable[[float, Mapping[str, float]], tuple[float, ...]] = lambda rate, parameters: (rate,)
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
 
 def none(rates: np.ndarray) -> np.ndarray:
+    """Leave what is kept as it is: weight 1."""
     return np.ones_like(rates)
 
 
 def dare(rates: np.ndarray) -> np.ndarray:
-    """1/(1−p), so that the expected delta is the dense one; 0 at rate 1. Source: Yu et al. 2023, algorithm 1.
+    """Weigh by 1/(1−p), so that the expected delta is the dense one; 0 at rate 1. Source: Yu et al. 2023, algorithm 1.
 
     >>> dare(np.array([0.9, 1.0])).round(12).tolist()
     [10.0, 0.0]
@@ -20,12 +58,12 @@ def dare(rates: np.ndarray) -> np.ndarray:
 
 
 def q(rates: np.ndarray, q: float | np.ndarray) -> np.ndarray:
-    """1/q with q at or above the density 1−p, global or per linear. Source: Deng et al. 2024 (DAREx-q)."""
+    """Weigh by 1/q with q at or above the density 1−p, global or per linear. Source: Deng et al. 2024 (DAREx-q)."""
     return np.broadcast_to(1.0 / np.asarray(q, np.float64), rates.shape).copy()
 
 
 def partition(rates: np.ndarray, factors: tuple[float, ...], combine: str = "highest") -> np.ndarray:
-    """One factor per partition. Source: Zhu et al. 2024, section 3.3.2 (DPA).
+    """Weigh each partition by its own factor. Source: Zhu et al. 2024, section 3.3.2 (DPA).
 
     combine "highest": an element takes the factor of the highest-rate partition that keeps it. "max" reproduces the
     authors' code: of the factors of all partitions that keep the element, the one of largest magnitude, the lower
@@ -42,4 +80,11 @@ def partition(rates: np.ndarray, factors: tuple[float, ...], combine: str = "hig
     return np.broadcast_to(weights, rates.shape).copy()
 
 
-SCALES = {"none": none, "dare": dare, "q": q, "partition": partition}
+SCALES = {
+    "none": Scale(lambda rates, numbers: none(rates)),
+    "dare": Scale(lambda rates, numbers: dare(rates)),
+    "q": Scale(lambda rates, numbers: q(rates, numbers.q), takes_q=True),
+    "partition": Scale(
+        lambda rates, numbers: partition(rates, numbers.factors, numbers.dpa_combine), takes_factors=True
+    ),
+}

@@ -1,13 +1,16 @@
-"""What ranks a delta parameter: one function per score, from a delta matrix to unsigned integer keys.
+"""What ranks a delta parameter: one record of facts per score.
 
-Every score is turned into a uint32 whose order is the order of the score, so that thresholds, counts and masks are
-integer work: exact, the same on every device, and blind to flushed denormals. An element is kept when its key is at
-or above a bound; `bound_above(t)` is the bound for "score > t".
+A score turns a delta matrix into uint32 keys whose order is the order of the score. So thresholds, counts and masks are
+integer work: exact, the same on every device, and blind to flushed denormals. An element is kept when its key is at or
+above a bound; `bound_above(t)` is the bound for "score > t".
+
+To add a score, write its `keys` function and a row in `SCORES`. Nothing outside this room looks at a score's name.
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +19,83 @@ from jax import lax
 from jaxtyping import Array, Float, UInt32
 
 Columns = jax.Array | np.ndarray
-Matrix = Float[Array | np.ndarray, "rows columns"]
+Delta = Float[Array | np.ndarray, "rows columns"]
 Keys = UInt32[Array | np.ndarray, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
 
 
-def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Matrix:
-    """expert − base, formed in float32 and rounded once to `dtype`, returned as float32.
+class Parameter(NamedTuple):
+    """A number that belongs to one method: its flag, help and check are made from this."""
+
+    default: float
+    help: str
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows start..stop of one expert's linear, and what a score may ask about them.
+
+    Attributes:
+      seed, expert, tensor: what random numbers are made from.
+      rate: the share removed from the tensor.
+      row_sums: computes Σ_j |δ_ij| of these rows, (rows,) float64; None where the weights are not at hand.
+      column_sums: computes Σ_i |δ_ij| over these rows, (columns,) float64; None where the weights are not at hand.
+      norms: ‖x_j‖ of the tensor's inputs on calibration text, (columns,); None where there is no such text.
+    """
+
+    seed: int
+    expert: str
+    tensor: str
+    start: int
+    stop: int
+    rate: float
+    row_sums: Callable[[], np.ndarray] | None = None
+    column_sums: Callable[[], np.ndarray] | None = None
+    norms: np.ndarray | None = None
+
+
+class Inputs(NamedTuple):
+    """What a score's `keys` needs beside the delta.
+
+    Attributes:
+      make: from `Rows` to an array: (rows, numbers), or (columns,) where `per_column`.
+      per_column: is it a number for each column of a tensor, which all its rows share?
+      sees_weights: must the weights be at hand? If not, any rows can be asked for at any time.
+    """
+
+    make: Callable[[Rows], np.ndarray]
+    per_column: bool = False
+    sees_weights: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """The facts of a score.
+
+    Attributes:
+      keys: from (delta, inputs, column numbers) and the score's parameters by name, to uint32 keys.
+      inputs: what `keys` needs beside the delta; None for nothing.
+      random: is it a uniform random number? Then thresholds are the rates themselves, the seed counts, and the factors
+        of partitions start at 1/(1−p).
+      gain: from the arguments of `keys` to a scale for each element, beside the weight of its partition; None for 1.
+      calibrated: does it need activation norms on `--calibration` text?
+      parameters: the score's own numbers, by the name of their flag.
+    """
+
+    keys: Callable[..., Keys]
+    inputs: Inputs | None = None
+    random: bool = False
+    gain: Callable[..., jax.Array] | None = None
+    calibrated: bool = False
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+
+
+def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
+    """Return expert − base, formed in float32 and rounded once to `dtype`, as float32.
 
     For 16-bit weights of that dtype these are the bits that PyTorch's 16-bit subtraction gives.
     """
@@ -39,14 +110,14 @@ def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Matrix:
     return rounded
 
 
-def finite_delta(base: jax.Array, expert: jax.Array, dtype: str) -> Matrix:
-    """`delta` with 0 in place of NaN and Inf (--allow_nonfinite)."""
+def finite_delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
+    """Return `delta` with 0 in place of NaN and Inf (--allow_nonfinite)."""
     difference = delta(base, expert, dtype)
     return jnp.where(jnp.isfinite(difference), difference, 0)
 
 
-def magnitude(delta: Matrix, side: None = None, column: Columns | None = None) -> Keys:
-    """|δ|. Source: Han et al. 2015.
+def magnitude(delta: Delta, inputs: None = None, column: Columns | None = None) -> Keys:
+    """Rank by |δ|. Source: Han et al. 2015.
 
     >>> delta = jnp.array([[-2.0, 0.0, 1.0]])
     >>> jnp.argsort(magnitude(delta)).tolist()
@@ -55,59 +126,43 @@ def magnitude(delta: Matrix, side: None = None, column: Columns | None = None) -
     return _float_keys(jnp.abs(delta))
 
 
-def random(delta: Matrix, side: UInt32[Array | np.ndarray, "rows 2"], column: Columns) -> Keys:
-    """u uniform on the 2³² integers, from a counter-based hash of (row key, column).
+def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
+    """Draw u, uniform on the 2³² integers, by a counter-based hash of (words of the row, column).
 
-    `side` holds two words per row, folded from (seed, expert name, tensor name, row) by `row_keys`. The hash is a
-    multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never shifted
+    `inputs` begins with two words per row, folded from (seed, expert name, tensor name, row) by `row_words`. The hash
+    is a multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never shifted
     copies of each other. Drop-and-rescale keeps u ≥ p·2³². Source: Yu et al. 2023 (DARE), algorithm 1.
     """
-    x = column.astype(jnp.uint32) * np.uint32(0x9E3779B1) + side[:, :1]
+    x = column.astype(jnp.uint32) * np.uint32(0x9E3779B1) + inputs[:, :1]
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) ^ side[:, 1:]
+    x = (x ^ (x >> 15)) ^ inputs[:, 1:2]
     x = x * np.uint32(0x846CA68B)
     x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1)
     return x ^ (x >> 15)
 
 
-def wanda(delta: Matrix, side: tuple[Float[Array, "layers inputs"], jax.Array], column: Columns) -> Keys:
-    """|δ_ij| · ‖x_j‖, ‖x_j‖ being the norm of input j over calibration tokens. Source: Sun et al. 2023, eq. 1.
+def wanda(delta: Delta, inputs: tuple[Float[Array, "tensors columns"], jax.Array], column: Columns) -> Keys:
+    """Rank by |δ_ij| · ‖x_j‖, ‖x_j‖ being the norm of input j over calibration tokens. Source: Sun et al. 2023, eq. 1.
 
-    `side` is the norms of every layer in the matrix and the layer of each row (`sharding.PerLayer`).
+    `inputs` is the norms of every tensor in the matrix and the tensor of each row (`runtime.mesh.PerTensor`).
     """
-    norms, layer = side
-    return _float_keys(jnp.abs(delta) * norms[layer[:, None], column])
+    norms, tensor = inputs
+    return _float_keys(jnp.abs(delta) * norms[tensor[:, None], column])
 
 
-def row(delta: Matrix, side: Float[Array, "rows 1"], column: Columns) -> Keys:
-    """One score per output row, Σ_j |δ_ij|: structural pruning of rows."""
-    return _float_keys(jnp.broadcast_to(side, delta.shape))
+def row(delta: Delta, inputs: Float[Array, "rows 1"], column: Columns) -> Keys:
+    """Rank output rows by Σ_j |δ_ij|, one score for all elements of a row: structural pruning of rows."""
+    return _float_keys(jnp.broadcast_to(inputs, delta.shape))
 
 
-def column(delta: Matrix, side: tuple[Float[Array, "layers inputs"], jax.Array], column: Columns) -> Keys:
-    """One score per input column, Σ_i |δ_ij|: structural pruning of columns."""
-    sums, layer = side
-    return _float_keys(jnp.broadcast_to(sums[layer[:, None], column], delta.shape))
-
-
-@dataclass(frozen=True)
-class Score:
-    keys: Callable[..., Keys]
-    side: str | None = None  # what the function needs beside the delta; the pipeline prepares it
-    summary: str = ""
-
-
-SCORES = {
-    "magnitude": Score(magnitude, None, "|delta|"),
-    "random": Score(random, "row_keys", "uniform random number"),
-    "wanda": Score(wanda, "activation_norms", "|delta| times the input's norm, on --calibration text"),
-    "row": Score(row, "row_sums", "sum of |delta| over an output row (structural)"),
-    "column": Score(column, "column_sums", "sum of |delta| over an input column (structural)"),
-}
+def column(delta: Delta, inputs: tuple[Float[Array, "tensors columns"], jax.Array], column: Columns) -> Keys:
+    """Rank input columns by Σ_i |δ_ij|, one score for all elements of a column: structural pruning of columns."""
+    sums, tensor = inputs
+    return _float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))
 
 
 def bound_above(threshold: float | np.floating | np.ndarray) -> np.uint32 | np.ndarray:
-    """The smallest key whose score is greater than a non-negative float32 threshold.
+    """Return the smallest key whose score is greater than a non-negative float32 threshold.
 
     >>> bool(bound_above(np.float32(1.0)) == np.float32(1.0).view(np.uint32) + 1)
     True
@@ -116,16 +171,29 @@ def bound_above(threshold: float | np.floating | np.ndarray) -> np.uint32 | np.n
 
 
 def random_bound(rate: float | np.floating | np.ndarray) -> np.uint32 | np.ndarray:
-    """⌈rate·2³²⌉: u is kept when it is at or above. At rate 1 no bound drops all keys; the scale is 0 there."""
+    """Return ⌈rate·2³²⌉: u is kept when it is at or above. At rate 1 no bound drops all keys; the weight is 0 there."""
     return np.minimum(np.ceil(np.asarray(rate, np.float64) * 2.0**32), float(LAST_BOUND)).astype(np.uint32)
 
 
-def row_keys(seed: int, expert: str, tensor: str, start: int, stop: int) -> UInt32[np.ndarray, "rows 2"]:
-    """Two random words for each of the rows start..stop of a tensor, the same however the tensor is split."""
+def row_words(seed: int, expert: str, tensor: str, start: int, stop: int) -> UInt32[np.ndarray, "rows 2"]:
+    """Make two random words for each of the rows start..stop of a tensor, the same however the tensor is split."""
     digest = hashlib.blake2b(f"{seed}\0{expert}\0{tensor}".encode(), digest_size=8).digest()
     low, high = np.frombuffer(digest, "<u4")
     rows = np.arange(start, stop, dtype=np.uint32)
     return np.stack([_mix(rows + low), _mix((rows ^ high) * np.uint32(0x9E3779B1) + low)], axis=1)
+
+
+def _random_inputs(rows: Rows) -> np.ndarray:
+    return row_words(rows.seed, rows.expert, rows.tensor, rows.start, rows.stop)
+
+
+SCORES = {
+    "magnitude": Score(magnitude),
+    "random": Score(random, Inputs(_random_inputs, sees_weights=False), random=True),
+    "wanda": Score(wanda, Inputs(lambda rows: rows.norms, per_column=True), calibrated=True),
+    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None])),
+    "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True)),
+}
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -135,5 +203,5 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _float_keys(score: jax.Array) -> Keys:
-    """Non-negative float32 numbers sort like their bits."""
+    """Return the bits of non-negative float32 numbers, which sort as the numbers do."""
     return lax.bitcast_convert_type(score, jnp.uint32)

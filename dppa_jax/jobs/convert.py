@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, TensorSpec
-from dppa_jax.checkpoint.safetensors import common_dtype, companions
+from dppa_jax.checkpoint.safetensors import ALIGNMENT, common_dtype, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
 from dppa_jax.config.run import PREFIX, ConvertConfig
-from dppa_jax.merging.blocks import aligned, owners
+from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.compatible import check_apart
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of
 from dppa_jax.runtime import processes
-from dppa_jax.runtime.memory import peak_resident
+from dppa_jax.runtime.memory import aligned, peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh
 from dppa_jax.runtime.progress import Stage, stage
 from dppa_jax.where import open_checkpoint
@@ -106,7 +106,7 @@ class Reader:
     def rows(self, specs: Sequence[TensorSpec], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         """Rows start..stop of tensors of one shape, (tensors, rows, columns), where a CPU device takes them as is."""
         shape = len(specs), stop - start, specs[0].columns
-        found = aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        found = aligned(math.prod(shape) * dtype.itemsize, ALIGNMENT).view(dtype).reshape(shape)
         for spec, rows in zip(specs, found, strict=True):
             stored = self.source.tensors[spec.name].dtype
             out = rows if stored == dtype else np.empty(rows.shape, stored)

@@ -38,8 +38,8 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.adamerging import AdaMerged
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.search.entropy import check_combine
 from dppa_jax.search.factors import Searched
+from dppa_jax.search.mixture import check_combine
 from dppa_jax.where import open_checkpoint
 
 

@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from dppa_jax.architecture.specs import LINEARS
+from dppa_jax.architecture.specs import Linears
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import check_models
-from dppa_jax.merging.blocks import Stream, make_blocks
+from dppa_jax.merging.blocks import make_blocks
 from dppa_jax.merging.inspection import DECILES, Inspection, inspect_deltas
 from dppa_jax.merging.plan import plan_of
+from dppa_jax.merging.stream import Stream
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.where import open_models
@@ -35,12 +36,11 @@ def _as_json(one: Inspection, config: MergeConfig) -> dict:
     if one.statistics:
         tables["linear_significance"] = one.statistics.linear_outliers
     content = {"min": one.minimum, "deciles": one.deciles, "max": one.maximum}
-    content |= {name: [dict(zip(LINEARS, row, strict=True)) for row in t.tolist()] for name, t in tables.items()}
+    content |= {name: one.linears.named(table) for name, table in tables.items()}
     if one.statistics:
         content["layer_significance"] = one.statistics.layer_outliers.tolist()
     content["rates"] = {
-        f"{rate:g}": [dict(zip(LINEARS, row, strict=True)) for row in table.tolist()]
-        for rate, table in zip(config.rates, one.rates, strict=True)
+        f"{rate:g}": one.linears.named(rates) for rate, rates in zip(config.rates, one.rates, strict=True)
     }
     return content
 
@@ -52,19 +52,25 @@ def _print(found: dict[str, Inspection], config: MergeConfig) -> None:
         table.add_row(name, *(f"{value:.2g}" for value in (one.minimum, *one.deciles, one.maximum)))
     out.print(table)
     for name, one in found.items():
-        out.print(_by_layer(f"{name}: norm of the delta (share of the base's norm)", one.norms, one.relative_norms))
+        out.print(
+            _by_layer(
+                f"{name}: norm of the delta (share of the base's norm)", one.linears, one.norms, one.relative_norms
+            )
+        )
         if one.statistics:
             shown = one.statistics.linear_outliers / one.statistics.numel
-            out.print(_by_layer(f"{name}: significance per parameter", shown))
+            out.print(_by_layer(f"{name}: significance per parameter", one.linears, shown))
         for rate, rates in zip(config.rates, one.rates, strict=True):
-            out.print(_by_layer(f"{name}: rates at {rate:g} by {config.allocate}", rates))
+            out.print(_by_layer(f"{name}: rates at {rate:g} by {config.allocate}", one.linears, rates))
 
 
-def _by_layer(title: str, values: np.ndarray, beside: np.ndarray | None = None) -> Table:
-    table = Table("layer", *(linear.split(".")[1] for linear in LINEARS), title=title)
-    for layer, row in enumerate(values):
-        cells = [f"{value:.4g}" for value in row]
+def _by_layer(title: str, linears: Linears, values: np.ndarray, shares: np.ndarray | None = None) -> Table:
+    """A row for each layer, a column for each kind of linear; `shares` stand in parentheses beside the values."""
+    table = Table("layer", *(kind.split(".")[-1] for kind in linears.kinds), title=title)
+    beside = None if shares is None else linears.by_layer(shares)
+    for layer, row in enumerate(linears.by_layer(values)):
+        cells = ["" if np.isnan(value) else f"{value:.4g}" for value in row]
         if beside is not None:
-            cells = [f"{cell} ({share:.1%})" for cell, share in zip(cells, beside[layer], strict=True)]
+            cells = [f"{cell} ({share:.1%})" if cell else "" for cell, share in zip(cells, beside[layer], strict=True)]
         table.add_row(str(layer), *cells)
     return table

@@ -38,7 +38,7 @@ def run_merge(job: JobConfig) -> Outcome:
     plan = plan_of(job, [{**m.config, "dtype": m.dtype.name} for m in (base, *experts.values())], mesh.devices.shape)
     for what, value in plan.lines():
         (logging.info if plan.fits else logging.warning)("plan: %s: %s", what, value)
-    norms = norms_of_experts(job, experts) if job.merge.score == "wanda" else None
+    norms = norms_of_experts(job, experts) if job.merge.is_calibrated else None
     layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
 
     with ExitStack() as opened:
@@ -119,4 +119,7 @@ def _texts(job: JobConfig, base, experts: Mapping[str, Checkpoint], outcome: Out
     cards = [m.directory / "README.md" for m in opened.values()]
     licences = [licence(card.read_text(errors="replace")) if card.is_file() else "unknown" for card in cards]
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
-    return {"recipe.json": recipe(job.flags, config, inputs, tables, cost), "README.md": card}
+    return {
+        "recipe.json": recipe(job.flags, config, inputs, tables, outcome.linears, job.merge.rates, cost),
+        "README.md": card,
+    }

@@ -9,7 +9,7 @@ from dppa_jax.config.merge import Coefficient, MergeConfig, default_partitions
 from dppa_jax.config.report import Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
@@ -32,8 +32,8 @@ from dppa_jax.report.tables import ResultTable
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.adamerging import AdaMerged
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.search.entropy import check_combine
 from dppa_jax.search.factors import Searched, search_expert
+from dppa_jax.search.mixture import check_combine
 
 Domains = Mapping[str, Sequence[Task]]
 

@@ -1,172 +1,234 @@
 """Pass 2, before the arithmetic: which bounds and weights every row of every expert gets."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
-from dppa_jax.architecture.rules import first_match
-from dppa_jax.architecture.specs import LINEARS, linear_name
-from dppa_jax.config.merge import MergeConfig, check_tensors
-from dppa_jax.delta import scale
+from dppa_jax.architecture.rules import first_match, nearest
+from dppa_jax.architecture.specs import Linears
+from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.delta.score import FIRST_BOUND, SCORES, random_bound, row_keys
+from dppa_jax.delta.scale import SCALES, Numbers
+from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, random_bound
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
-from dppa_jax.merging.blocks import Loaded, Part
+from dppa_jax.merging.blocks import layer_owners
 from dppa_jax.merging.kernels import Kernels, host_sums
-from dppa_jax.runtime.mesh import PerLayer, put_rows
-from dppa_jax.runtime.processes import joined
+from dppa_jax.merging.rows import DeviceMatrix, Matrix
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.mesh import PerTensor, put_rows
 
 DECIDED = ("thresholds", "densities")
 
+Norms = Mapping[str, Mapping[str, np.ndarray]]  # by expert and tensor: ‖x_j‖ of its inputs, (columns,)
 
-def allocate(config: MergeConfig, statistics: Statistics) -> np.ndarray:
-    """Rates (nominal rates, layers, linears) of one expert, `--tensor_rate` rules last."""
-    rates = np.zeros((len(config.rates), *statistics.numel.shape))
+
+def allocate(config: MergeConfig, linears: Linears, statistics: Statistics) -> np.ndarray:
+    """Rates (nominal rates, linears) of one expert, `--tensor_rate` rules last."""
+    rates = np.zeros((len(config.rates), len(linears)))
     for p, rate in enumerate(config.rates):
         rates[p] = ALLOCATIONS[config.allocate].rates(rate, statistics, config.max_fluctuation)
-    for layer, j in np.ndindex(rates.shape[1:]):
-        given = first_match(config.tensor_rates, linear_name(layer, j))
-        if given is not None:
-            rates[:, layer, j] = given
+    for place, name in enumerate(linears.names):
+        rate = first_match(config.tensor_rates, name)
+        if rate is not None:
+            rates[:, place] = config.rates_of_tensor(rate)
     return rates
 
 
-class Pruner:
-    """Turns rates into bounds and weights, a part at a time, and remembers them for the recipe."""
+def merge_rates(config: MergeConfig, linears: Linears, statistics: Sequence[Statistics] | None) -> np.ndarray:
+    """Rates of every expert, (experts, nominal rates, linears)."""
+    nothing = np.zeros(len(linears)), np.zeros(1 + linears.layer.max(initial=0))
+    statistics = statistics or [Statistics(linears.layer, linears.numel, *nothing)] * len(config.experts)
+    return np.array([allocate(config, linears, each) for each in statistics])
 
-    def __init__(self, kernels: Kernels, config: MergeConfig, layers: int, norms: Mapping[str, Mapping] | None = None):
-        check_tensors(config.coefficients, layers)
-        self.kernels, self.config, self.norms = kernels, config, norms or {}
-        shape = (len(config.experts), max(len(config.rates), 1), layers, len(LINEARS))
+
+class Pruner:
+    """Turns rates into bounds and weights, a matrix at a time, and remembers them for the recipe.
+
+    Attributes:
+      rates, weights, thresholds, densities: (experts, partitions, linears).
+    """
+
+    def __init__(self, kernels: Kernels, config: MergeConfig, linears: Linears, norms: Norms | None = None):
+        self.kernels, self.config, self.linears, self.norms = kernels, config, linears, norms or {}
+        shape = (len(config.experts), max(len(config.rates), 1), len(linears))
         self.rates = np.zeros(shape)
         self.weights = np.ones(shape)
         self.thresholds = np.zeros(shape)
         self.densities = np.ones(shape)
         self._starts: dict[tuple[int, int, int], jax.Array] = {}
-        self._found: dict[tuple, tuple] = {}  # side and bounds, by part and expert: no factor changes them
+        self._found: dict[tuple, tuple] = {}  # inputs and bounds, by matrix and expert: no factor changes them
 
-    def allocate(self, statistics: Sequence[Statistics]) -> None:
-        """Rates of every linear from the survey's statistics."""
+    def allocate(self, statistics: Sequence[Statistics] | None) -> None:
+        """Set the rates of every linear from the survey's statistics; None where there was no survey."""
         if self.config.score:
-            self.rates[:] = [allocate(self.config, of_expert) for of_expert in statistics]
+            self.rates[:] = merge_rates(self.config, self.linears, statistics)
 
     def weigh(self, config: MergeConfig) -> None:
-        """Weights of every linear, from the factors and coefficients of `config`, which may change between merges."""
-        check_tensors(config.coefficients, self.rates.shape[2])
+        """Set the weights of every linear from the factors of `config`, which may change between merges."""
         self.config = config
         for e, name in enumerate(config.experts):
+            weights = SCALES[config.scale].weights(self.rates[e], self._numbers(name))
             # At rate 1 one random number in 2³² is still at its bound: it weighs nothing.
-            self.weights[e] = np.where(self.rates[e] < 1, self._scale(name, self.rates[e]), 0.0)
+            self.weights[e] = np.where(self.rates[e] < 1, weights, 0.0)
 
-    def _scale(self, expert: str, rates: np.ndarray) -> np.ndarray:
-        match self.config.scale:
-            case "partition":
-                return scale.partition(rates, self.config.factors[expert], self.config.dpa_combine)
-            case "q":
-                return scale.q(rates, self.config.q[expert])
-            case other:
-                return scale.SCALES[other](rates)
+    def _numbers(self, expert: str) -> Numbers:
+        config = self.config
+        return Numbers(config.factors.get(expert, ()), config.dpa_combine, config.q.get(expert, 1.0))
 
     def _dense_weight(self, expert: str) -> float:
-        """Of a tensor that is not pruned.
+        """The weight of a tensor that is not pruned.
 
         Kept at every rate, it takes the factor that the combination rule gives such an element. Factors of random
         scores also make up for what is dropped, of which there is nothing here: 1/(1 − rate) leaves it as it is.
         """
-        if self.config.scale != "partition":
+        config, scale = self.config, SCALES[self.config.scale]
+        if not scale.takes_factors:
             return 1.0
-        factor = scale.partition(np.array(self.config.rates), self.config.factors[expert], self.config.dpa_combine)[0]
-        made_up = self.config.score == "random" and self.config.rate < 1
-        return float(factor * (1.0 - self.config.rate) if made_up else factor)
+        factor = scale.weights(np.array(config.rates), self._numbers(expert))[0]
+        makes_up = config.has_random_score and config.rate < 1
+        return float(factor * (1.0 - config.rate) if makes_up else factor)
 
     def coefficient(self, expert: str, tensor: str) -> float:
+        """The coefficient of an expert's tensor: a rule's, the tensor's own, or the expert's."""
         rule = first_match(self.config.tensor_coefficients, tensor)
         if rule is not None:
             return rule
-        given = self.config.coefficients[expert]
-        if not isinstance(given, Mapping):
-            return given
-        if tensor not in given:
-            raise ValueError(f"--coefficient of {expert!r}: none for the tensor {tensor}, which the base has.")
-        return given[tensor]
+        coefficient = self.config.coefficients[expert]
+        return coefficient[tensor] if isinstance(coefficient, Mapping) else coefficient
 
-    def tables(self, x: Loaded, e: int) -> tuple:
-        """(side, bounds, weights) of expert e for a part, on the devices; weights without the coefficient."""
-        part, name = x.part, self.config.experts[e]
-        if part.linear is None or self.config.score is None:
-            pieces = len(part.pieces)
-            return None, np.full((pieces, 1), FIRST_BOUND, np.uint32), np.full((pieces, 1), self._dense_weight(name))
-        at = (slice(None), list(part.layers), part.linear)
-        if (part, e) not in self._found:
-            side = self._side(x, e)
-            self._found[part, e] = side, self._bounds(x, e, side, at)
-        return *self._found[part, e], self.weights[e][at].T
+    def bounds_and_weights(self, x: DeviceMatrix, e: int) -> tuple:
+        """(score inputs, bounds, weights) of expert e for a matrix; weights without the coefficient.
 
-    def decided(self, part: Part) -> dict[str, list]:
-        """What was found of a part, for a journal."""
-        if part.linear is None:
-            return {}
-        return {name: getattr(self, name)[:, :, list(part.layers), part.linear].tolist() for name in DECIDED}
+        Bounds and weights are (ranges, partitions), on the host; the score inputs are on the devices.
+        """
+        matrix, name = x.matrix, self.config.experts[e]
+        if not matrix.linears or self.config.score is None:
+            ranges = len(matrix.ranges)
+            return None, np.full((ranges, 1), FIRST_BOUND, np.uint32), np.full((ranges, 1), self._dense_weight(name))
+        if (matrix, e) not in self._found:
+            inputs = self._placed(matrix, self.score_inputs(x, e))
+            self._found[matrix, e] = inputs, self._bounds(x, e, inputs)
+        return *self._found[matrix, e], self.weights[e][:, list(matrix.linears)].T
 
-    def restore(self, part: Part, decided: Mapping[str, list]) -> None:
-        """Take it from a journal."""
+    def decided(self, matrix: Matrix) -> dict[str, list]:
+        """What was found of a matrix, for a journal."""
+        at = list(matrix.linears)
+        return {name: getattr(self, name)[:, :, at].tolist() for name in DECIDED} if at else {}
+
+    def restore(self, matrix: Matrix, decided: Mapping[str, list]) -> None:
+        """Take what was found of a matrix from a journal."""
         for name, values in decided.items():
-            getattr(self, name)[:, :, list(part.layers), part.linear] = values
+            getattr(self, name)[:, :, list(matrix.linears)] = values
 
-    def joined(self) -> None:
+    def join(self) -> None:
         """Learn what the other processes found of their layers."""
+        layers = 1 + self.linears.layer.max(initial=0)
+        owners = np.array(layer_owners(layers, processes.count()))[self.linears.layer]
         for name in DECIDED:
-            setattr(self, name, joined(name, getattr(self, name), axis=2))
+            setattr(self, name, processes.joined(name, getattr(self, name), 2, owners))
 
-    def on_rows(self, x: Loaded, per_piece: np.ndarray) -> jax.Array:
-        return put_rows(self.kernels.mesh, x.part.per_row(per_piece))
+    def on_rows(self, x: DeviceMatrix, per_range: np.ndarray) -> jax.Array:
+        """One value per range, on the devices for each of its rows."""
+        return put_rows(self.kernels.mesh, x.matrix.per_row(per_range))
 
-    def _bounds(self, x: Loaded, e: int, side, at) -> np.ndarray:
-        """(layers, partitions) uint32 bounds of a linear; what is below is dropped."""
-        rates = self.rates[e][at].T
-        if self.config.score == "random":
-            self.thresholds[e][at], self.densities[e][at] = rates.T, 1.0 - rates.T
+    def score_inputs(self, x: DeviceMatrix, e: int) -> list[np.ndarray] | None:
+        """What the score of expert e needs beside the delta: an array for each range, as `delta.score.Inputs` says."""
+        wanted = SCORES[self.config.score].inputs
+        if wanted is None:
+            return None
+        sums = _Sums(self.kernels, x, e)
+        return [wanted.make(self.rows(e, i, x.matrix, sums)) for i in range(len(x.matrix.ranges))]
+
+    def rows(self, e: int, i: int, matrix: Matrix, sums: "_Sums | None" = None) -> Rows:
+        """What a score may ask about range i of a matrix of linears; sums only where the weights are at hand."""
+        name, rows = self.config.experts[e], matrix.ranges[i]
+        rate = self.rates[e, -1, matrix.linears[i]]
+        asks = {"row_sums": lambda: sums.rows(i), "column_sums": lambda: sums.columns(i)} if sums else {}
+        norms = self.norms.get(name, {}).get(rows.name)
+        return Rows(self.config.seed, name, rows.name, rows.start, rows.stop, float(rate), norms=norms, **asks)
+
+    def _placed(self, matrix: Matrix, inputs: list[np.ndarray] | None):
+        """Put score inputs onto the devices."""
+        if inputs is None:
+            return None
+        if not SCORES[self.config.score].inputs.per_column:
+            return put_rows(self.kernels.mesh, np.concatenate(inputs))
+        tensor = matrix.per_row(np.arange(len(inputs), dtype=np.int32))
+        return PerTensor(jax.numpy.asarray(np.stack(inputs), np.float32), put_rows(self.kernels.mesh, tensor))
+
+    def _bounds(self, x: DeviceMatrix, e: int, inputs) -> np.ndarray:
+        """(ranges, partitions) uint32 bounds of a matrix of linears; what is below is dropped."""
+        matrix, places = x.matrix, list(x.matrix.linears)
+        rates = self.rates[e][:, places].T
+        if self.config.has_random_score:
+            self.thresholds[e][:, places], self.densities[e][:, places] = rates.T, 1.0 - rates.T
             return random_bound(rates)
-        numel = x.part.piece_rows * x.part.columns
+        numel = matrix.ranges[0].rows * matrix.columns
 
-        def count(bounds):
-            rows = np.asarray(self.kernels.counts(x.base, x.experts[e], side, self.on_rows(x, bounds)))
-            return rows[: x.part.rows].reshape(len(bounds), -1, BOUNDS).sum(axis=1, dtype=np.int64)
+        def count(bounds: np.ndarray) -> np.ndarray:
+            rows = np.asarray(self.kernels.counts(x.base, x.experts[e], inputs, self.on_rows(x, bounds)))
+            return rows[: matrix.rows].reshape(len(bounds), -1, BOUNDS).sum(axis=1, dtype=np.int64)
 
-        keys, dropped = order_statistics(count, numel, index(numel, rates), self._sample(x, e, side))
+        keys, dropped = order_statistics(count, numel, index(numel, rates), self._sample(x, e, inputs))
         everything = rates == 0
-        self.thresholds[e][at] = np.where(everything, -1.0, keys.view(np.float32)).T
-        self.densities[e][at] = np.where(everything, 1.0, 1.0 - dropped / numel).T
+        self.thresholds[e][:, places] = np.where(everything, -1.0, keys.view(np.float32)).T
+        self.densities[e][:, places] = np.where(everything, 1.0, 1.0 - dropped / numel).T
         return np.where(everything, FIRST_BOUND, keys + np.uint32(1)).astype(np.uint32)
 
-    def _sample(self, x: Loaded, e: int, side) -> np.ndarray:
-        """Keys at a few columns of every row, (layers, samples)."""
-        many = max(1, min(x.part.columns, -(-SAMPLE // x.part.piece_rows)))
-        shape = (x.part.rows, x.part.columns, many)
+    def _sample(self, x: DeviceMatrix, e: int, inputs) -> np.ndarray:
+        """Keys at a few columns of every row, (ranges, samples)."""
+        matrix = x.matrix
+        count = max(1, min(matrix.columns, -(-SAMPLE // matrix.ranges[0].rows)))
+        shape = (matrix.rows, matrix.columns, count)
         if shape not in self._starts:
-            starts = sample_starts(x.part.rows, x.part.columns, many)
-            self._starts[shape] = put_rows(self.kernels.mesh, starts)
-        keys = np.asarray(self.kernels.sample(x.base, x.experts[e], side, self._starts[shape], many))
-        return keys[: x.part.rows].reshape(len(x.part.pieces), -1)
+            self._starts[shape] = put_rows(self.kernels.mesh, sample_starts(*shape))
+        keys = np.asarray(self.kernels.sample(x.base, x.experts[e], inputs, self._starts[shape], count))
+        return keys[: matrix.rows].reshape(len(matrix.ranges), -1)
 
-    def _side(self, x: Loaded, e: int):
-        """What the score needs beside the delta."""
-        part, mesh, name = x.part, self.kernels.mesh, self.config.experts[e]
-        match SCORES[self.config.score].side:
-            case None:
-                return None
-            case "row_keys":
-                keys = [row_keys(self.config.seed, name, p.name, p.start, p.stop) for p in part.pieces]
-                return put_rows(mesh, np.concatenate(keys))
-            case "row_sums":
-                sums = host_sums(self.kernels.row_sums("absolute", x.base, x.experts[e]), part.rows)
-                return put_rows(mesh, sums.astype(np.float32)[:, None])
-            case "column_sums":
-                shape = (len(part.pieces), part.piece_rows, part.columns)
-                base, expert = (np.asarray(a)[: part.rows].astype(np.float32) for a in (x.base, x.experts[e]))
-                values = np.abs(expert - base).reshape(shape).sum(axis=1, dtype=np.float64)
-            case "activation_norms":
-                values = self.norms[name][LINEARS[part.linear]][list(part.layers)]
-        layer = part.per_row(np.arange(len(part.pieces), dtype=np.int32))
-        return PerLayer(jax.numpy.asarray(values, np.float32), put_rows(mesh, layer))
+
+class _Sums:
+    """Sums of |δ| over the rows and over the columns of each range, computed when they are asked for."""
+
+    def __init__(self, kernels: Kernels, x: DeviceMatrix, e: int):
+        self._kernels, self._x, self._e = kernels, x, e
+        self._of: dict[str, np.ndarray] = {}
+
+    def rows(self, i: int) -> np.ndarray:
+        """(rows,) float64."""
+        return self._range("rows", self._row_sums, i)
+
+    def columns(self, i: int) -> np.ndarray:
+        """(columns,) float64."""
+        return self._range("columns", self._column_sums, i)
+
+    def _range(self, name: str, find: Callable[[], np.ndarray], i: int) -> np.ndarray:
+        if name not in self._of:
+            self._of[name] = find()
+        return self._of[name][i]
+
+    def _row_sums(self) -> np.ndarray:
+        x, ranges = self._x, len(self._x.matrix.ranges)
+        folded = self._kernels.row_sums("absolute", x.base, x.experts[self._e])
+        return host_sums(folded, x.matrix.rows).reshape(ranges, -1)
+
+    def _column_sums(self) -> np.ndarray:
+        x, matrix = self._x, self._x.matrix
+        base, expert = (np.asarray(a)[: matrix.rows].astype(np.float32) for a in (x.base, x.experts[self._e]))
+        deltas = np.abs(expert - base).reshape(len(matrix.ranges), -1, matrix.columns)
+        return deltas.sum(axis=1, dtype=np.float64)
+
+
+def check_tensors(coefficients: Mapping[str, Coefficient], tensors: Sequence[str]) -> None:
+    """Refuse coefficients by tensor that lack a tensor of the base, or name one that it has not."""
+    for expert, coefficient in coefficients.items():
+        if not isinstance(coefficient, Mapping):
+            continue
+        for name in coefficient:
+            if name not in tensors:
+                raise ValueError(f"--coefficient of {expert!r}: the base has no tensor {name}.{nearest(name, tensors)}")
+        for name in tensors:
+            if name not in coefficient:
+                raise ValueError(
+                    f"--coefficient of {expert!r}: none for the tensor {name}; give one number or all tensors."
+                )

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What is refused before a merge begins: models that do not fit each other, outputs that overlap inputs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec
+from dppa_jax.architecture.specs import CheckpointError, Role, TensorSpec, layer_count
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.runtime import processes
 
 
 def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Mapping[str, TensorSpec]:
-    """The tensors to merge: the base's. Experts must have them all, in the base's shapes but for added vocabulary.
+    """Return the tensors to merge: the base's. Experts must have them all, in its shapes but for added vocabulary.
 
     Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
     """
     for name, expert in experts.items():
-        layers, wanted = expert.config["num_hidden_layers"], base.config["num_hidden_layers"]
+        layers, wanted = layer_count(expert.specs), layer_count(base.specs)
         if layers != wanted:
             raise CheckpointError(
                 f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?"
@@ -33,8 +33,7 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
                 )
             if found.shape == spec.shape:
                 continue
-            vocabulary = tensor in ("model.embed_tokens.weight", "lm_head.weight")
-            if vocabulary and found.shape[1:] == spec.shape[1:] and found.shape[0] > spec.shape[0]:
+            if spec.role is Role.VOCABULARY and found.shape[1:] == spec.shape[1:] and found.shape[0] > spec.shape[0]:
                 extra = found.shape[0] - spec.shape[0]
                 if not quiet:
                     logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
@@ -75,7 +74,7 @@ def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
 
     Each process looks at layers of its own.
     """
-    own = processes.share(base.config["num_hidden_layers"], processes.count(), processes.index())
+    own = processes.share(layer_count(base.specs), processes.count(), processes.index())
     if not own:
         return
     difference = norm = 0.0

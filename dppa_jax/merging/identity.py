@@ -1,4 +1,4 @@
-"""TODO."""
+"""When an unfinished output is taken up again: only by a run of the same inputs, options and code."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Merges whose output stays in memory: for notebooks, and for candidates of a search."""
 
 from pathlib import Path
 

@@ -1,29 +1,58 @@
-"""TODO."""
+"""What deltas look like before they are pruned, and what is left of a layer after it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from dppa_jax.architecture.specs import LINEARS, linear_name
+from dppa_jax.architecture.specs import Linears, linears_of
 from dppa_jax.checkpoint import DTYPES, Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import sample_starts
-from dppa_jax.merging.blocks import Loaded, Stream
+from dppa_jax.merging.bounds import merge_rates
 from dppa_jax.merging.kernels import Kernels, host_sums
-from dppa_jax.merging.merger import merge_rates, pass_bytes, shared_kernels, surveyed
+from dppa_jax.merging.merger import kernels_of
+from dppa_jax.merging.rows import DeviceMatrix
+from dppa_jax.merging.stream import Stream
+from dppa_jax.merging.survey import surveyed
 from dppa_jax.runtime.mesh import put_rows
 from dppa_jax.runtime.progress import stage
 
+SAMPLED = 4_000_000  # deltas of an expert that its deciles are read from: a standard error of 0.03 % in rank
+DECILES = np.linspace(0.1, 0.9, 9)
 
-@dataclass(frozen=True)
-class Remaining:
-    """How many parameters of a linear a rate leaves, by dimension.
+
+@dataclass
+class Inspection:
+    """One expert's delta.
 
     Attributes:
-      linear: one of checkpoint.names.LINEARS.
+      minimum, deciles, maximum: of all delta parameters; deciles are weighted sample quantiles.
+      linears: the axis of the arrays below.
+      norms: ‖δ‖ (Frobenius) of each linear.
+      relative_norms: ‖δ‖ / ‖base‖ of each linear.
+      statistics: outliers, where the allocation looks at them.
+      rates: (nominal rates, linears).
+    """
+
+    minimum: float
+    deciles: list[float]
+    maximum: float
+    linears: Linears
+    norms: Float[np.ndarray, " linears"]
+    relative_norms: Float[np.ndarray, " linears"]
+    statistics: Statistics | None
+    rates: Float[np.ndarray, "rates linears"]
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """How many parameters of a linear are kept at a rate, by dimension.
+
+    Attributes:
+      linear: its kind, "mlp.up_proj".
       rate: the share removed, as asked for.
       rows: kept parameters of every output dimension.
       columns: kept parameters of every input dimension.
@@ -35,53 +64,34 @@ class Remaining:
     columns: Int[np.ndarray, " in_"]
 
 
-SAMPLED = 4_000_000  # deltas of an expert that its deciles are read from: a standard error of 0.03 % in rank
-
-
-DECILES = np.linspace(0.1, 0.9, 9)
-
-
-@dataclass
-class Inspection:
-    """One expert's delta. Norms are Frobenius norms (layers, linears); deciles are weighted sample quantiles."""
-
-    minimum: float
-    deciles: list[float]
-    maximum: float
-    norms: np.ndarray
-    relative_norms: np.ndarray  # ‖δ‖ / ‖base‖
-    statistics: Statistics | None
-    rates: np.ndarray  # (nominal rates, layers, linears)
-
-
 def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]:
-    """Deciles, extremes, norms, significance and rates of every expert."""
-    kernels = shared_kernels(stream.mesh, "magnitude", "sum", config.delta_dtype, config.allow_nonfinite)
-    layers, many = stream.sources[0].config["num_hidden_layers"], len(config.experts)
-    squares, base_squares = np.zeros((many, layers, len(LINEARS))), np.zeros((layers, len(LINEARS)))
-    extremes = np.array([[np.inf, -np.inf]] * many)
-    samples: list[list[tuple[np.ndarray, float]]] = [[] for _ in range(many)]
+    """Find deciles, extremes, norms, significance and rates of every expert, in one or two passes over the weights."""
+    kernels, linears = kernels_of(stream.mesh, config)[1], linears_of(stream.sources[0].specs)
+    squares, base_squares = np.zeros((len(config.experts), len(linears))), np.zeros(len(linears))
+    extremes = np.array([[np.inf, -np.inf]] * len(config.experts))
+    samples: list[list[tuple[np.ndarray, float]]] = [[] for _ in config.experts]
     share = max(1.0, sum(block.elements for block in stream.blocks) / SAMPLED)
-    statistics = surveyed(stream, kernels, config)
-    with stage("inspect", pass_bytes(stream), stream.bytes_read) as progress:
+    statistics = surveyed(stream, linears, kernels, config)
+    with stage("inspect", stream.pass_bytes(), stream.bytes_read) as progress:
         for _, loaded in stream():
             for x in loaded:
-                part = x.part
-                if part.linear is not None:
-                    base_squares[list(part.layers), part.linear] = _squares(kernels, x, x.base * 0, x.base)
+                places = list(x.matrix.linears)
+                if places:
+                    base_squares[places] = _squares(kernels, x, x.base * 0, x.base)
                 for e, expert in enumerate(x.experts):
-                    low, high = np.asarray(kernels.extremes(x.base, expert))[: part.rows].T
+                    low, high = np.asarray(kernels.extremes(x.base, expert))[: x.matrix.rows].T
                     extremes[e] = min(extremes[e][0], low.min()), max(extremes[e][1], high.max())
                     samples[e].append(_sample(kernels, x, e, share))
-                    if part.linear is not None:
-                        squares[e][list(part.layers), part.linear] = _squares(kernels, x, x.base, expert)
+                    if places:
+                        squares[e][places] = _squares(kernels, x, x.base, expert)
             progress.advance(stream.bytes_read)
-    rates = merge_rates(stream.sources[0], config, statistics)
+    rates = merge_rates(config, linears, statistics)
     return {
         name: Inspection(
             float(extremes[e][0]),
             _quantiles(samples[e]),
             float(extremes[e][1]),
+            linears,
             np.sqrt(squares[e]),
             np.sqrt(squares[e] / base_squares),
             statistics[e] if statistics else None,
@@ -91,17 +101,36 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
     }
 
 
-def _squares(kernels: Kernels, x: Loaded, base, expert) -> np.ndarray:
-    rows = host_sums(kernels.row_sums("square", base, expert), x.part.rows)
-    return rows.reshape(len(x.part.pieces), -1).sum(axis=1)
+def kept_counts(
+    base: Checkpoint, expert: Checkpoint, config: MergeConfig, thresholds: Mapping[str, Sequence[float]]
+) -> list[KeptCounts]:
+    """Count the parameters whose magnitude is above a threshold, by linear, rate and dimension.
+
+    Args:
+      config: of the merge that chose the thresholds.
+      thresholds: one for each rate of `config.rates`, by the name of the linear.
+    """
+    counts = []
+    for name, of_rates in thresholds.items():
+        tuned, plain = (model.read(name).astype(np.float32) for model in (expert, base))
+        size = np.abs((tuned[: len(plain)] - plain).astype(DTYPES[config.delta_dtype]).astype(np.float32))
+        for rate, threshold in zip(config.rates, of_rates, strict=True):
+            kept = size > threshold
+            counts.append(KeptCounts(base.specs[name].kind, rate, kept.sum(axis=1), kept.sum(axis=0)))
+    return counts
 
 
-def _sample(kernels: Kernels, x: Loaded, e: int, share: float) -> tuple[np.ndarray, float]:
-    """Some deltas of a part and how many each of them stands for."""
-    many = min(x.part.columns, max(1, round(x.part.columns / share)))
-    starts = put_rows(kernels.mesh, sample_starts(x.part.rows, x.part.columns, many))
-    picked = np.asarray(kernels.sample_delta(x.base, x.experts[e], starts, many))[: x.part.rows]
-    return picked.reshape(-1), x.part.columns / many
+def _squares(kernels: Kernels, x: DeviceMatrix, base, expert) -> np.ndarray:
+    return x.matrix.range_sums(host_sums(kernels.row_sums("square", base, expert), x.matrix.rows))
+
+
+def _sample(kernels: Kernels, x: DeviceMatrix, e: int, share: float) -> tuple[np.ndarray, float]:
+    """Some deltas of a matrix and how many each of them stands for."""
+    rows, columns = x.matrix.rows, x.matrix.columns
+    count = min(columns, max(1, round(columns / share)))
+    starts = put_rows(kernels.mesh, sample_starts(rows, columns, count))
+    picked = np.asarray(kernels.sample_delta(x.base, x.experts[e], starts, count))[:rows]
+    return picked.reshape(-1), columns / count
 
 
 def _quantiles(samples: Sequence[tuple[np.ndarray, float]]) -> list[float]:
@@ -110,28 +139,3 @@ def _quantiles(samples: Sequence[tuple[np.ndarray, float]]) -> list[float]:
     order = np.argsort(values)
     position = np.cumsum(weights[order], dtype=np.float64)
     return [float(values[order[np.searchsorted(position, q * position[-1])]]) for q in DECILES]
-
-
-def remaining(
-    base: Checkpoint,
-    expert: Checkpoint,
-    config: MergeConfig,
-    layer: int,
-    thresholds: Float[np.ndarray, "partitions linears"],
-) -> list[Remaining]:
-    """How many parameters of a layer are above the thresholds of the score "magnitude", by linear, rate and dimension.
-
-    Args:
-      config: of the merge that chose the thresholds.
-      layer: counted from 0.
-    """
-    found = []
-    dtype = DTYPES[config.delta_dtype]
-    for j, linear in enumerate(LINEARS):
-        name = linear_name(layer, j)
-        tuned, plain = (model.read(name).astype(np.float32) for model in (expert, base))
-        size = np.abs((tuned[: len(plain)] - plain).astype(dtype).astype(np.float32))
-        for rate, threshold in zip(config.rates, thresholds[:, j], strict=True):
-            kept = size > threshold
-            found.append(Remaining(linear, rate, kept.sum(axis=1), kept.sum(axis=0)))
-    return found

@@ -1,43 +1,37 @@
 """The merge, top to bottom: survey, allocate, apply, write."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.rules import check_patterns
-from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.architecture.specs import CheckpointError, Linears, linears_of
+from dppa_jax.checkpoint import DTYPES
 from dppa_jax.checkpoint.protocol import Sink, Source
 from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.config.merge import Coefficient, MergeConfig
-from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.merging.blocks import Block, Loaded, Part, Stream, make_blocks, shares
-from dppa_jax.merging.bounds import Pruner, allocate
+from dppa_jax.delta.allocate import Statistics
+from dppa_jax.merging.blocks import Block, make_blocks, shares
+from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
 from dppa_jax.merging.compatible import check_compatible
-from dppa_jax.merging.kernels import Kernels
-from dppa_jax.merging.survey import NonfiniteError, survey
+from dppa_jax.merging.elementwise import elementwise_of
+from dppa_jax.merging.kernels import Kernels, shared_kernels
+from dppa_jax.merging.rows import DeviceMatrix, Matrix, RowRange
+from dppa_jax.merging.stream import Stream
+from dppa_jax.merging.survey import NonfiniteError, surveyed
 from dppa_jax.runtime.files import sources_digest
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-CODE = (
-    "delta/*.py",
-    "merging/kernels.py",
-    "merging/bounds.py",
-    "merging/survey.py",
-    "merging/merger.py",
-    "merging/blocks.py",
-    "runtime/mesh.py",
-)
+FILES = ("kernels", "elementwise", "bounds", "survey", "merger", "blocks", "rows", "stream")
+CODE = ("delta/*.py", "runtime/mesh.py", *(f"merging/{name}.py" for name in FILES))
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
-
-shared_kernels = cache(Kernels)  # a second merge of the same shapes in this process compiles nothing
 
 
 @dataclass(frozen=True)
@@ -52,14 +46,20 @@ class Layout:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a merge decided, of all processes: arrays (experts, partitions, layers, linears)."""
+    """What a merge decided, of all processes: arrays (experts, partitions, linears).
 
+    Attributes:
+      linears: the last axis of the arrays.
+      bytes_read: by this process.
+    """
+
+    linears: Linears
     rates: np.ndarray
     thresholds: np.ndarray
     densities: np.ndarray
     weights: np.ndarray
     statistics: list[Statistics] | None
-    bytes_read: int  # by this process
+    bytes_read: int
 
 
 def merge_checkpoints(
@@ -70,7 +70,7 @@ def merge_checkpoints(
     mesh: Mesh,
     layout: Layout,
     delta_sinks: Mapping[str, Sink] | None = None,
-    norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+    norms: Norms | None = None,
     quiet: bool = False,
     journal: Journal | None = None,
 ) -> Outcome:
@@ -87,7 +87,7 @@ class Merger:
     Args:
       base, experts: open checkpoints; experts in the order in which their deltas are added.
       config: what is computed.
-      norms: per expert and linear, activation norms (layers, columns) for the score "wanda".
+      norms: by expert and tensor, activation norms (columns,) for a score that is calibrated.
       quiet: no progress, no log.
       journal: of an earlier run, whose work is not done again; only for one merge.
 
@@ -101,11 +101,12 @@ class Merger:
         config: MergeConfig,
         mesh: Mesh,
         layout: Layout,
-        norms: Mapping[str, Mapping[str, np.ndarray]] | None = None,
+        norms: Norms | None = None,
         quiet: bool = False,
         journal: Journal | None = None,
     ):
         specs = check_compatible(base, experts, quiet)
+        check_tensors(config.coefficients, list(specs))
         for rules, flag in (
             (config.tensor_rates, "--tensor_rate"),
             (config.tensor_coefficients, "--tensor_coefficient"),
@@ -115,7 +116,8 @@ class Merger:
         blocks = make_blocks(shares(specs, layout.processes)[layout.process], layout.block_layers)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident)
         self._kernels, self._dense = kernels_of(mesh, config)
-        self._pruner = Pruner(self._kernels, config, base.config["num_hidden_layers"], norms)
+        self._linears = linears_of(specs)
+        self._pruner = Pruner(self._kernels, config, self._linears, norms)
         self._surveyed = False
         self._statistics: list[Statistics] | None = None
 
@@ -134,7 +136,7 @@ class Merger:
           factors, coefficients: in place of the config's.
         """
         config = self.merge_config(factors, coefficients)
-        stream, pruner, one_pass = self._stream, self._pruner, pass_bytes(self._stream)
+        stream, pruner, one_pass = self._stream, self._pruner, self._stream.pass_bytes()
         if not self._surveyed:
             self._survey()
         pruner.weigh(config)
@@ -145,12 +147,13 @@ class Merger:
         ):
             pending = []
             for _, loaded in stream(self._undone()):
-                searches = [[searcher.submit(pruner.tables, x, e) for e in range(len(config.experts))] for x in loaded]
+                experts = range(len(config.experts))
+                searches = [[searcher.submit(pruner.bounds_and_weights, x, e) for e in experts] for x in loaded]
                 checks = []
-                for x, found in zip(loaded, searches, strict=True):
-                    chosen = self._kernels if x.part.linear is not None else self._dense
-                    tables = [f.result() for f in found]
-                    merged = merge_part(x, tables, chosen, pruner, self.base, config, delta_sinks)
+                for x, search in zip(loaded, searches, strict=True):
+                    chosen = self._kernels if x.matrix.linears else self._dense
+                    per_expert = [future.result() for future in search]
+                    merged = merge_matrix(x, per_expert, chosen, pruner, self.base, config, delta_sinks)
                     checks.append(searcher.submit(check_finite, x, merged, chosen, config))
                     pending.append(writer.submit(self._write, sink, x, merged, config, checks[-1]))
                     while len(pending) > WRITES_BEHIND:
@@ -160,9 +163,9 @@ class Merger:
                 progress.advance(stream.bytes_read)
             for future in pending:
                 future.result()
-        pruner.joined()
+        pruner.join()
         tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())
-        return Outcome(*tables, self._statistics, stream.bytes_read)
+        return Outcome(self._linears, *tables, self._statistics, stream.bytes_read)
 
     def merge_config(
         self,
@@ -170,70 +173,87 @@ class Merger:
         coefficients: Mapping[str, Coefficient] | None = None,
     ) -> MergeConfig:
         """The config of a merge with these factors and coefficients."""
+        if coefficients is not None:
+            check_tensors(coefficients, list(self.base.specs))
         chosen = {"factors": factors, "coefficients": coefficients}
         return replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
 
     def _undone(self) -> list[Block]:
-        """The blocks without the parts that an earlier run has merged."""
+        """The blocks without the matrices that an earlier run has merged."""
         blocks = []
         for block in self._stream.blocks:
             left = []
-            for part in block.parts:
-                if (decided := self._journal.get(_key(part))) is None:
-                    left.append(part)
+            for matrix in block.matrices:
+                if (decided := self._journal.get(_key(matrix))) is None:
+                    left.append(matrix)
                 else:
-                    self._pruner.restore(part, decided)
+                    self._pruner.restore(matrix, decided)
             if left:
-                blocks.append(block if len(left) == len(block.parts) else replace(block, parts=tuple(left)))
+                blocks.append(block if len(left) == len(block.matrices) else replace(block, matrices=tuple(left)))
         return blocks
 
-    def _write(self, sink: Sink, x: Loaded, merged: jax.Array, config: MergeConfig, check: Future) -> None:
-        _write_pieces(sink, x, np.asarray(merged), lambda name: _output_dtype(name, self.base, config))
+    def _write(self, sink: Sink, x: DeviceMatrix, merged: jax.Array, config: MergeConfig, check: Future) -> None:
+        _write_ranges(sink, x, np.asarray(merged), lambda name: _output_dtype(name, self.base, config))
         check.result()
-        self._journal.add(_key(x.part), self._pruner.decided(x.part))
+        self._journal.add(_key(x.matrix), self._pruner.decided(x.matrix))
 
     def _survey(self) -> None:
-        self._statistics = surveyed(self._stream, self._dense, self.config, self.quiet, self._journal)
-        self._pruner.allocate(self._statistics or [_numel_only(self.base)] * len(self.config.experts))
+        self._statistics = surveyed(self._stream, self._linears, self._dense, self.config, self.quiet, self._journal)
+        self._pruner.allocate(self._statistics)
         self._surveyed = True
 
 
-def merge_part(
-    x: Loaded, tables: list[tuple], kernels: Kernels, pruner: Pruner, base: Source, config: MergeConfig, delta_sinks
+def merge_matrix(
+    x: DeviceMatrix,
+    per_expert: list[tuple],
+    kernels: Kernels,
+    pruner: Pruner,
+    base: Source,
+    config: MergeConfig,
+    delta_sinks: Mapping[str, Sink] | None,
 ) -> jax.Array:
-    """The merged rows of a part, on the devices; its pruned deltas go to `delta_sinks`."""
-    sides, bounds, weights = [], [], []
-    for e, (name, (side, bound, weight)) in enumerate(zip(config.experts, tables, strict=True)):
-        sides.append(side)
+    """Merge a matrix on the devices; its pruned deltas go to `delta_sinks`.
+
+    Args:
+      per_expert: score inputs, bounds and weights of each expert, as `Pruner.bounds_and_weights` gives them.
+    """
+    inputs, bounds, weights = [], [], []
+    for e, (name, (own_inputs, bound, weight)) in enumerate(zip(config.experts, per_expert, strict=True)):
+        inputs.append(own_inputs)
         bounds.append(pruner.on_rows(x, bound))
         if delta_sinks:
             plain = pruner.on_rows(x, weight.astype(np.float32))
-            rows = np.asarray(kernels.prune(x.base, x.experts[e], side, bounds[-1], plain))
-            _write_pieces(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
-        coefficients = np.array([[pruner.coefficient(name, piece.name)] for piece in x.part.pieces])
+            rows = np.asarray(kernels.prune(x.base, x.experts[e], own_inputs, bounds[-1], plain))
+            _write_ranges(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
+        coefficients = np.array([[pruner.coefficient(name, rows.name)] for rows in x.matrix.ranges])
         weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
-    dtype = common_dtype(_output_dtype(piece.name, base, config) for piece in x.part.pieces)
-    return kernels.merge(dtype, x.base, x.experts, tuple(sides), tuple(bounds), tuple(weights))
+    dtype = common_dtype(_output_dtype(rows.name, base, config) for rows in x.matrix.ranges)
+    return kernels.merge(dtype, x.base, x.experts, tuple(inputs), tuple(bounds), tuple(weights))
 
 
-def check_finite(x: Loaded, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
-    """Raises CheckpointError for NaN or Inf, unless the config allows them."""
+def check_finite(x: DeviceMatrix, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
+    """Raise CheckpointError for NaN or Inf, unless the config allows them."""
     jax.block_until_ready(merged)
     if not config.allow_nonfinite and kernels.nonfinite(merged):
-        raise _locate_nonfinite(x, config)
+        raise _locate_nonfinite(x, merged, config)
 
 
-def _key(part: Part) -> str:
-    """Of a part that is merged, in a journal."""
-    return f"merge {part.pieces[0].name} {part.pieces[0].start}"
+def _key(matrix: Matrix) -> str:
+    """What a merged matrix is called in a journal."""
+    return f"merge {matrix.ranges[0].name} {matrix.ranges[0].start}"
 
 
-def _write_pieces(sink: Sink, x: Loaded, rows: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:
+def _by_range(matrix: Matrix) -> Iterator[tuple[RowRange, slice]]:
+    """Each range and where its rows are in the matrix."""
     row = 0
-    for piece in x.part.pieces:
-        stop = row + piece.stop - piece.start
-        sink.write_rows(piece.name, piece.start, rows[row:stop].astype(dtype(piece.name), copy=False))
-        row = stop
+    for rows in matrix.ranges:
+        yield rows, slice(row, row + rows.rows)
+        row += rows.rows
+
+
+def _write_ranges(sink: Sink, x: DeviceMatrix, array: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:
+    for rows, at in _by_range(x.matrix):
+        sink.write_rows(rows.name, rows.start, array[at].astype(dtype(rows.name), copy=False))
 
 
 def output_tensors(base: Source, config: MergeConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -242,58 +262,29 @@ def output_tensors(base: Source, config: MergeConfig) -> dict[str, tuple[tuple[i
 
 
 def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
-    from dppa_jax.checkpoint import DTYPES
-
     return DTYPES[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
 
 
-def _locate_nonfinite(x: Loaded, config: MergeConfig) -> CheckpointError:
-    row = 0
-    for piece in x.part.pieces:
-        stop = row + piece.stop - piece.start
-        for name, array in (("base", x.base), *zip(config.experts, x.experts, strict=True)):
-            if not np.isfinite(np.asarray(array[row:stop]).astype(np.float32)).all():
-                return NonfiniteError(piece.name, name)
-        row = stop
+def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -> CheckpointError:
+    """Say which model holds the first NaN or Inf or, where all are finite, what overflows."""
+    for rows, at in _by_range(x.matrix):
+        base, *experts = (np.asarray(array[at]).astype(np.float32) for array in (x.base, *x.experts))
+        for name, weights in zip(("base", *config.experts), (base, *experts), strict=True):
+            if not np.isfinite(weights).all():
+                return NonfiniteError(rows.name, name)
+        for name, expert in zip(config.experts, experts, strict=True):
+            if not np.isfinite((expert - base).astype(DTYPES[config.delta_dtype]).astype(np.float32)).all():
+                return CheckpointError(
+                    f"{rows.name}: the delta of expert {name!r} overflows --delta_dtype={config.delta_dtype}; give "
+                    f"--delta_dtype=float32, or --allow_nonfinite to let it count as 0 there."
+                )
     return CheckpointError(
-        f"{x.part.pieces[0].name}: the merged values overflow {config.output_dtype or 'the output dtype'}; "
-        f"lower --coefficient or --factors, or give --output_dtype=bfloat16."
+        f"{x.matrix.ranges[0].name}: the merged values overflow {merged.dtype}; lower --coefficient or --factors, or "
+        f"give --output_dtype=bfloat16."
     )
 
 
 def kernels_of(mesh: Mesh, config: MergeConfig) -> tuple[Kernels, Kernels]:
-    """Those of pruned linears, and those of dense tensors and of the survey."""
-    of = lambda score: shared_kernels(mesh, score, config.combine, config.delta_dtype, config.allow_nonfinite)  # noqa: E731
-    return of(config.score or "magnitude"), of("magnitude")
-
-
-def surveyed(
-    stream: Stream, dense: Kernels, config: MergeConfig, quiet: bool = False, journal: Journal | None = None
-) -> list[Statistics] | None:
-    """Statistics of every expert in a pass over the weights; None where the allocation needs none."""
-    if not (config.allocate and ALLOCATIONS[config.allocate].outliers):
-        return None
-    with stage("survey", pass_bytes(stream), quiet=quiet) as progress:
-        return survey(stream, dense, config, progress, journal)
-
-
-def merge_rates(base: Source, config: MergeConfig, statistics: list[Statistics] | None) -> np.ndarray:
-    """The rates of every linear, (experts, nominal rates, layers, linears)."""
-    statistics = statistics or [_numel_only(base)] * len(config.experts)
-    return np.array([allocate(config, of_expert) for of_expert in statistics])
-
-
-def _numel_only(base: Source) -> Statistics:
-    sizes = [spec.rows * spec.columns for spec in base.specs.values() if spec.linear is not None]
-    numel = np.array(sizes, np.float64).reshape(base.config["num_hidden_layers"], -1)
-    return Statistics(numel, np.zeros_like(numel), np.zeros(len(numel)))
-
-
-def pass_bytes(stream: Stream) -> int:
-    return sum(
-        (piece.stop - piece.start) * part.columns * source.tensors[piece.name].dtype.itemsize
-        for block in stream.blocks
-        for part in block.parts
-        for piece in part.pieces
-        for source in stream.sources
-    )
+    """The kernels of pruned linears, and those of dense tensors and of the survey."""
+    linear, dense = elementwise_of(config)
+    return shared_kernels(mesh, linear), shared_kernels(mesh, dense)

@@ -10,12 +10,13 @@ from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_spec
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.allocate import ALLOCATIONS
-from dppa_jax.delta.statistics import WAYS
-from dppa_jax.merging.blocks import Block, Part, make_blocks, shares
+from dppa_jax.delta.fold import WAYS
+from dppa_jax.merging.blocks import Block, make_blocks, shares
 from dppa_jax.merging.merger import (
     SEARCHES,
     WRITES_BEHIND,
 )
+from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
 from dppa_jax.merging.survey import SURVEYS
 from dppa_jax.runtime import processes
@@ -58,13 +59,13 @@ class Work:
 
     def weights(self, blocks: Sequence[Block], resident: bool) -> int:
         """Bytes of base and experts that are held: all of them, or the block worked on and the one read ahead."""
-        sizes = [sum(map(self._elements, block.parts)) * self.read for block in blocks]
+        sizes = [sum(map(self._elements, block.matrices)) * self.read for block in blocks]
         return sum(sizes) if resident else sum(max(sizes[turn::2], default=0) for turn in (0, 1))
 
     def results(self, blocks: Sequence[Block]) -> int:
         """Peak bytes of what is computed: the survey's sums; then rows that wait for the disk and the counts."""
         merging = self.waiting(blocks) + self._deltas(blocks) + self._largest(blocks) * self.checked
-        linears = [[self._elements(part) for part in block.parts if part.linear is not None] for block in blocks]
+        linears = [[self._elements(matrix) for matrix in block.matrices if matrix.linears] for block in blocks]
         if self.counts:  # the first fold leaves an eighth of the columns, in words of four counters
             merging += SEARCHES * max(max(block, default=0) for block in linears) // WAYS * 4
         surveying = min(SURVEYS, self.experts) * max(map(sum, linears)) // WAYS * 8  # two float32 sums in one number
@@ -72,7 +73,7 @@ class Work:
 
     def waiting(self, blocks: Sequence[Block]) -> int:
         """Peak bytes of merged rows that wait for the disk."""
-        sizes = [self._elements(part) * self.merged for block in blocks for part in block.parts]
+        sizes = [self._elements(matrix) * self.merged for block in blocks for matrix in block.matrices]
         return max(sum(sizes[i : i + WRITES_BEHIND + 1]) for i in range(len(sizes)))
 
     def copies(self, blocks: Sequence[Block]) -> int:
@@ -85,10 +86,10 @@ class Work:
 
     def _largest(self, blocks: Sequence[Block]) -> int:
         """Elements of the largest matrix."""
-        return max(self._elements(part) for block in blocks for part in block.parts)
+        return max(self._elements(matrix) for block in blocks for matrix in block.matrices)
 
-    def _elements(self, part: Part) -> int:
-        return -(-part.rows // self.devices) * self.devices * part.columns
+    def _elements(self, matrix: Matrix) -> int:
+        return -(-matrix.rows // self.devices) * self.devices * matrix.columns
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, sav
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(configs) - 1,
         survey=bool(config.score and ALLOCATIONS[config.allocate].outliers),
-        counts=config.score not in (None, "random"),
+        counts=bool(config.score) and not config.has_random_score,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,
     )

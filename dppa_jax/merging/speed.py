@@ -13,13 +13,13 @@ import numpy as np
 import psutil
 from jax.sharding import Mesh
 
-from dppa_jax.architecture.specs import LINEARS, tensor_specs
+from dppa_jax.architecture.specs import Role, TensorSpec, first_linear, layer_count, linears_of
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.direct_file import DirectFile
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.merging.blocks import READERS
 from dppa_jax.merging.merger import Layout, merge_checkpoints
+from dppa_jax.merging.stream import READERS
 
 READ = 512 << 20  # bytes
 WRITTEN = 256 << 20  # bytes
@@ -37,10 +37,10 @@ class Speeds:
 
 
 def measure_speeds(sources: Sequence[Source], output: Path, config: MergeConfig, mesh: Mesh) -> Speeds:
-    """Of reading these models, base first, of merging layers like theirs, and of writing where `output` will be."""
+    """Time reading these models, base first, merging layers like theirs, and writing where `output` will be."""
     started = time.time() - psutil.Process().create_time()
-    dtype = sources[0].tensors["model.layers.0.self_attn.q_proj.weight"].dtype
-    models = synthetic(sources[0].config, dtype, config.experts)
+    dtype = sources[0].tensors[first_linear(sources[0].specs).name].dtype
+    models = synthetic(sources[0].specs, dtype, config.experts)
     first, again = (_merge_seconds(models, config, mesh) for _ in range(2))  # only the first compiles
     parameters = sum(math.prod(spec.shape) for spec in models[0].specs.values())
     start = started + max(0.0, first - again)
@@ -48,7 +48,7 @@ def measure_speeds(sources: Sequence[Source], output: Path, config: MergeConfig,
 
 
 def read_speed(sources: Sequence[Source]) -> float:
-    """Bytes a second, of pieces spread over all models.
+    """Read pieces spread over all models; return bytes a second.
 
     What is more than memory holds comes from the disk whatever is in memory now: it goes before its turn comes again.
     """
@@ -73,7 +73,7 @@ def read_speed(sources: Sequence[Source]) -> float:
 
 
 def write_speed(output: Path) -> float:
-    """Bytes a second, into a file that is removed again, on the disk of a directory that need not be there yet."""
+    """Write a file beside `output`, which need not be there yet, and remove it again; return bytes a second."""
     existing = next(place for place in (output, *output.parents) if place.is_dir())
     piece = memoryview(np.random.default_rng(0).bytes(PIECE))
     with tempfile.NamedTemporaryFile(dir=existing, prefix=".dppa_jax-") as name:
@@ -89,11 +89,11 @@ def write_speed(output: Path) -> float:
 
 
 class _Synthetic:
-    """A model of random numbers in the proportions of another one, in memory."""
+    """A model of random numbers, in memory."""
 
-    def __init__(self, config: Mapping, dtype: np.dtype, values: np.ndarray):
-        self.config, self.specs = dict(config), tensor_specs(config)
-        self.tensors = {name: SimpleNamespace(dtype=dtype, shape=spec.shape) for name, spec in self.specs.items()}
+    def __init__(self, specs: Mapping[str, TensorSpec], dtype: np.dtype, values: np.ndarray):
+        self.config, self.specs = {}, specs
+        self.tensors = {name: SimpleNamespace(dtype=dtype, shape=spec.shape) for name, spec in specs.items()}
         self._values = values.astype(dtype)
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
@@ -109,33 +109,36 @@ class _Nowhere:
         pass
 
 
-def synthetic(given: Mapping, dtype: np.dtype, experts: Sequence[str]) -> list[_Synthetic]:
-    """Base and experts of one layer, with embeddings in proportion, for the config.json of a model."""
-    specs = tensor_specs(given).values()
-    layer = sum(math.prod(spec.shape) for spec in specs if spec.layer == 0)
-    part = math.ceil(math.sqrt(layer / MERGED))
-    heads = given["num_attention_heads"]
-    sizes = {
-        "hidden_size": given["hidden_size"],
-        "intermediate_size": given["intermediate_size"],
-        "head_dim": given.get("head_dim") or given["hidden_size"] // heads,
-        "vocab_size": given["vocab_size"] // given["num_hidden_layers"],
-    }
-    config = {**given, "num_hidden_layers": 1} | {name: max(1, size // part) for name, size in sizes.items()}
+def synthetic(specs: Mapping[str, TensorSpec], dtype: np.dtype, experts: Sequence[str]) -> list[_Synthetic]:
+    """Make base and experts of one layer, with embeddings in proportion, like a model with these tensors."""
+    shrunk = _one_layer(specs)
     random = np.random.default_rng(0)
     values = random.standard_normal(VALUES, np.float32) * np.float32(0.02)
     deltas = [random.standard_normal(VALUES, np.float32) * np.float32(0.001) for _ in experts]
-    return [_Synthetic(config, dtype, values), *(_Synthetic(config, dtype, values + delta) for delta in deltas)]
+    return [_Synthetic(shrunk, dtype, values), *(_Synthetic(shrunk, dtype, values + delta) for delta in deltas)]
+
+
+def _one_layer(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The tensors of the first layer and those outside, divided in rows and columns until MERGED holds the layer."""
+    layers = layer_count(specs)
+    part = math.ceil(math.sqrt(sum(math.prod(spec.shape) for spec in specs.values() if spec.layer == 0) / MERGED))
+    shrunk = {}
+    for name, spec in specs.items():
+        if spec.layer in (None, 0):
+            shape = [max(1, size // part) for size in spec.shape]
+            if spec.role is Role.VOCABULARY:
+                shape[0] = max(1, spec.shape[0] // layers // part)
+            shrunk[name] = replace(spec, shape=tuple(shape))
+    return shrunk
 
 
 def _merge_seconds(models: Sequence[_Synthetic], config: MergeConfig, mesh: Mesh) -> float:
-    """Of one merge; what is said of single tensors cannot be said of this model and costs nothing."""
+    """Time one merge; what is said of single tensors cannot be said of this model and costs nothing."""
     plain = replace(config, coefficients={}, tensor_rates=(), tensor_coefficients=())
     base, *experts = models
     named = dict(zip(config.experts, experts, strict=True))
-    columns = {LINEARS[spec.linear]: spec.columns for spec in base.specs.values() if spec.linear is not None}
-    ones = {linear: np.ones((1, count), np.float32) for linear, count in columns.items()}
-    begin = time.perf_counter()
+    ones = {spec.name: np.ones(spec.columns, np.float32) for spec in linears_of(base.specs).specs}
     norms = dict.fromkeys(named, ones)
+    begin = time.perf_counter()
     merge_checkpoints(base, named, plain, _Nowhere(), mesh, Layout(), norms=norms, quiet=True)
     return time.perf_counter() - begin

@@ -19,12 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dppa_jax.architecture.specs import LINEARS
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.merging.inspection import Remaining
+from dppa_jax.merging.inspection import KeptCounts
 from dppa_jax.report.measurements import Measurements
 from dppa_jax.report.paper import Domains, label, percent
 from dppa_jax.search.adamerging import OUTSIDE, AdaMerged
@@ -140,13 +139,13 @@ def search(visits: Sequence[Visit], rates: Sequence[float], best: Sequence[float
 
 
 @styles.context(_STYLE)
-def remaining(found: Sequence[Remaining], title: str = "") -> Figure:
+def remaining(found: Sequence[KeptCounts], title: str = "") -> Figure:
     """What is left of every linear of a layer, by output and by input dimension. Source: Zhu et al. 2024, figure 3.
 
     A dimension's height is the share of its parameters that is kept. More than BINS dimensions are drawn in groups of
     equal size: a line for the mean of a group, a band from its least to its greatest.
     """
-    linears = [name for name in LINEARS if any(item.linear == name for item in found)]
+    linears = list(dict.fromkeys(item.linear for item in found))
     rates = sorted({item.rate for item in found})
     colours = dict(zip(rates, colormaps["viridis"](np.linspace(0.75, 0.0, len(rates))), strict=True))
     figure = Figure(figsize=(2 * PANEL[0], 1.4 * len(linears) + 0.8))
@@ -191,10 +190,10 @@ def against_rate(panels: Sequence[Panel], quantity: str, title: str = "") -> Fig
 
 
 @styles.context(_STYLE)
-def rates(found: Mapping[str, Float[np.ndarray, "layers linears"]], title: str = "") -> Figure:
+def rates(found: Mapping[str, Float[np.ndarray, "layers kinds"]], kinds: Sequence[str], title: str = "") -> Figure:
     """The share removed of every linear of every layer, one heat map per expert, all on one scale."""
     percents = {name: 100 * np.asarray(table) for name, table in found.items()}
-    low, high = min(t.min() for t in percents.values()), max(t.max() for t in percents.values())
+    low, high = (f([f(t) for t in percents.values()]) for f in (np.nanmin, np.nanmax))
     room = 0.5 if high - low < 0.01 else 0.0  # one rate for all has a scale, too
     layers = max(table.shape[0] for table in percents.values())
     figure = Figure(figsize=(2.6 * len(percents) + 1, max(2.6, 0.17 * layers + 1.4)))
@@ -203,7 +202,7 @@ def rates(found: Mapping[str, Float[np.ndarray, "layers linears"]], title: str =
         ax.grid(False)
         image = ax.imshow(table, aspect="auto", cmap="cividis", vmin=low - room, vmax=high + room)
         ax.set_title(label(name))
-        ax.set_xticks(range(len(LINEARS)), map(_short, LINEARS), rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_xticks(range(len(kinds)), map(_short, kinds), rotation=60, ha="right", rotation_mode="anchor")
         ax.set_yticks(range(0, table.shape[0], max(1, table.shape[0] // 16)))
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=axes, label="share removed (%)")

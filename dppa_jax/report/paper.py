@@ -6,7 +6,7 @@ Source: Zhu et al. 2024, tables 1, 2, 3, 5, 6 and 7 (appendix A).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio, task_ratio
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task

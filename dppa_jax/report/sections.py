@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from absl import logging
 
 from dppa_jax.config.evaluation import EvaluationConfig
@@ -10,7 +11,7 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.tasks import every_task
-from dppa_jax.merging.inspection import remaining
+from dppa_jax.merging.inspection import kept_counts
 from dppa_jax.merging.merger import Outcome
 from dppa_jax.report import figures
 from dppa_jax.report.page import Illustration, Run, surroundings, write_report
@@ -26,16 +27,19 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
     """Rates of every layer and linear, and what is left of the middle layer by dimension."""
     if not config.score:
         return []
-    rates = dict(zip(config.experts, outcome.rates[:, -1], strict=True))
-    found = [illustration("rates", figures.rates(rates), f"Share removed of every linear, at rate {config.rate:g}.")]
-    if config.score == "magnitude":
-        layer = outcome.rates.shape[2] // 2
+    linears = outcome.linears
+    rates = {name: linears.by_layer(outcome.rates[e, -1]) for e, name in enumerate(config.experts)}
+    caption = f"Share removed of every linear, at rate {config.rate:g}."
+    illustrations = [illustration("rates", figures.rates(rates, linears.kinds), caption)]
+    if config.ranks_by_magnitude:
+        layer = (1 + int(linears.layer.max())) // 2
+        places = np.flatnonzero(linears.layer == layer)
         for e, name in enumerate(config.experts):
-            thresholds = outcome.thresholds[e, :, layer]
-            left = remaining(candidates.base, candidates.experts[name], config, layer, thresholds)
+            thresholds = {linears.names[place]: outcome.thresholds[e, :, place] for place in places}
+            counts = kept_counts(candidates.base, candidates.experts[name], config, thresholds)
             caption = f"Parameters of {name} that are left in layer {layer}, by dimension (figure 3 of the paper)."
-            found.append(illustration(f"remaining-{name}", figures.remaining(left), caption))
-    return found
+            illustrations.append(illustration(f"remaining-{name}", figures.remaining(counts), caption))
+    return illustrations
 
 
 def search_tables(found: Mapping[str, Searched]) -> list[ResultTable]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import psutil
 
 
@@ -30,3 +31,10 @@ def peak_resident() -> int:
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
     except (OSError, TypeError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def aligned(size: int, alignment: int) -> np.ndarray:
+    """Allocate bytes that start at a multiple of `alignment`."""
+    raw = np.empty(size + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
+    return raw[start : start + size]

@@ -20,11 +20,11 @@ REPLICATED = PartitionSpec()
 WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}  # XLA's default is 256 also where registers have 512 bits
 
 
-class PerLayer(NamedTuple):
-    """Values that the rows of a layer share, (layers, columns) on every device, and the layer of each row."""
+class PerTensor(NamedTuple):
+    """Values that the rows of a tensor share, (tensors, columns) on every device, and the tensor of each row."""
 
     values: jax.Array
-    layer: jax.Array
+    tensor: jax.Array
 
 
 def mesh_shape(text: str, devices: int | None = None, axes: tuple[str, str] = AXES) -> tuple[int, int]:
@@ -107,6 +107,6 @@ def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) 
 
 def _row_specs(tree):
     def spec(x):
-        return PerLayer(REPLICATED, ROWS) if isinstance(x, PerLayer) else ROWS
+        return PerTensor(REPLICATED, ROWS) if isinstance(x, PerTensor) else ROWS
 
-    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, PerLayer))
+    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, PerTensor))

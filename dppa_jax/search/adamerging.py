@@ -44,14 +44,15 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole
 from dppa_jax.runtime.progress import steps as progress_of
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.search.entropy import Batch, Mixture, check_combine, row_entropies
+from dppa_jax.search.entropy import Batch, row_entropies
+from dppa_jax.search.mixture import Mixture, check_combine
 from dppa_jax.search.prompts import Prompt, draw, prompts_of
 
 OUTSIDE = "outside the layers"
 SAVE_SECONDS = 20  # at most so much work is lost
 LOG_STEPS = 50
 
-CODE = sources_digest("search/adamerging.py", "search/entropy.py", "search/prompts.py")
+CODE = sources_digest("search/adamerging.py", "search/entropy.py", "search/mixture.py", "search/prompts.py")
 FORWARD = sources_digest("model/decoder.py", "model/generate.py")
 
 
@@ -151,7 +152,7 @@ def adamerge(
     if not finished:
         prompts = _prompts(candidates, asked, budgets, merge, given, workdir, fingerprint)
         experts = {name: candidates.experts[name] for name in merge.experts}
-        norms = norms_of_experts(candidates.job, experts) if merge.score == "wanda" else None
+        norms = norms_of_experts(candidates.job, experts) if merge.is_calibrated else None
         mixture = Mixture(candidates.base, experts, merge, candidates.mesh, norms)
         step = Step(mixture, of_tensor, fixed_coefficients(merge, specs), given.learning_rate)
 

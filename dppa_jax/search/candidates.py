@@ -68,7 +68,7 @@ class Candidates:
         experts = {name: self.experts[name] for name in config.experts}
         models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
         plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
-        norms = norms_of_experts(self.job, experts) if config.score == "wanda" else None
+        norms = norms_of_experts(self.job, experts) if config.is_calibrated else None
         layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
         return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)
 
@@ -107,8 +107,8 @@ class Candidates:
     def fingerprint(self, config: MergeConfig) -> str:
         """Of a merge: its inputs, what is computed, the code that computes it, and whose tokenizer files it gets."""
         inputs = [self.fingerprints[name] for name in ("base", *config.experts)]
-        seed = config.seed if config.score == "random" else None
-        calibration = Path(self.job.calibration).read_text() if config.score == "wanda" else None
+        seed = config.seed if config.has_random_score else None
+        calibration = Path(self.job.calibration).read_text() if config.is_calibrated else None
         code = [jax.__version__, ARITHMETIC]
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])
 

@@ -163,7 +163,7 @@ def test_extra_tensor(merge, weights):
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     edit_tensors(weights, lambda tensors: tensors.update({name: np.zeros((4, 32), np.float32)}))
     message = merge.refusal()
-    assert f"{merge.law}: model.safetensors has 1 tensors that a LLaMA of this config.json does not have" in message
+    assert f"{merge.law}: model.safetensors has 1 tensors that a model of this config.json does not have" in message
     assert repr(name) in message
     assert "merge adapters into the model before" in message
 

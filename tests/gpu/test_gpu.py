@@ -21,7 +21,7 @@ from dppa_jax.checkpoint import LINEARS
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import ties
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.merging.merger import Layout, merge_checkpoints
 from dppa_jax.runtime.mesh import make_mesh
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.search.adamerging import Step, fixed_coefficients, groups_of
-from dppa_jax.search.entropy import Mixture
+from dppa_jax.search.mixture import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
 
 FACTORS = {"expert0": (1.8, 1.3), "expert1": (2.2, 0.6), "expert2": (1.0, 0.0)}

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 from report_runs import PAIR, two_seeds
 
 from dppa_jax.architecture.specs import LINEARS
-from dppa_jax.delta.methods import METHODS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.merging.inspection import Remaining
 from dppa_jax.report import figures
 from dppa_jax.report.figures import Curve, Panel

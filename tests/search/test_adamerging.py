@@ -34,7 +34,7 @@ from dppa_jax.search.adamerging import (
     groups_of,
 )
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.search.entropy import Mixture
+from dppa_jax.search.mixture import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
 from dppa_jax.where import load_tree
 

@@ -1,11 +1,13 @@
-"""The table of presets: each is a choice on the axes score, allocate, scale and combine, and nothing else."""
+"""The table of methods: each is a choice on the axes score, allocate, scale and combine, and nothing else."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Method:
-    score: str | None  # None: nothing is pruned
+    """A preset of `--method`; None for the score means that nothing is pruned."""
+
+    score: str | None
     allocate: str | None
     scale: str
     combine: str

@@ -67,6 +67,6 @@ def unpack(even: UInt32[Array, "rows width"], odd: UInt32[Array, "rows width"]) 
     return jnp.stack([half.astype(jnp.int32).sum(axis=1) for half in halves], axis=1)
 
 
-def neighbours(x: Shaped[Array, "rows columns"], starts: Int32[Array, "rows 1"], many: int) -> jax.Array:
-    """`many` neighbouring elements of each row, from a column of its own: one cache line a row, not one an element."""
-    return jax.vmap(lambda row, start: lax.dynamic_slice(row, start, (many,)))(x, starts)
+def neighbours(x: Shaped[Array, "rows columns"], starts: Int32[Array, "rows 1"], count: int) -> jax.Array:
+    """`count` neighbouring elements of each row, from a column of its own: one cache line a row, not one an element."""
+    return jax.vmap(lambda row, start: lax.dynamic_slice(row, start, (count,)))(x, starts)

@@ -1,0 +1,127 @@
+"""The table of architectures: one row for each family of models.
+
+A row says what the tensors are called, which of them are linears, and which sizes of config.json make their shapes.
+That is all a merge needs. To add a family, write a row and a row in the tests' table.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+IGNORED = re.compile(r".*rotary_emb\.inv_freq$")  # a buffer that older exports carry
+SIZES = {  # of a shape, by the key of config.json
+    "hidden": "hidden_size",
+    "inner": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
+
+
+class Linear(NamedTuple):
+    """A matrix of every layer that is pruned, (rows, columns) as the file has it.
+
+    Attributes:
+      kind: its name within the layer, without ".weight".
+      rows, columns: sizes by name, keys of `Architecture.sizes`.
+      bias: has it a bias: always, never, or as this key of config.json says.
+    """
+
+    kind: str
+    rows: str
+    columns: str
+    bias: bool | str = False
+
+    def has_bias(self, config: Mapping) -> bool:
+        """Has it a bias in the model of this config.json?"""
+        return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of the table.
+
+    Attributes:
+      classes: what config.json lists under "architectures".
+      model_type: what config.json says where it lists none.
+      linears: of every layer, in the order of the tables of a merge.
+      norms: of every layer, by their names within it.
+      layer: the prefix of a layer's tensors, with {} for its number.
+      embeddings, final_norms, heads: tensors outside the layers, without ".weight"; heads only where they are not tied.
+      tied: are embeddings and head one tensor where config.json does not say?
+      forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
+    """
+
+    classes: tuple[str, ...]
+    model_type: str
+    linears: tuple[Linear, ...]
+    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    layer: str = "model.layers.{}."
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    final_norms: tuple[str, ...] = ("model.norm",)
+    heads: tuple[str, ...] = ("lm_head",)
+    tied: bool = False
+    forward: bool = False
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Keys of config.json without which the shapes are not known."""
+        return (*SIZES.values(), "num_attention_heads", "num_hidden_layers")
+
+    def sizes(self, config: Mapping) -> dict[str, int]:
+        """The sizes that shapes are made of, by the names that rows use."""
+        heads = config["num_attention_heads"]
+        head = config.get("head_dim") or config["hidden_size"] // heads
+        keys = config.get("num_key_value_heads") or heads
+        named = {name: config[key] for name, key in SIZES.items()}
+        return named | {"queries": heads * head, "keys": keys * head}
+
+
+LLAMA = Architecture(
+    classes=("LlamaForCausalLM",),
+    model_type="llama",
+    linears=(  # in the order of the DPPA authors' tables
+        Linear("self_attn.q_proj", "queries", "hidden", "attention_bias"),
+        Linear("self_attn.k_proj", "keys", "hidden", "attention_bias"),
+        Linear("self_attn.v_proj", "keys", "hidden", "attention_bias"),
+        Linear("self_attn.o_proj", "hidden", "queries", "attention_bias"),
+        Linear("mlp.gate_proj", "inner", "hidden", "mlp_bias"),
+        Linear("mlp.up_proj", "inner", "hidden", "mlp_bias"),
+        Linear("mlp.down_proj", "hidden", "inner", "mlp_bias"),
+    ),
+    forward=True,
+)
+
+
+def with_bias(linears: tuple[Linear, ...], *biased: str) -> tuple[Linear, ...]:
+    """The same linears, of which these always have a bias and the others never."""
+    return tuple(linear._replace(bias=linear.kind in biased) for linear in linears)
+
+
+ARCHITECTURES = {
+    "Llama": LLAMA,
+    "Mistral": replace(
+        LLAMA, classes=("MistralForCausalLM",), model_type="mistral", linears=with_bias(LLAMA.linears), forward=False
+    ),
+    "Qwen2": replace(
+        LLAMA,
+        classes=("Qwen2ForCausalLM",),
+        model_type="qwen2",
+        linears=with_bias(LLAMA.linears, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        forward=False,
+    ),
+}
+
+
+def architecture_of(config: Mapping) -> Architecture:
+    """Return the row of a config.json.
+
+    Raises:
+      ValueError: no row has this architecture; names those that there are.
+    """
+    listed = config.get("architectures")
+    named = listed[0] if listed else config.get("model_type", "unknown")
+    for row in ARCHITECTURES.values():
+        if named in (row.classes if listed else (row.model_type,)):
+            return row
+    supported = ", ".join(name for row in ARCHITECTURES.values() for name in row.classes)
+    raise ValueError(f"architecture {named!r} is not supported; supported: {supported}.")

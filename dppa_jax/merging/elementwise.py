@@ -1,0 +1,68 @@
+"""keep·scale·δ and what is made of it, element by element: the arithmetic of merges and of AdaMerging alike.
+
+merged = base + combine(λₖ · gainₖ · weightₖ[partition of score(δₖ)] · δₖ)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.delta.combine import COMBINATIONS, scaled
+from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """The functions of one choice of score, combination and delta's dtype; equal choices compile once.
+
+    Attributes:
+      parameters: the score's own numbers, by name.
+    """
+
+    score: str
+    combine: str
+    delta_dtype: str
+    allow_nonfinite: bool = False
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    def delta(self, base: jax.Array, expert: jax.Array) -> Float[Array, "rows columns"]:
+        """Return expert − base, rounded to the delta's dtype, as float32."""
+        return (finite_delta if self.allow_nonfinite else delta)(base, expert, self.delta_dtype)
+
+    def keys(self, delta: jax.Array, inputs, column: jax.Array) -> Keys:
+        """Return the keys of a delta whose columns have these numbers."""
+        return SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
+
+    def pruned(self, base, expert, inputs, bounds, weights, zero) -> Float[Array, "rows columns"]:
+        """Return keep·scale·δ of one expert, float32.
+
+        Args:
+          inputs: what the score needs beside the delta.
+          bounds, weights: (rows, partitions), highest rate first.
+          zero: the int32 number 0, unknown to the compiler; see `delta.combine.rounded`.
+        """
+        difference = self.delta(base, expert)
+        column = lax.broadcasted_iota(jnp.int32, (1, base.shape[1]), 1)
+        score = SCORES[self.score]
+        given = difference, inputs, column
+        gain = None if score.gain is None else score.gain(*given, **dict(self.parameters))
+        return scaled(difference, self.keys(*given), bounds, weights, zero, gain)
+
+    def merged(self, base: jax.Array, pruned: Sequence[jax.Array], dtype: str) -> jax.Array:
+        """Return base + combine(pruned deltas), cast once to `dtype`."""
+        return (base.astype(jnp.float32) + COMBINATIONS[self.combine](pruned)).astype(dtype)
+
+
+def elementwise_of(config: MergeConfig) -> tuple[Elementwise, Elementwise]:
+    """The arithmetic of pruned linears, and that of dense tensors and of the survey, which rank by magnitude."""
+    shared = config.combine, config.delta_dtype, config.allow_nonfinite
+    plain = Elementwise("magnitude", *shared)
+    if config.score is None:
+        return plain, plain
+    own = tuple((name, config.method_options[name]) for name in SCORES[config.score].parameters)
+    return Elementwise(config.score, *shared, own), plain

@@ -1,0 +1,120 @@
+"""Streaming: blocks of base and experts onto the devices, read ahead of the work."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dppa_jax.checkpoint.protocol import Source
+from dppa_jax.checkpoint.safetensors import ALIGNMENT, common_dtype
+from dppa_jax.merging.blocks import Block
+from dppa_jax.merging.rows import DeviceMatrix, Matrix
+from dppa_jax.runtime.memory import aligned
+from dppa_jax.runtime.mesh import padded_rows, put_rows
+
+READERS = 2  # of a block at a time; one thread copies from the page cache at half the speed of two
+
+
+class Stream:
+    """Iterates over blocks as lists of `DeviceMatrix`, any number of times.
+
+    One thread reads the next block while this one is worked on. Each iteration reads the files again, into two sets of
+    buffers that take turns, unless `resident`: then the first iteration keeps what it reads on the devices. A CPU
+    device works in the buffers themselves, so a consumer must have fetched a block's results before it asks for the
+    next block.
+    """
+
+    def __init__(self, base: Source, experts: Sequence[Source], blocks: Sequence[Block], mesh: Mesh, resident: bool):
+        self.sources = (base, *experts)
+        self.blocks, self.mesh, self.resident = blocks, mesh, resident
+        self.bytes_read = 0
+        self._kept: dict[Block, list[DeviceMatrix]] = {}
+        self._buffers: list[np.ndarray] = []
+
+    def __call__(self, blocks: Sequence[Block] | None = None) -> Iterator[tuple[Block, list[DeviceMatrix]]]:
+        """Iterate over these blocks, by default all."""
+        blocks = self.blocks if blocks is None else blocks
+        with ThreadPoolExecutor(READERS, "read matrix") as readers, ThreadPoolExecutor(1, "read block") as reader:
+            pending = [reader.submit(self._read, b, i, readers) for i, b in enumerate(blocks[:1])]
+            for i, block in enumerate(blocks):
+                if i + 1 < len(blocks):
+                    pending.append(reader.submit(self._read, blocks[i + 1], i + 1, readers))
+                yield block, self._put(block, pending.pop(0).result())
+
+    def pass_bytes(self) -> int:
+        """The bytes that one pass over all blocks reads."""
+        return sum(
+            matrix.elements * _dtype(source, matrix).itemsize
+            for block in self.blocks
+            for matrix in block.matrices
+            for source in self.sources
+        )
+
+    def _put(self, block: Block, arrays: list[list[np.ndarray]] | None) -> list[DeviceMatrix]:
+        if arrays is None:
+            return self._kept[block]
+        loaded = []
+        for matrix, models in zip(block.matrices, arrays, strict=True):
+            base, *experts = (put_rows(self.mesh, array) for array in models)
+            loaded.append(DeviceMatrix(matrix, base, tuple(experts)))
+        jax.block_until_ready([(x.base, x.experts) for x in loaded])  # the copy to an accelerator has left the buffer
+        if self.resident:
+            self._kept[block] = loaded
+        return loaded
+
+    def _read(self, block: Block, turn: int, readers: ThreadPoolExecutor) -> list[list[np.ndarray]] | None:
+        """Every matrix of every model, base first, as views of one buffer; None when the devices have the block."""
+        if block in self._kept:
+            return None
+        layout, size = [], 0
+        for matrix in block.matrices:
+            places = []
+            for source in self.sources:
+                dtype = _dtype(source, matrix)
+                places.append((size, dtype))
+                nbytes = padded_rows(self.mesh, matrix.rows) * matrix.columns * dtype.itemsize
+                size += -(-nbytes // ALIGNMENT) * ALIGNMENT
+                self.bytes_read += matrix.elements * dtype.itemsize
+            layout.append(places)
+        buffer = aligned(size, ALIGNMENT) if self.resident else self._buffer(size, turn % 2)
+        pending = [
+            [
+                readers.submit(self._read_matrix, source, matrix, dtype, buffer, offset)
+                for source, (offset, dtype) in zip(self.sources, places, strict=True)
+            ]
+            for matrix, places in zip(block.matrices, layout, strict=True)
+        ]
+        return [[array.result() for array in models] for models in pending]
+
+    def _read_matrix(
+        self, source: Source, matrix: Matrix, dtype: np.dtype, buffer: np.ndarray, offset: int
+    ) -> np.ndarray:
+        padded = padded_rows(self.mesh, matrix.rows)
+        array = buffer[offset : offset + padded * matrix.columns * dtype.itemsize].view(dtype)
+        array = array.reshape(padded, matrix.columns)
+        row = 0
+        for rows in matrix.ranges:
+            stop = row + rows.rows
+            if source.tensors[rows.name].dtype == dtype:
+                source.read_rows(rows.name, rows.start, rows.stop, array[row:stop])
+            else:
+                other = np.empty((rows.rows, matrix.columns), source.tensors[rows.name].dtype)
+                source.read_rows(rows.name, rows.start, rows.stop, other)
+                array[row:stop] = other
+            row = stop
+        array[row:] = 0
+        return array
+
+    def _buffer(self, size: int, turn: int) -> np.ndarray:
+        while len(self._buffers) <= turn:
+            self._buffers.append(aligned(0, ALIGNMENT))
+        if self._buffers[turn].nbytes < size:
+            self._buffers[turn] = aligned(size, ALIGNMENT)
+        return self._buffers[turn]
+
+
+def _dtype(source: Source, matrix: Matrix) -> np.dtype:
+    """The dtype of a matrix in a checkpoint; float32 holds the exact values of one that mixes dtypes over layers."""
+    return common_dtype(source.tensors[rows.name].dtype for rows in matrix.ranges)
