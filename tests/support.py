@@ -1,6 +1,6 @@
 """Merges in memory: checkpoints as dicts of arrays in, dicts of arrays out, through the real pipeline."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -115,6 +115,16 @@ def from_linears(matrices: list[np.ndarray], dtype, **changes) -> tuple[MemorySo
     linears = [name for name, spec in specs.items() if spec.linear is not None]
     given = {n: m.astype(dtype).reshape(zeros[n].shape) for n, m in zip(linears, matrices, strict=True)}
     return MemorySource(config, zeros), MemorySource(config, zeros | given), linears
+
+
+def random_norms(base: Source, experts: Iterable[str], seed: int = 5) -> dict[str, dict[str, np.ndarray]]:
+    """Activation norms for calibrated scores: other ones for every expert, tensor and column."""
+    generator = np.random.default_rng(seed)
+    linears = [spec for spec in base.specs.values() if spec.linear is not None]
+    return {
+        expert: {spec.name: generator.lognormal(0, 1, spec.columns).astype(np.float32) for spec in linears}
+        for expert in experts
+    }
 
 
 def linear_names(config: Mapping) -> list[str]:

@@ -4,9 +4,17 @@ from functools import cache
 
 import numpy as np
 import pytest
-from support import AWKWARD, ONE_DEVICE, MemorySource, Merge, assert_same_bits, make_family, merge_to_arrays
+from support import (
+    AWKWARD,
+    ONE_DEVICE,
+    MemorySource,
+    Merge,
+    assert_same_bits,
+    make_family,
+    merge_to_arrays,
+    random_norms,
+)
 
-from dppa_jax.checkpoint import LINEARS
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.scale import SCALES
@@ -102,9 +110,4 @@ def family():
 
 @cache
 def norms() -> dict:
-    generator = np.random.default_rng(5)
-    columns = dict.fromkeys(LINEARS, AWKWARD["hidden_size"]) | {"mlp.down_proj": AWKWARD["intermediate_size"]}
-    return {
-        expert: {linear: generator.uniform(0.1, 3, (LAYERS, n)).astype(np.float32) for linear, n in columns.items()}
-        for expert in EXPERTS
-    }
+    return random_norms(family()[0], EXPERTS)

@@ -9,6 +9,7 @@ from families import LINEARS, write_family
 from safetensors.numpy import load_file
 
 EXPERTS = ("math", "law")
+LAYERS = 3
 MULTIPLE = 2  # these deltas are normal: none is five times the mean
 
 
@@ -40,31 +41,30 @@ def test_extremes_are_exact_and_deciles_are_the_quantiles_of_the_whole_delta(ins
 @pytest.mark.parametrize("name", EXPERTS)
 def test_norms_of_every_layer_and_linear(inspected, name):
     found, base, deltas = inspected
-    for layer, norms in enumerate(found[name]["norm"]):
-        for linear in LINEARS:
-            tensor = f"model.layers.{layer}.{linear}.weight"
-            norm = np.linalg.norm(deltas[name][tensor].astype(np.float64))
-            assert norms[linear] == pytest.approx(norm, rel=1e-5)
-            share = found[name]["relative_norm"][layer][linear]
-            assert share == pytest.approx(norm / np.linalg.norm(base[tensor].astype(np.float64)), rel=1e-5)
+    assert len(found[name]["norm"]) == LAYERS * len(LINEARS)
+    for tensor, found_norm in found[name]["norm"].items():
+        norm = np.linalg.norm(deltas[name][tensor].astype(np.float64))
+        assert found_norm == pytest.approx(norm, rel=1e-5)
+        share = found[name]["relative_norm"][tensor]
+        assert share == pytest.approx(norm / np.linalg.norm(base[tensor].astype(np.float64)), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", EXPERTS)
 def test_significance_is_the_sum_of_outlying_magnitudes(inspected, name):
     found, _, deltas = inspected
-    for layer, significances in enumerate(found[name]["linear_significance"]):
-        for linear in LINEARS:
-            size = np.abs(deltas[name][f"model.layers.{layer}.{linear}.weight"])
-            outliers = size[size > np.float32(MULTIPLE) * size.mean(dtype=np.float64).astype(np.float32)]
-            assert outliers.size
-            assert significances[linear] == pytest.approx(outliers.sum(dtype=np.float64), rel=1e-6)
+    assert len(found[name]["linear_significance"]) == LAYERS * len(LINEARS)
+    for tensor, significance in found[name]["linear_significance"].items():
+        size = np.abs(deltas[name][tensor])
+        outliers = size[size > np.float32(MULTIPLE) * size.mean(dtype=np.float64).astype(np.float32)]
+        assert outliers.size
+        assert significance == pytest.approx(outliers.sum(dtype=np.float64), rel=1e-6)
 
 
 def test_rates_of_every_partition_average_near_the_nominal_rate(inspected):
     found, _, _ = inspected
     for name in EXPERTS:
         for nominal in ("0.9", "0.8"):
-            rates = [rate for row in found[name]["rates"][nominal] for rate in row.values()]
+            rates = list(found[name]["rates"][nominal].values())
             assert abs(np.mean(rates) - float(nominal)) < 0.08
             assert len(set(rates)) > 1
 

@@ -15,16 +15,17 @@ from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.presets import METHODS
-from dppa_jax.delta.score import SCORES
+from dppa_jax.delta.score import SCORES, Rows
 from dppa_jax.delta.threshold import BOUNDS
-from dppa_jax.finetune.data import Rows
+from dppa_jax.finetune import data
 from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
 from dppa_jax.merging import activations, kernels
+from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.merging.kernels import ZERO, Kernels
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.model.decoder import Cache, init_tree
 from dppa_jax.model.generate import decode
-from dppa_jax.runtime.mesh import PerLayer, make_mesh, over_rows
+from dppa_jax.runtime.mesh import PerTensor, make_mesh, over_rows
 from dppa_jax.search import adamerging
 from dppa_jax.search.entropy import Batch
 from dppa_jax.search.mixture import Mixture
@@ -72,16 +73,20 @@ def lowered(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "over_rows", lowering)
 
 
-def side_of(score: str) -> jax.ShapeDtypeStruct | PerLayer | None:
-    """What a score needs beside the delta, as `Pruner` makes it."""
-    per_layer = PerLayer(array(LAYERS, COLUMNS, dtype=np.float32), array(ROWS, dtype=np.int32))
-    return {
-        None: None,
-        "row_keys": array(ROWS, 2, dtype=np.uint32),
-        "row_sums": array(ROWS, 1, dtype=np.float32),
-        "column_sums": per_layer,
-        "activation_norms": per_layer,
-    }[SCORES[score].side]
+def inputs_of(score: str) -> jax.ShapeDtypeStruct | PerTensor | None:
+    """What a score needs beside the delta, as `Pruner` puts it onto the devices."""
+    wanted = SCORES[score].inputs
+    if wanted is None:
+        return None
+    if wanted.per_column:
+        return PerTensor(array(LAYERS, COLUMNS, dtype=np.float32), array(ROWS, dtype=np.int32))
+    ones = lambda: np.ones(ROWS)  # noqa: E731
+    made = wanted.make(Rows(0, "math", "tensor", 0, ROWS, 0.8, row_sums=ones, column_sums=ones))
+    return array(*made.shape, dtype=made.dtype)
+
+
+def defaults(score: str) -> tuple[tuple[str, float], ...]:
+    return tuple((name, parameter.default) for name, parameter in SCORES[score].parameters.items())
 
 
 # ---- merges
@@ -91,34 +96,36 @@ BASE, EXPERT = array(ROWS, COLUMNS), array(ROWS, COLUMNS, dtype=np.float32)
 
 @pytest.mark.parametrize(("score", "combine"), PRESETS + OTHERS)
 def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
-    of = Kernels(make_mesh(MESH), score, combine, "float32")
+    of = Kernels(make_mesh(MESH), Elementwise(score, combine, "float32", parameters=defaults(score)))
 
-    def drive(base, expert, side, bounds, weights):
-        each = tuple(zip(*[(expert, side, bounds, weights)] * len(EXPERTS), strict=True))
-        return of.merge(base.dtype, base, *each), of.prune(base, expert, side, bounds, weights)
+    def drive(base, expert, inputs, bounds, weights):
+        each = tuple(zip(*[(expert, inputs, bounds, weights)] * len(EXPERTS), strict=True))
+        return of.merge(base.dtype, base, *each), of.prune(base, expert, inputs, bounds, weights)
 
     partitions = [array(ROWS, 2, dtype=dtype) for dtype in (np.uint32, np.float32)]
-    merged, pruned = jax.eval_shape(drive, BASE, EXPERT, side_of(score), *partitions)
+    merged, pruned = jax.eval_shape(drive, BASE, EXPERT, inputs_of(score), *partitions)
     assert (merged.dtype, pruned.dtype) == (BASE.dtype, np.float32)
     assert merged.shape == pruned.shape == BASE.shape
 
 
-@pytest.mark.parametrize("score", [score for score in SCORES if score != "random"])  # whose thresholds are the rates
+@pytest.mark.parametrize(
+    "score", [score for score in SCORES if not SCORES[score].random]
+)  # whose thresholds are the rates
 def test_kernels_of_thresholds_on_a_mesh(score, lowered):
-    of = Kernels(make_mesh(MESH), score, "sum", "float32")
+    of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32", parameters=defaults(score)))
 
-    def drive(base, expert, side, bounds, starts):
-        return of.counts(base, expert, side, bounds), of.sample(base, expert, side, starts, 3)
+    def drive(base, expert, inputs, bounds, starts):
+        return of.counts(base, expert, inputs, bounds), of.sample(base, expert, inputs, starts, 3)
 
     counts, sample = jax.eval_shape(
-        drive, BASE, EXPERT, side_of(score), array(ROWS, BOUNDS, dtype=np.uint32), array(ROWS, 1, dtype=np.int32)
+        drive, BASE, EXPERT, inputs_of(score), array(ROWS, BOUNDS, dtype=np.uint32), array(ROWS, 1, dtype=np.int32)
     )
     assert (counts.shape, sample.shape) == ((ROWS, BOUNDS), (ROWS, 3))
 
 
 @pytest.mark.parametrize("delta_dtype", ["float32", "float16", "bfloat16"])
 def test_kernels_of_surveys_and_inspections_on_a_mesh(delta_dtype, lowered):
-    of = Kernels(make_mesh(MESH), "magnitude", "sum", delta_dtype, allow_nonfinite=True)
+    of = Kernels(make_mesh(MESH), Elementwise("magnitude", "sum", delta_dtype, allow_nonfinite=True))
 
     def drive(base, expert, thresholds, starts):
         sums = [of.row_sums(term, base, expert) for term in ("absolute", "square")]
@@ -202,6 +209,6 @@ def test_step_and_loss_of_fine_tuning_on_a_mesh(dtype, accumulate):
     rows = NamedSharding(mesh, PartitionSpec(None, TRAIN_AXES))
     shape = (accumulate, 8 // accumulate, 12)
     tokens, learned = (jax.ShapeDtypeStruct(shape, d, sharding=rows) for d in (np.int32, bool))
-    batch = Rows(tokens, learned, tokens)
+    batch = data.Rows(tokens, learned, tokens)
     assert_lowers(update, state, np.float32(1e-3), batch)
     assert_lowers(loss, state.tree, batch)

@@ -28,9 +28,11 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.plan import run_plan
 from dppa_jax.merging import kernels, speed
-from dppa_jax.merging.blocks import Part, make_blocks
+from dppa_jax.merging.blocks import make_blocks
+from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.merging.kernels import Kernels
 from dppa_jax.merging.plan import RUNTIME, plan_of
+from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
 from dppa_jax.runtime.mesh import ROWS, make_mesh, over_rows, padded_rows
 
@@ -299,32 +301,32 @@ class Compiler:
 
 @dataclasses.dataclass
 class Step:
-    """The kernels of a merge of three experts in float16, for the rows of a part."""
+    """The kernels of a merge of three experts in float16, for the rows of a matrix."""
 
     compiler: Compiler
     kernels: Kernels
 
-    def array(self, part: Part, dtype, columns: int = 0) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((padded_rows(self.kernels.mesh, part.rows), columns or part.columns), dtype)
+    def array(self, matrix: Matrix, dtype, columns: int = 0) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((padded_rows(self.kernels.mesh, matrix.rows), columns or matrix.columns), dtype)
 
-    def merge(self, part: Part) -> tuple[int, int, int]:
-        weights, nothing = self.array(part, np.float16), (None,) * 3
-        bounds, factors = (self.array(part, dtype, 1) for dtype in (np.uint32, np.float32))
+    def merge(self, matrix: Matrix) -> tuple[int, int, int]:
+        weights, nothing = self.array(matrix, np.float16), (None,) * 3
+        bounds, factors = (self.array(matrix, dtype, 1) for dtype in (np.uint32, np.float32))
 
         def merge(base, experts, bounds, factors):
             return self.kernels.merge(np.dtype(np.float16), base, experts, nothing, bounds, factors)
 
         return self.compiler.first(merge, weights, (weights,) * 3, (bounds,) * 3, (factors,) * 3)
 
-    def check(self, part: Part) -> tuple[int, int, int]:
-        return self.compiler.first(self.compiler(self.kernels.mesh, kernels.zeros), self.array(part, np.float16))
+    def check(self, matrix: Matrix) -> tuple[int, int, int]:
+        return self.compiler.first(self.compiler(self.kernels.mesh, kernels.zeros), self.array(matrix, np.float16))
 
-    def survey(self, part: Part) -> tuple[int, int, int]:
-        weights, thresholds = self.array(part, np.float16), self.array(part, np.float32, 2)
+    def survey(self, matrix: Matrix) -> tuple[int, int, int]:
+        weights, thresholds = self.array(matrix, np.float16), self.array(matrix, np.float32, 2)
         return self.compiler.first(partial(self.kernels.row_sums, "above"), weights, weights, thresholds)
 
-    def count(self, part: Part) -> tuple[int, int, int]:
-        weights, bounds = self.array(part, np.float16), self.array(part, np.uint32, 4)
+    def count(self, matrix: Matrix) -> tuple[int, int, int]:
+        weights, bounds = self.array(matrix, np.float16), self.array(matrix, np.uint32, 4)
         return self.compiler.first(lambda b, e, x: self.kernels.counts(b, e, None, x), weights, weights, bounds)
 
 
@@ -333,19 +335,19 @@ def test_compiled_steps_need_what_the_plan_says(plan, size, mesh, monkeypatch):
     """What XLA says that the kernels of a block of that shape take, put together as a streamed merge holds it."""
     compiler = Compiler()
     monkeypatch.setattr(kernels, "over_rows", compiler)
-    step = Step(compiler, Kernels(make_mesh(mesh), "magnitude", "sum", "float32"))
+    step = Step(compiler, Kernels(make_mesh(mesh), Elementwise("magnitude", "sum", "float32")))
     found = plan(size, {"rate": 0.9}, mesh=mesh, device_memory=80 * 10**9, residency="streamed", block_layers=2)
     blocks = make_blocks(tensor_specs(LLAMA_2 | SIZES[size]), 2)
-    different = {(part.rows, part.columns): part for block in blocks for part in block.parts}
-    merges = {shape: step.merge(part) for shape, part in different.items()}
-    needs = {part: merges[part.rows, part.columns] for block in blocks for part in block.parts}
+    different = {(matrix.rows, matrix.columns): matrix for block in blocks for matrix in block.matrices}
+    merges = {shape: step.merge(matrix) for shape, matrix in different.items()}
+    needs = {matrix: merges[matrix.rows, matrix.columns] for block in blocks for matrix in block.matrices}
 
-    read = max(sum(needs[part][0] for part in block.parts) for block in blocks)
-    outputs = [needs[part][1] for block in blocks for part in block.parts]
+    read = max(sum(needs[matrix][0] for matrix in block.matrices) for block in blocks)
+    outputs = [needs[matrix][1] for block in blocks for matrix in block.matrices]
     waiting = max(sum(outputs[i : i + 5]) for i in range(len(outputs)))
     temporaries = max(step.check(different[shape])[2] for shape in different)
-    counts = max(step.count(part)[1] for part in blocks[0].parts if part.linear is not None)
-    sums = sum(step.survey(part)[1] for part in blocks[0].parts if part.linear is not None)
+    counts = max(step.count(matrix)[1] for matrix in blocks[0].matrices if matrix.linears)
+    sums = sum(step.survey(matrix)[1] for matrix in blocks[0].matrices if matrix.linears)
     merging, surveying = waiting + temporaries + 2 * counts, 2 * sums
     assert found.device_bytes == pytest.approx(2 * read + max(merging, surveying), rel=0.03)
     assert all(temporary < 0.001 * read for _, _, temporary in merges.values()), "fused"

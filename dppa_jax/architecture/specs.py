@@ -94,6 +94,11 @@ class Linears:
         """The layer of each linear."""
         return np.array([spec.layer for spec in self.specs], np.int64)
 
+    @property
+    def layers(self) -> int:
+        """How many layers there are, up to the last one that has a linear."""
+        return int(self.layer.max(initial=-1)) + 1
+
     @cached_property
     def numel(self) -> np.ndarray:
         """Parameters of each linear, (linears,) float64."""
@@ -101,7 +106,7 @@ class Linears:
 
     def by_layer(self, values: np.ndarray) -> np.ndarray:
         """Spread one value per linear over a table (layers, kinds); NaN where a layer has no linear of a kind."""
-        table = np.full((1 + self.layer.max(initial=-1), len(self.kinds)), np.nan)
+        table = np.full((self.layers, len(self.kinds)), np.nan)
         table[self.layer, [self.kinds.index(spec.kind) for spec in self.specs]] = values
         return table
 

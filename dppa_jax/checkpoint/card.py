@@ -35,7 +35,7 @@ def recipe(
     per_expert = {
         name: {
             what: [
-                {"rate": rate, "density": 1.0 - rate, "by_tensor": linears.named(table[e, p])}
+                {"rate": rate, "density": round(1.0 - rate, 12), "by_tensor": linears.named(table[e, p])}
                 for p, rate in enumerate(rates)
             ]
             for what, table in tables.items()

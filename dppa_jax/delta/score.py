@@ -141,7 +141,7 @@ def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], colum
     return x ^ (x >> 15)
 
 
-def wanda(delta: Delta, inputs: tuple[Float[Array, "tensors columns"], jax.Array], column: Columns) -> Keys:
+def wanda(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array], column: Columns) -> Keys:
     """Rank by |δ_ij| · ‖x_j‖, ‖x_j‖ being the norm of input j over calibration tokens. Source: Sun et al. 2023, eq. 1.
 
     `inputs` is the norms of every tensor in the matrix and the tensor of each row (`runtime.mesh.PerTensor`).
@@ -155,7 +155,7 @@ def row(delta: Delta, inputs: Float[Array, "rows 1"], column: Columns) -> Keys:
     return _float_keys(jnp.broadcast_to(inputs, delta.shape))
 
 
-def column(delta: Delta, inputs: tuple[Float[Array, "tensors columns"], jax.Array], column: Columns) -> Keys:
+def column(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array], column: Columns) -> Keys:
     """Rank input columns by Σ_i |δ_ij|, one score for all elements of a column: structural pruning of columns."""
     sums, tensor = inputs
     return _float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))

@@ -37,7 +37,7 @@ def allocate(config: MergeConfig, linears: Linears, statistics: Statistics) -> n
 
 def merge_rates(config: MergeConfig, linears: Linears, statistics: Sequence[Statistics] | None) -> np.ndarray:
     """Rates of every expert, (experts, nominal rates, linears)."""
-    nothing = np.zeros(len(linears)), np.zeros(1 + linears.layer.max(initial=0))
+    nothing = np.zeros(len(linears)), np.zeros(linears.layers)
     statistics = statistics or [Statistics(linears.layer, linears.numel, *nothing)] * len(config.experts)
     return np.array([allocate(config, linears, each) for each in statistics])
 
@@ -123,8 +123,7 @@ class Pruner:
 
     def join(self) -> None:
         """Learn what the other processes found of their layers."""
-        layers = 1 + self.linears.layer.max(initial=0)
-        owners = np.array(layer_owners(layers, processes.count()))[self.linears.layer]
+        owners = np.array(layer_owners(self.linears.layers, processes.count()))[self.linears.layer]
         for name in DECIDED:
             setattr(self, name, processes.joined(name, getattr(self, name), 2, owners))
 

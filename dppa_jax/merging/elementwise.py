@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -53,7 +54,7 @@ class Elementwise:
         gain = None if score.gain is None else score.gain(*given, **dict(self.parameters))
         return scaled(difference, self.keys(*given), bounds, weights, zero, gain)
 
-    def merged(self, base: jax.Array, pruned: Sequence[jax.Array], dtype: str) -> jax.Array:
+    def merged(self, base: jax.Array, pruned: Sequence[jax.Array], dtype: str | np.dtype) -> jax.Array:
         """Return base + combine(pruned deltas), cast once to `dtype`."""
         return (base.astype(jnp.float32) + COMBINATIONS[self.combine](pruned)).astype(dtype)
 

@@ -57,7 +57,7 @@ def survey(
     allocation, journal = ALLOCATIONS[config.allocate], journal or Journal()
     experts = range(len(config.experts))
     linear = np.zeros((len(experts), len(linears)))
-    layer = np.zeros((len(experts), 1 + linears.layer.max(initial=0)))
+    layer = np.zeros((len(experts), linears.layers))
     blocks = []
     for block in (block for block in stream.blocks if block.layers):
         if (known := journal.get(_key(block))) is None:
@@ -83,7 +83,7 @@ def survey(
                 done.result()
             journal.add(_key(block), {"linear": linear[:, places].tolist(), "layer": layer[:, layers].tolist()})
             progress.advance(stream.bytes_read)
-    owners = np.array(layer_owners(layer.shape[1], processes.count()))
+    owners = np.array(layer_owners(linears.layers, processes.count()))
     layer = processes.joined("survey of layers", layer, 1, owners)
     linear = processes.joined("survey of linears", linear, 1, owners[linears.layer])
     return [Statistics(linears.layer, linears.numel, linear[e], layer[e]) for e in experts]

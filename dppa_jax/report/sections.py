@@ -32,7 +32,7 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
     caption = f"Share removed of every linear, at rate {config.rate:g}."
     illustrations = [illustration("rates", figures.rates(rates, linears.kinds), caption)]
     if config.ranks_by_magnitude:
-        layer = (1 + int(linears.layer.max())) // 2
+        layer = linears.layers // 2
         places = np.flatnonzero(linears.layer == layer)
         for e, name in enumerate(config.experts):
             thresholds = {linears.names[place]: outcome.thresholds[e, :, place] for place in places}

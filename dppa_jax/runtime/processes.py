@@ -9,7 +9,7 @@ import itertools
 import pickle
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -112,14 +112,14 @@ def barrier(what: str) -> None:
     exchange(what, None)
 
 
-def joined(what: str, array: np.ndarray, axis: int, owners: Sequence[int]) -> np.ndarray:
+def joined(what: str, array: np.ndarray, axis: int, owners: np.ndarray) -> np.ndarray:
     """Put together an array of which each process knows some places along an axis.
 
     Args:
       owners: the process that knows each place.
     """
     parts = exchange(what, array)
-    places = [np.flatnonzero(np.asarray(owners) == process) for process in range(len(parts))]
+    places = [np.flatnonzero(owners == process) for process in range(len(parts))]
     whole = np.concatenate([part.take(own, axis) for part, own in zip(parts, places, strict=True)], axis)
     return whole.take(np.argsort(np.concatenate(places), kind="stable"), axis)
 

@@ -218,7 +218,7 @@ class Mixture:
         _, bounds, weights = self._pruner.bounds_and_weights(DeviceMatrix(matrix, placed, ()), e)
         return self._inputs(matrix, e) if matrix.linears else None, bounds, weights
 
-    def _inputs(self, matrix: Matrix, e: int, known: Sequence[np.ndarray] = ()):
+    def _inputs(self, matrix: Matrix, e: int, known: Sequence[np.ndarray | None] = ()):
         """What the score needs beside the delta, of all layers: of rows (layers, rows, numbers), or of columns."""
         wanted = SCORES[self._pruner.config.score].inputs if self._pruner.config.score else None
         if wanted is None:

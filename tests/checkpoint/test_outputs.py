@@ -203,21 +203,19 @@ def test_recipe_has_rates_and_thresholds_that_explain_the_weights(merged):
         assert of.keys() == {"rates", "thresholds", "densities", "weights"}
         for p, rate in enumerate((0.9, 0.8)):
             assert {of[what][p]["rate"] for what in of} == {rate}
-            for layer in range(3):
-                row = {what: of[what][p]["by_layer"][layer] for what in of}
-                assert list(row["rates"]) == list(LINEARS)
-                for linear in LINEARS:
-                    tensor = f"model.layers.{layer}.{linear}.weight"
-                    delta = np.abs(expert[tensor].astype(np.float32) - base[tensor].astype(np.float32))
-                    density = np.mean(delta > np.float32(row["thresholds"][linear]))
-                    assert row["densities"][linear] == pytest.approx(density, rel=1e-12)
-                    assert abs(density - (1 - row["rates"][linear])) < 0.02
-                    pruned_whole = row["rates"][linear] == 1
-                    assert row["weights"][linear] == (0 if pruned_whole else recipe["factors"][name][p])
-                assert (row["rates"]["mlp.up_proj"] == 0) == (layer == 1)
-            assert len({of["rates"][p]["by_layer"][layer]["mlp.down_proj"] for layer in range(3)}) == 3, (
-                "DP varies them"
-            )
+            by_tensor = {what: of[what][p]["by_tensor"] for what in of}
+            names = [f"model.layers.{layer}.{linear}.weight" for layer in range(3) for linear in LINEARS]
+            assert all(list(values) == names for values in by_tensor.values())
+            for tensor in names:
+                delta = np.abs(expert[tensor].astype(np.float32) - base[tensor].astype(np.float32))
+                density = np.mean(delta > np.float32(by_tensor["thresholds"][tensor]))
+                assert by_tensor["densities"][tensor] == pytest.approx(density, rel=1e-12)
+                rate = by_tensor["rates"][tensor]
+                assert abs(density - (1 - rate)) < 0.02
+                assert by_tensor["weights"][tensor] == (0 if rate == 1 else recipe["factors"][name][p])
+                assert (rate == 0) == (tensor == "model.layers.1.mlp.up_proj.weight")
+            down = {by_tensor["rates"][f"model.layers.{layer}.mlp.down_proj.weight"] for layer in range(3)}
+            assert len(down) == 3, "DP varies them"
 
 
 def test_recipe_has_inputs_versions_and_cost(merged):

@@ -16,9 +16,21 @@ AMOUNTS = st.integers(0, 8000).map(lambda eighths: eighths / 8)
 @st.composite
 def statistics(draw) -> Statistics:
     layers = draw(st.integers(1, 5))
-    numel = np.tile(SIZES, (layers, 1))
-    linear = np.array([[draw(AMOUNTS) for _ in SIZES] for _ in range(layers)])
-    return Statistics(numel, linear, np.array([draw(AMOUNTS) for _ in range(layers)]))
+    linear = np.array([draw(AMOUNTS) for _ in range(layers * len(SIZES))])
+    return of_layers(layers, linear, np.array([draw(AMOUNTS) for _ in range(layers)]))
+
+
+def of_layers(layers: int, linear_outliers: np.ndarray, layer_outliers: np.ndarray) -> Statistics:
+    """Layers of seven linears of these sizes."""
+    return Statistics(np.repeat(np.arange(layers), len(SIZES)), numel_of(layers), linear_outliers, layer_outliers)
+
+
+def numel_of(layers: int) -> np.ndarray:
+    return np.tile(SIZES, layers)
+
+
+def by_layer(values: np.ndarray) -> list[list[float]]:
+    return values.reshape(-1, len(SIZES)).tolist()
 
 
 def fluctuation(significance: list[float], mean: float, maximum: float) -> list[float]:
@@ -44,27 +56,27 @@ def rates(rate, numel, layer, linear, maximum) -> list[list[float]]:
 @given(statistics(), st.floats(0, 1), st.floats(0, 0.5))
 def test_dp_is_the_papers_formula(s, rate, maximum):
     """Layers by S_l, a sum; linears by s_lj, the same per parameter."""
-    per_parameter = (s.linear_outliers / s.numel).tolist()
-    wanted = rates(rate, s.numel.tolist(), s.layer_outliers.tolist(), per_parameter, maximum)
-    np.testing.assert_allclose(ALLOCATIONS["dp"].rates(rate, s, maximum), wanted, rtol=0, atol=1e-9)
+    per_parameter = by_layer(s.linear_outliers / s.numel)
+    wanted = rates(rate, by_layer(s.numel), s.layer_outliers.tolist(), per_parameter, maximum)
+    np.testing.assert_allclose(by_layer(ALLOCATIONS["dp"].rates(rate, s, maximum)), wanted, rtol=0, atol=1e-9)
 
 
 @settings(deadline=None)
 @given(statistics(), st.floats(0, 1), st.floats(0, 0.5))
 def test_dp_reference_is_the_same_formula_on_percentages(s, rate, maximum):
-    layer = [100 * c / sum(n) for c, n in zip(s.layer_outliers, s.numel.tolist(), strict=True)]
-    linear = (100 * s.linear_outliers / s.numel).tolist()
-    wanted = rates(rate, s.numel.tolist(), layer, linear, maximum)
-    np.testing.assert_allclose(ALLOCATIONS["dp_reference"].rates(rate, s, maximum), wanted, rtol=0, atol=1e-9)
+    layer = [100 * c / sum(n) for c, n in zip(s.layer_outliers, by_layer(s.numel), strict=True)]
+    linear = by_layer(100 * s.linear_outliers / s.numel)
+    wanted = rates(rate, by_layer(s.numel), layer, linear, maximum)
+    np.testing.assert_allclose(by_layer(ALLOCATIONS["dp_reference"].rates(rate, s, maximum)), wanted, rtol=0, atol=1e-9)
 
 
 @settings(deadline=None)
 @given(statistics(), st.floats(0, 1), st.floats(0, 0.5))
 def test_owl_is_the_layers_part_of_it(s, rate, maximum):
-    share = [100 * c / sum(n) for c, n in zip(s.layer_outliers, s.numel.tolist(), strict=True)]
+    share = [100 * c / sum(n) for c, n in zip(s.layer_outliers, by_layer(s.numel), strict=True)]
     f = fluctuation(share, sum(share) / len(share), maximum)
     wanted = [[min(max(rate - of_layer, 0), 1)] * len(SIZES) for of_layer in f]
-    np.testing.assert_allclose(ALLOCATIONS["owl"].rates(rate, s, maximum), wanted, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(by_layer(ALLOCATIONS["owl"].rates(rate, s, maximum)), wanted, rtol=0, atol=1e-9)
 
 
 @given(statistics(), st.floats(0, 1), st.floats(0, 0.5))
@@ -89,16 +101,15 @@ def test_rates_are_in_0_to_1_and_grow_with_the_rate(name, s, low, high, maximum)
 @pytest.mark.parametrize("layers", [1, 3, 7])
 def test_no_fluctuation_leaves_the_rate_alone(name, share, layers):
     """No outliers, or the same share of them everywhere: rate p, not NaN and not ± max_fluctuation by rounding."""
-    numel = np.tile(SIZES, (layers, 1))
-    same = Statistics(numel, numel * share, numel.sum(axis=1) * share)
+    numel = numel_of(layers)
+    same = of_layers(layers, numel * share, np.full(layers, sum(SIZES)) * share)
     np.testing.assert_allclose(ALLOCATIONS[name].rates(0.9, same, 0.08), 0.9, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["owl", "dp", "dp_reference"])
 def test_more_significance_lower_rate(name):
-    numel = np.tile(SIZES, (3, 1))
-    s = Statistics(numel, numel * 0.01, np.array([1.0, 2.0, 6.0]))
-    found = ALLOCATIONS[name].rates(0.8, s, 0.08)
+    s = of_layers(3, numel_of(3) * 0.01, np.array([1.0, 2.0, 6.0]))
+    found = np.array(by_layer(ALLOCATIONS[name].rates(0.8, s, 0.08)))
     assert (found[0] > found[1]).all()
     assert (found[1] > found[2]).all()
     np.testing.assert_allclose(found[2], 0.72, atol=1e-12)  # the largest fluctuation is max_fluctuation itself
@@ -106,13 +117,12 @@ def test_more_significance_lower_rate(name):
 
 @pytest.mark.parametrize("name", ["dp", "dp_reference"])
 def test_more_significance_of_a_linear_lower_rate_of_that_linear(name):
-    numel = np.tile(SIZES, (2, 1))
-    linear = numel * 0.01
-    linear[1, 4] *= 3
-    found = ALLOCATIONS[name].rates(0.8, Statistics(numel, linear, np.ones(2)), 0.08)
-    assert found.argmin() == np.ravel_multi_index((1, 4), found.shape)
+    linear = numel_of(2) * 0.01
+    linear[len(SIZES) + 4] *= 3
+    found = ALLOCATIONS[name].rates(0.8, of_layers(2, linear, np.ones(2)), 0.08)
+    assert found.argmin() == len(SIZES) + 4
     assert found.min() == pytest.approx(0.72)
-    assert np.delete(found.ravel(), found.argmin()).min() > 0.8
+    assert np.delete(found, found.argmin()).min() > 0.8
 
 
 def survey_by_hand(base, expert, allocate: str, multiple: float) -> Statistics:
@@ -120,16 +130,16 @@ def survey_by_hand(base, expert, allocate: str, multiple: float) -> Statistics:
     layers = base.config["num_hidden_layers"]
     deltas = [abs(expert.tensors[n] - base.tensors[n]).astype(np.float64) for n in linear_names(base.config)]
     rows = [deltas[i : i + 7] for i in range(0, 7 * layers, 7)]
-    numel = np.array([[d.size for d in row] for row in rows], np.float64)
+    numel = np.array([d.size for d in deltas], np.float64)
 
     def outliers(d, threshold):
         return d[d > threshold].sum() if allocate == "dp" else (d > threshold).sum()
 
-    linear = [[outliers(d, multiple * d.mean()) for d in row] for row in rows]
+    linear = [outliers(d, multiple * d.mean()) for d in deltas]
     layer_multiple = 3.0 if allocate == "dp_reference" else multiple
     means = [sum(d.sum() for d in row) / sum(d.size for d in row) for row in rows]
     layer = [sum(outliers(d, layer_multiple * m) for d in row) for row, m in zip(rows, means, strict=True)]
-    return Statistics(numel, np.array(linear), np.array(layer))
+    return Statistics(np.repeat(np.arange(layers), 7), numel, np.array(linear), np.array(layer))
 
 
 @pytest.mark.parametrize("multiple", [5.0, 2.5])
@@ -148,10 +158,10 @@ def test_survey_finds_the_outliers_and_the_merge_uses_them(allocate, multiple):
         np.testing.assert_allclose(found.layer_outliers, wanted.layer_outliers, rtol=1e-6)
         numel, linear, layer = wanted.numel, wanted.linear_outliers / wanted.numel, wanted.layer_outliers
         if allocate != "dp":
-            layer = layer / numel.sum(axis=1)
-        table = rates(0.7, numel.tolist(), layer.tolist(), linear.tolist(), 0.1)
+            layer = layer / wanted.layer_numel
+        table = rates(0.7, by_layer(numel), layer.tolist(), by_layer(linear), 0.1)
         if allocate == "owl":
             f = fluctuation(layer.tolist(), layer.mean(), 0.1)
             table = [[0.7 - of_layer] * 7 for of_layer in f]
-        np.testing.assert_allclose(outcome.rates[e, 0], table, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(by_layer(outcome.rates[e, 0]), table, rtol=0, atol=1e-6)
         assert np.ptp(outcome.rates[e, 0]) > 0.1

@@ -7,7 +7,7 @@ from support import MemorySource, linear_names, merge_to_arrays
 
 from dppa_jax.checkpoint import tensor_specs
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.delta.score import random, row_keys
+from dppa_jax.delta.score import random, row_words
 
 SIGMAS = 5
 LAGS = 6.5  # the largest of 10⁵ independent correlations stays below this many sigma
@@ -104,8 +104,8 @@ def test_masks_nest_over_the_rate():
 def keys() -> np.ndarray:
     """4 million keys of one tensor as wide and as tall as those of a large model."""
     columns = np.arange(2048, dtype=np.int32)[None]
-    side = row_keys(7, "law", "model.layers.3.mlp.up_proj.weight", 30_000, 32_048)
-    return np.asarray(random(np.zeros((2048, 2048), np.float32), side, columns))
+    words = row_words(7, "law", "model.layers.3.mlp.up_proj.weight", 30_000, 32_048)
+    return np.asarray(random(np.zeros((2048, 2048), np.float32), words, columns))
 
 
 def test_keys_are_uniform_to_the_last_bit(keys):
@@ -131,16 +131,16 @@ def test_neighbouring_keys_share_no_bits(keys):
 def test_no_row_of_a_large_tensor_is_a_shifted_copy_of_another():
     """Of 16 million keys as many coincide as of random ones, N²/2³³; any stretch of a row seen again adds to them."""
     columns = np.arange(2048, dtype=np.int32)[None]
-    side = row_keys(0, "math", "model.embed_tokens.weight", 0, 8192)
-    keys = np.sort(np.asarray(random(np.zeros((8192, 2048), np.float32), side, columns)), axis=None)
+    words = row_words(0, "math", "model.embed_tokens.weight", 0, 8192)
+    keys = np.sort(np.asarray(random(np.zeros((8192, 2048), np.float32), words, columns)), axis=None)
     repeated = int((keys[1:] == keys[:-1]).sum())
     expected = keys.size**2 / 2**33
     assert abs(repeated - expected) < SIGMAS * np.sqrt(expected) + keys.size**3 / 2**65
 
 
 def test_keys_of_a_row_do_not_depend_on_where_its_chunk_starts():
-    whole = row_keys(0, "math", "t", 0, 100)
-    chunks = [row_keys(0, "math", "t", start, stop) for start, stop in ((0, 7), (7, 100))]
+    whole = row_words(0, "math", "t", 0, 100)
+    chunks = [row_words(0, "math", "t", start, stop) for start, stop in ((0, 7), (7, 100))]
     np.testing.assert_array_equal(np.concatenate(chunks), whole)
     assert len(np.unique(whole, axis=0)) == 100
 
@@ -148,4 +148,4 @@ def test_keys_of_a_row_do_not_depend_on_where_its_chunk_starts():
 def test_seed_expert_and_tensor_cannot_run_into_one_another():
     """('1', '2x') and ('12', 'x') are different keys: names are separated before they are hashed."""
     names = [(1, "2x", "t"), (12, "x", "t"), (1, "2", "xt"), (1, "2x", "t2"), (-1, "2x", "t")]
-    assert len({row_keys(*name, 0, 2).tobytes() for name in names}) == len(names)
+    assert len({row_words(*name, 0, 2).tobytes() for name in names}) == len(names)

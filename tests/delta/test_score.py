@@ -7,9 +7,8 @@ from families import DTYPES
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from support import AWKWARD, linear_names, make_family, merge_to_arrays
+from support import AWKWARD, linear_names, make_family, merge_to_arrays, random_norms
 
-from dppa_jax.checkpoint import LINEARS
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import delta, magnitude
 from dppa_jax.delta.threshold import index
@@ -49,16 +48,8 @@ def family():
 
 @pytest.fixture(scope="module")
 def norms() -> dict[str, dict[str, np.ndarray]]:
-    """Of inputs, different in every expert, linear, layer and column."""
-    generator = np.random.default_rng(3)
-    columns = dict.fromkeys(LINEARS, AWKWARD["hidden_size"]) | {
-        "mlp.down_proj": AWKWARD["intermediate_size"],
-        "self_attn.o_proj": AWKWARD["num_attention_heads"] * AWKWARD["head_dim"],
-    }
-    return {
-        expert: {linear: generator.lognormal(0, 2, (LAYERS, n)).astype(np.float32) for linear, n in columns.items()}
-        for expert in ("math", "law")
-    }
+    """Other norms for every expert, linear and column."""
+    return random_norms(make_family((), num_hidden_layers=LAYERS, **AWKWARD)[0], ("math", "law"))
 
 
 def numpy_score(score: str, size: np.ndarray, norm: np.ndarray) -> np.ndarray:
@@ -72,15 +63,14 @@ def test_a_merge_keeps_what_has_the_highest_score(score, family, norms):
     config = MergeConfig(("math", "law"), method="magnitude", score=score, rate=0.7)
     merge = merge_to_arrays(base, experts, config, deltas=True, norms=norms)
     for e, (expert, source) in enumerate(experts.items()):
-        for i, name in enumerate(linear_names(base.config)):
-            layer, j = divmod(i, len(LINEARS))
+        for place, name in enumerate(linear_names(base.config)):
             dense = source.tensors[name].astype(np.float32) - base.tensors[name].astype(np.float32)
-            scores = numpy_score(score, abs(dense), norms[expert][LINEARS[j]][layer])
+            scores = numpy_score(score, abs(dense), norms[expert][name])
             threshold = np.sort(scores, axis=None)[int(index(scores.size, 0.7))]
             kept = scores > threshold
             np.testing.assert_array_equal(merge.deltas[expert][name], np.where(kept, dense, 0), err_msg=name)
-            assert merge.outcome.thresholds[e, 0, layer, j] == pytest.approx(threshold, rel=1e-6)
-            assert merge.outcome.densities[e, 0, layer, j] == pytest.approx(kept.mean())
+            assert merge.outcome.thresholds[e, 0, place] == pytest.approx(threshold, rel=1e-6)
+            assert merge.outcome.densities[e, 0, place] == pytest.approx(kept.mean())
 
 
 @pytest.mark.parametrize(("score", "axis"), [("row", 1), ("column", 0)])

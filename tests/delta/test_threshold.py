@@ -144,8 +144,8 @@ def check_thresholds(deltas: list[np.ndarray], rate: float, dtype, **shapes) -> 
         magnitude = magnitude_on_device(delta)
         threshold = np.sort(magnitude, axis=None)[index(delta.size, rate)] if rate else -1.0
         kept = magnitude > threshold
-        assert merge.outcome.thresholds[0, 0, 0, j] == threshold, name
-        assert round(merge.outcome.densities[0, 0, 0, j] * delta.size) == kept.sum(), name
+        assert merge.outcome.thresholds[0, 0, j] == threshold, name
+        assert round(merge.outcome.densities[0, 0, j] * delta.size) == kept.sum(), name
         np.testing.assert_array_equal(merge.deltas["e"][name], np.where(kept & (magnitude > 0), delta, 0), err_msg=name)
 
 

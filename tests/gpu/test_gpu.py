@@ -15,9 +15,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from command import launch
-from support import AWKWARD, MemorySink, MemorySource, assert_same_bits, make_family
+from support import AWKWARD, MemorySink, MemorySource, assert_same_bits, make_family, random_norms
 
-from dppa_jax.checkpoint import LINEARS
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import ties
@@ -136,17 +135,9 @@ def merged(
     sink, deltas = MemorySink(), {name: MemorySink() for name in experts}
     mesh = make_mesh("layer=1,row=1", devices=[device])
     with jax.default_device(device):
-        outcome = merge_checkpoints(base, experts, config, sink, mesh, Layout(), deltas, norms(experts), quiet=True)
+        outcome = merge_checkpoints(
+            base, experts, config, sink, mesh, Layout(), deltas, random_norms(base, experts), quiet=True
+        )
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     tensors = {name: found.arrays(shapes) for name, found in {"merged": sink, **deltas}.items()}
     return tensors, {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
-
-
-def norms(experts: Mapping) -> dict:
-    generator = np.random.default_rng(5)
-    columns = dict.fromkeys(LINEARS, AWKWARD["hidden_size"]) | {"mlp.down_proj": AWKWARD["intermediate_size"]}
-    columns["self_attn.o_proj"] = AWKWARD["num_attention_heads"] * AWKWARD["head_dim"]
-    return {
-        expert: {linear: generator.uniform(0.1, 3, (LAYERS, n)).astype(np.float32) for linear, n in columns.items()}
-        for expert in experts
-    }

@@ -5,12 +5,12 @@ import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
+from families import LINEARS
 from matplotlib.colors import to_hex
 from report_runs import PAIR, two_seeds
 
-from dppa_jax.architecture.specs import LINEARS
 from dppa_jax.delta.presets import METHODS
-from dppa_jax.merging.inspection import Remaining
+from dppa_jax.merging.inspection import KeptCounts
 from dppa_jax.report import figures
 from dppa_jax.report.figures import Curve, Panel
 from dppa_jax.search.rules import Visit
@@ -25,8 +25,8 @@ VISITS = [
 CURVE = Curve("dppa", (0.8, 0.9), (0.5, 0.4), (0.45, 0.3), (0.55, 0.5))
 
 
-def remaining_of(out: int, columns: int) -> list[Remaining]:
-    return [Remaining(name, rate, np.arange(out) % 7, np.full(columns, 3)) for name in LINEARS for rate in (0.5, 0.9)]
+def remaining_of(out: int, columns: int) -> list[KeptCounts]:
+    return [KeptCounts(name, rate, np.arange(out) % 7, np.full(columns, 3)) for name in LINEARS for rate in (0.5, 0.9)]
 
 
 DRAW = {
@@ -34,7 +34,9 @@ DRAW = {
     "remaining": lambda: figures.remaining(remaining_of(24, 16), "math, layer 0"),
     "accuracy": lambda: figures.against_rate(figures.accuracy_panels(two_seeds(), PAIR), "accuracy"),
     "ratio": lambda: figures.against_rate(figures.ratio_panels(two_seeds(), PAIR), "domain ratio"),
-    "rates": lambda: figures.rates({"math": np.full((4, 7), 0.8), "law": np.linspace(0.7, 0.9, 28).reshape(4, 7)}),
+    "rates": lambda: figures.rates(
+        {"math": np.full((4, 7), 0.8), "law": np.linspace(0.7, 0.9, 28).reshape(4, 7)}, LINEARS
+    ),
 }
 
 
@@ -77,7 +79,7 @@ def test_figure_3_shows_the_kept_share_of_every_dimension():
 
 
 def test_dimensions_of_a_large_model_are_grouped_and_their_mean_kept():
-    figure = figures.remaining([Remaining(LINEARS[4], 0.9, np.arange(11008), np.full(4096, 5))])
+    figure = figures.remaining([KeptCounts(LINEARS[4], 0.9, np.arange(11008), np.full(4096, 5))])
     drawn = points(figure.axes[0])["90 % removed"][0]
     assert len(drawn) == figures.BINS
     assert np.mean([y for _, y in drawn]) == pytest.approx(100 * np.arange(11008).mean() / 4096)
@@ -111,7 +113,7 @@ def test_ratio_panels_agree_with_table_1():
 
 def test_heat_maps_share_one_scale():
     found = {"math": np.full((4, 7), 0.8), "law": np.linspace(0.5, 0.9, 28).reshape(4, 7)}
-    first, second = figures.rates(found).axes[:2]
+    first, second = figures.rates(found, LINEARS).axes[:2]
     assert first.images[0].get_clim() == second.images[0].get_clim() == pytest.approx((50, 90))
     assert [label.get_text() for label in first.get_xticklabels()] == [name.split(".")[1] for name in LINEARS]
 

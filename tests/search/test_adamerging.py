@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import write_family
-from support import AWKWARD, ONE_DEVICE, make_family, merge_to_arrays
+from support import AWKWARD, ONE_DEVICE, make_family, merge_to_arrays, random_norms
 from transformers import AutoTokenizer
 
-from dppa_jax.checkpoint import LINEARS
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.config.merge import MergeConfig, read_coefficients
 from dppa_jax.config.run import JobConfig
@@ -51,15 +50,6 @@ MERGES = {
 START = 0.3
 
 
-def norms(config: dict) -> dict:
-    generator, layers = np.random.default_rng(5), config["num_hidden_layers"]
-    columns = dict.fromkeys(LINEARS, config["hidden_size"]) | {"mlp.down_proj": config["intermediate_size"]}
-    return {
-        expert: {linear: generator.uniform(0.1, 3, (layers, n)).astype(np.float32) for linear, n in columns.items()}
-        for expert in EXPERTS
-    }
-
-
 def tokens(vocabulary: int, lengths=(5, 17, 9, 12)) -> list[list[int]]:
     generator = np.random.default_rng(3)
     return [generator.integers(1, vocabulary, n).tolist() for n in lengths]
@@ -68,7 +58,7 @@ def tokens(vocabulary: int, lengths=(5, 17, 9, 12)) -> list[list[int]]:
 def step_of(
     base, experts, merge: MergeConfig, mesh: str = ONE_DEVICE, granularity: str = "linear"
 ) -> tuple[Step, tuple]:
-    mixture = Mixture(base, experts, merge, make_mesh(mesh), norms(base.config))
+    mixture = Mixture(base, experts, merge, make_mesh(mesh), random_norms(base, EXPERTS))
     groups, of_tensor = groups_of(granularity, base.specs)
     return Step(mixture, of_tensor, fixed_coefficients(merge, base.specs), 1e-3), groups
 
@@ -107,7 +97,9 @@ def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_m
     prompts = prompts_of(tokens(4500), "all")
     found = step.entropies(raw, draw({"math": prompts}, 0, 4, seed=0))
     given = {e: {n: float(raw[i, k]) for i, n in enumerate(groups)} for k, e in enumerate(EXPERTS)}
-    written = merge_to_arrays(base, experts, replace(merge, coefficients=given), norms=norms(base.config)).tensors
+    written = merge_to_arrays(
+        base, experts, replace(merge, coefficients=given), norms=random_norms(base, EXPERTS)
+    ).tensors
     wanted = entropies(base.config, as_tree(base, written), prompts)
     total = sum(len(prompt.tokens) for prompt in prompts)
     assert sorted(found) == pytest.approx(sorted(np.array(wanted) / total), rel=3e-6 if dtype == "float32" else 1e-4)
