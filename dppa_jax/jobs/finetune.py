@@ -201,7 +201,7 @@ def fingerprint(
     weights = model.content_digest()
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-    code = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/decoder.py")
+    code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/config.py", "model/decoder.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]
     sources = sources_digest(*code)
     return digest([versions, sources, weights, tokens, asdict(options), job.length])
