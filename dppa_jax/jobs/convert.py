@@ -104,7 +104,7 @@ class Reader:
         self.source, self._progress, self.done = source, progress, 0
 
     def rows(self, specs: Sequence[TensorSpec], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """Return rows start..stop of tensors of one shape, (tensors, rows, columns), aligned so that JAX copies nothing."""
+        """Return rows start..stop of tensors of one shape, (tensors, rows, columns); JAX can use the array as it is."""
         shape = len(specs), stop - start, specs[0].columns
         block = aligned(math.prod(shape) * dtype.itemsize, ALIGNMENT).view(dtype).reshape(shape)
         for spec, rows in zip(specs, block, strict=True):

@@ -1,7 +1,7 @@
 """--job=validate: compare a merged model, or pruned deltas, with what another implementation wrote.
 
-Both directories are read side by side, tensor by tensor and a few rows at a time. `MEASURED` explains the numbers; every
-report repeats it.
+Both directories are read side by side, tensor by tensor and a few rows at a time. `MEASURED` explains the numbers;
+every report repeats it.
 """
 
 import json
