@@ -1,8 +1,8 @@
 """--job=benchmark --device=gpu: time a merge's arithmetic on weights made on the device, and a merge from disk.
 
 The stages of a merge (survey, thresholds, apply) run over all layers and dense tensors of a shape. Their work on the
-host is timed as well; reading and writing are not. All layers share the weights of `RESIDENT` layers in turn. A layer of 7 B
-with three experts is 1.6 GB, thirty times what a GPU's cache holds, so no layer is read from the cache.
+host is timed as well; reading and writing are not. All layers share the weights of `RESIDENT` layers in turn. A layer
+of 7 B with three experts is 1.6 GB, thirty times what a GPU's cache holds, so no layer is read from the cache.
 """
 
 import json
