@@ -50,7 +50,8 @@ def paper_tables(
         methods = builder.methods(COLUMNS[1])
         tables.append(builder.table_1(methods))
         for number in HIGHEST_RATE:
-            if set(methods) & set(COLUMNS[number]) - set(COLUMNS[1]):
+            own = set(COLUMNS[number]) - set(COLUMNS[1])
+            if own & set(methods):
                 tables.append(builder.at_highest_rate(number))
     if builder.merges:
         tables += [builder.merge_ratios(), builder.merge_accuracies()]
