@@ -10,6 +10,7 @@ from dppa_jax.config.report import Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors
 from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.score import SCORES
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
@@ -58,7 +59,13 @@ class Compared(NamedTuple):
     @property
     def has_seed(self) -> bool:
         """Whether another seed gives another model."""
-        return METHODS[self.method].score == "random" or bool(self.coefficients)
+        return self.has_random_score or bool(self.coefficients)
+
+    @property
+    def has_random_score(self) -> bool:
+        """Whether a random number decides what is kept."""
+        score = METHODS[self.method].score
+        return score is not None and SCORES[score].random
 
     @property
     def name(self) -> str:
@@ -124,7 +131,7 @@ class SeedRun:
         """Return the factors of an expert: those given, or those of a search, which is made once for each rate."""
         given = self.job.search.given.get(expert) if self.job.search else self.sweep.factors
         if given is not None:
-            if METHODS[model.method].score == "random":
+            if model.has_random_score:
                 return ()  # the default of MergeConfig: factors for magnitudes are of another size
             partitions = len(default_partitions(model.rate))
             return (*given, *[1.0] * partitions)[:partitions]
