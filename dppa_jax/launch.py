@@ -105,9 +105,9 @@ def _run(job: str) -> None:
 
         run_search(config)
     elif config.search or config.adamerging or config.evaluation.tasks:
-        from dppa_jax.jobs.evaluated_merge import run_merge
+        from dppa_jax.jobs.evaluated_merge import run_evaluated_merge
 
-        run_merge(config)
+        run_evaluated_merge(config)
     else:  # without what evaluation and reports need, a second of imports
         from dppa_jax.jobs.merge import run_merge
 

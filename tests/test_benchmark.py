@@ -9,7 +9,7 @@ from command import launch
 
 from dppa_jax.benchmark import device, families, merges, scaling
 from dppa_jax.benchmark.families import make_family, make_model, model_config, parameters
-from dppa_jax.benchmark.merges import Run
+from dppa_jax.benchmark.merges import TimedRun
 from dppa_jax.checkpoint import SafetensorsDirectory
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -100,7 +100,7 @@ def test_shapes_timed_at_different_times_share_a_table(tmp_path, monkeypatch, ca
         row = "dppa" if shape == "7b" else "dppa, 2 experts"
         run = {"seconds": 10.0 * i, "peak_bytes": i * 10**9, "cpu_seconds": 1.0, "moved_bytes": 10**10 * i}
         (tmp_path / shape / "benchmark.json").write_text(json.dumps({row: run}))
-    merges._print_sizes(tmp_path)
+    merges.print_sizes(tmp_path)
     printed = capsys.readouterr().out
     for_each = [line.replace("│", " ").split() for line in printed.splitlines() if "b " in line and "B" in line]
     assert ["7b", "6.74", "B", "20.0", "2.00", "2.97", "1.00"] in for_each
@@ -170,7 +170,7 @@ def test_scaling_runs_every_number_of_processes_on_the_family_and_on_larger_ones
 
     def timed(commands, output, cores=()):
         ran.append((commands, output, cores))
-        return Run(12.0 / len(commands), 10**9, 24.0, merge_seconds=5.0)
+        return TimedRun(12.0 / len(commands), 10**9, 24.0, merge_seconds=5.0)
 
     monkeypatch.setattr(scaling, "timed", timed)
     launch(*flags(tmp_path, "--scaling"))

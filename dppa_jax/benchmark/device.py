@@ -1,8 +1,8 @@
-"""--job=benchmark --device=gpu: a merge's arithmetic on weights that are made on the device, and a merge from disk.
+"""--job=benchmark --device=gpu: time a merge's arithmetic on weights made on the device, and a merge from disk.
 
-What is timed is the code of a merge (survey, thresholds, apply) over all layers and dense tensors of a shape, host work
-included, reading and writing not. The weights of `RESIDENT` layers serve for all layers in turn: a layer of 7 B and
-three experts is 1.6 GB, thirty times what a GPU's cache holds, so that nothing is read faster for being used again.
+The stages of a merge (survey, thresholds, apply) run over all layers and dense tensors of a shape. Their work on the
+host is timed as well; reading and writing are not. All layers share the weights of `RESIDENT` layers in turn. A layer
+of 7 B with three experts is 1.6 GB, thirty times what a GPU's cache holds, so no layer is read from the cache.
 """
 
 import json
@@ -38,12 +38,12 @@ from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
 from dppa_jax.runtime.progress import console, stage
 
 DEVICES = ("cpu", "gpu")
-RESIDENT = 4  # layers
-COPIED = 1 << 30  # bytes of the copy that measures bandwidth; a CPU's share is an eighth
+RESIDENT = 4  # layers on the device
+COPIED = 1 << 30  # bytes of the copy that measures bandwidth; on a CPU an eighth of it
 COPIES = 10
-FROM_DISK = "1.1b"  # at most
+FROM_DISK = "1.1b"  # the largest shape that is merged from disk
 GOAL_SHARE, GOAL_SECONDS = 0.7, 2.0
-PEAKS = {  # bytes a second that the makers state, by JAX's name of the device
+PEAKS = {  # memory bandwidth in bytes a second, as the maker states it, by JAX's name of the device
     "NVIDIA A100-PCIE-40GB": 1.555e12,
     "NVIDIA A100-SXM4-40GB": 1.555e12,
     "NVIDIA A100 80GB PCIe": 1.935e12,
@@ -58,22 +58,23 @@ PEAKS = {  # bytes a second that the makers state, by JAX's name of the device
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one stage: the fastest run's seconds, and the bytes of weights that it read and wrote."""
+    """The fastest run of one stage: its seconds, and the bytes of weights that it read and wrote."""
 
     seconds: float
     moved_bytes: int
 
     @property
     def speed(self) -> float:
+        """Bytes a second."""
         return self.moved_bytes / self.seconds
 
 
 class Tallied(Kernels):
-    """Kernels that note the bytes of matrices they are given and give, and what they merge."""
+    """Kernels that count the bytes of the matrices they read and write, and keep the arguments of each merge."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        self.moved: list[int] = []  # appended to by several threads
+        self.moved: list[int] = []  # bytes of each call; several threads append
         self.merges: list[tuple] = []
 
     def row_sums(self, term, base, expert, *per_row):
@@ -97,7 +98,7 @@ class Tallied(Kernels):
 
 @dataclass(frozen=True)
 class _Shapes:
-    """A model of which a merge asks shapes and dtypes only."""
+    """A model that has shapes and dtypes, but no weights to read."""
 
     config: dict
     specs: Mapping[str, TensorSpec]
@@ -108,9 +109,10 @@ class _Shapes:
 
 
 class DeviceStream(Stream):
-    """Blocks of a layer, and the dense tensors, that are on the devices from the beginning.
+    """A stream of one-layer blocks and dense tensors that are on the devices from the beginning.
 
-    Bfloat16: the base is normal, an expert the base plus Student-t deltas (4 degrees of freedom) of a scale per part.
+    Weights are bfloat16. The base is normal noise; an expert is the base plus Student-t deltas with 4 degrees of
+    freedom. Each matrix of an expert has a scale of its own.
     """
 
     def __init__(self, config: dict, experts: Sequence[str], mesh: Mesh):
@@ -141,6 +143,7 @@ class DeviceStream(Stream):
 
 
 def _random_weights(shape: tuple[int, int], key: jax.Array, scales: jax.Array) -> list[jax.Array]:
+    """Return a matrix of the base, and one of an expert for each scale."""
     keys = jax.random.split(key, 1 + 3 * scales.shape[0])
     base = (0.02 * jax.random.normal(keys[0], shape)).astype(jnp.bfloat16)
     models = [base]
@@ -152,9 +155,12 @@ def _random_weights(shape: tuple[int, int], key: jax.Array, scales: jax.Array) -
 
 
 def run_device_benchmark(shape: str, device: str, workdir: str, repeats: int) -> dict:
-    """Time a merge from disk and the arithmetic of a merge; print, and write to WORKDIR/benchmark/device-SHAPE.json.
+    """Time a merge from disk and the arithmetic of a merge; print both.
 
-    Raises ValueError where JAX has no such device, before anything is made.
+    Write the numbers to WORKDIR/benchmark/device-DEVICE-SHAPE.json.
+
+    Raises:
+      ValueError: JAX has no such device; nothing has been made then.
     """
     choose("--shape", shape, SHAPES)
     choose("--device", device, DEVICES)
@@ -179,23 +185,26 @@ def run_device_benchmark(shape: str, device: str, workdir: str, repeats: int) ->
 
 
 def use(device: str) -> None:
-    """Have JAX, here and in processes that are started from here, use this kind of device."""
+    """Make JAX use this kind of device, here and in processes that are started from here."""
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda", "cpu": "cpu"}[device]
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the merge from disk needs its share
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory to the merge from disk
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
     try:
-        found = jax.devices()[0].platform
+        platform = jax.devices()[0].platform
     except RuntimeError as error:
         raise ValueError(
             f"--device={device}: JAX finds none here ({str(error).splitlines()[0]}). For NVIDIA GPUs install "
             f"'jax[cuda12]', or 'jax[cuda13]'; --device=cpu runs the same on this machine's processor."
         ) from error
-    if found != device:
-        raise ValueError(f"--device={device}: JAX has already begun with {found}.")
+    if platform != device:
+        raise ValueError(f"--device={device}: JAX has already begun with {platform}.")
 
 
 def time_compute(config: dict, mesh: Mesh, repeats: int) -> dict[str, Timing]:
-    """Each stage of DPPA at 80 %, two partitions, after a run that compiles; "apply" is the merging kernel alone."""
+    """Time each stage of DPPA at 80 % with two partitions, after a run that compiles.
+
+    The stage "apply" is the merging kernel alone; it repeats the merges of the stage before it.
+    """
     factors = dict.fromkeys(EXPERTS, (1.8, 1.3))
     merge = MergeConfig(EXPERTS, rate=0.8, factors=factors, coefficients=dict.fromkeys(EXPERTS, 0.3))
     stream = DeviceStream(config, EXPERTS, mesh)
@@ -206,15 +215,15 @@ def time_compute(config: dict, mesh: Mesh, repeats: int) -> dict[str, Timing]:
             kernels.moved.clear()
             begin = time.perf_counter()
             run()
-            found = Timing(time.perf_counter() - begin, sum(kernels.moved))
+            timing = Timing(time.perf_counter() - begin, sum(kernels.moved))
             if name in best:
-                logging.info("%s: %.3f s", name, found.seconds)
-            best[name] = min(best.get(name, found), found, key=lambda timing: timing.seconds)
+                logging.info("%s: %.3f s", name, timing.seconds)
+            best[name] = min(best.get(name, timing), timing, key=lambda timing: timing.seconds)
     return best
 
 
 def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Names and calls, in the order of a merge."""
+    """Yield the name and the function of each stage, in the order of a merge."""
     source = stream.sources[0]
     linears = linears_of(source.specs)
     pruner = Pruner(kernels, merge, linears)
@@ -228,10 +237,10 @@ def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Itera
     def thresholds():
         with ThreadPoolExecutor(SEARCHES, "threshold") as searcher:
             for _, loaded in stream():
-                found = [
+                futures = [
                     [searcher.submit(pruner.bounds_and_weights, x, e) for e in range(len(EXPERTS))] for x in loaded
                 ]
-                pairs.extend((x, [f.result() for f in each]) for x, each in zip(loaded, found, strict=True))
+                pairs.extend((x, [f.result() for f in each]) for x, each in zip(loaded, futures, strict=True))
 
     def applying():
         kernels.merges.clear()
@@ -248,7 +257,7 @@ def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Itera
     def apply():
         for arguments in kernels.merges[:]:
             last = kernels.merge(*arguments)
-        jax.block_until_ready(last)  # a device computes in order
+        jax.block_until_ready(last)  # a device computes in order, so the last result is the end
 
     yield "survey", surveying
     yield "thresholds", thresholds
@@ -257,7 +266,7 @@ def _stages(stream: DeviceStream, kernels: Tallied, merge: MergeConfig) -> Itera
 
 
 def copy_bandwidth(mesh: Mesh) -> float:
-    """Bytes a second, read and written, of adding one to each number of a large array."""
+    """Return the bytes a second that are read and written when one is added to each number of a large array."""
     device = mesh.devices.flat[0]
     numbers = COPIED // (8 if device.platform == "cpu" else 1) // 4
     add = jax.jit(lambda x: x + np.uint32(1))
@@ -274,8 +283,8 @@ def _from_disk(shape: str, workdir: str, repeats: int) -> dict:
     from dppa_jax.benchmark.merges import run_benchmark
 
     smaller = min(shape, FROM_DISK, key=lambda name: parameters(model_config(name)))
-    found = run_benchmark([smaller], workdir, "", "", repeats, ["dppa"])[smaller]
-    return {"shape": smaller, **found["dppa"]}
+    runs = run_benchmark([smaller], workdir, "", "", repeats, ["dppa"])[smaller]
+    return {"shape": smaller, **runs["dppa"]}
 
 
 def _print(result: dict, timings: dict[str, Timing]) -> None:

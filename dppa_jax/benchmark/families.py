@@ -1,4 +1,4 @@
-"""Synthetic LLaMA checkpoints for benchmarks: seeded, heavy-tailed deltas, made about as fast as a disk takes them."""
+"""Make synthetic LLaMA checkpoints for benchmarks: seeded, with heavy-tailed deltas, about as fast as a disk writes."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,13 +22,13 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
 }
 VOCABULARY = 32000
 EXPERTS = ("expert0", "expert1", "expert2")
-NOISE = 1 << 22  # numbers that are drawn once; drawing them anew for every tensor takes minutes a billion
-CHUNK = NOISE // 2  # of a tensor that begins anywhere in the noise
+NOISE = 1 << 22  # random numbers, drawn once: a billion of them would take minutes
+CHUNK = NOISE // 2  # elements of a tensor that are filled at a time, from a random place in the noise
 DTYPE = np.dtype(ml_dtypes.bfloat16)
 
 
 def model_config(shape: str, layers: int = 0) -> dict:
-    """config.json of a shape, of `layers` layers in place of its own where they are given."""
+    """Return the config.json of a shape; `layers`, if not 0, replaces its number of layers."""
     hidden, inner, own_layers, heads, kv_heads = SHAPES[choose("--shape", shape, SHAPES)]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -49,13 +49,15 @@ def model_config(shape: str, layers: int = 0) -> dict:
 
 
 def parameters(config: Mapping) -> int:
+    """Return the number of parameters of a model."""
     return total_bytes(_tensors(config)) // DTYPE.itemsize
 
 
 def make_family(root: Path, config: Mapping, experts: Sequence[str]) -> dict[str, Path]:
-    """root/base and root/NAME of every expert, made where they are not there yet; room for an output is left.
+    """Make root/base and root/NAME for every expert, unless they exist; return their directories by name.
 
-    Raises OSError, before anything is written, where the disk has no room for the models and an output.
+    Raises:
+      OSError: the disk has no room for the models and an output; nothing has been written then.
     """
     places = {name: root / name for name in ("base", *experts)}
     check_scratch(root, family_sizes(root, config, experts))
@@ -66,12 +68,12 @@ def make_family(root: Path, config: Mapping, experts: Sequence[str]) -> dict[str
 
 
 def family_sizes(root: Path, config: Mapping, experts: Sequence[str]) -> dict[Path, int]:
-    """Bytes of every model of a family, by its directory."""
+    """Return the bytes of every model of a family, by its directory."""
     return {root / name: parameters(config) * DTYPE.itemsize for name in ("base", *experts)}
 
 
 def check_scratch(root: Path, sizes: Mapping[Path, int]) -> None:
-    """Refuse a disk without room for the models that are missing and an output as large as the largest of all."""
+    """Refuse a disk without room for the missing models and for an output as large as the largest model."""
     missing = [size for place, size in sizes.items() if not place.exists()]
     needed = sum(missing) + max(sizes.values())
     existing = next(place for place in (root, *root.absolute().parents) if place.exists())
@@ -85,7 +87,10 @@ def check_scratch(root: Path, sizes: Mapping[Path, int]) -> None:
 
 
 def make_model(directory: Path, config: Mapping, name: str) -> Path:
-    """A bf16 checkpoint; the base is normal noise, an expert the base plus Student-t deltas of a scale per tensor."""
+    """Make a bfloat16 checkpoint: the base is normal noise, an expert is the base plus Student-t deltas.
+
+    Each tensor has a scale of its own.
+    """
     logging.info("making %s", directory)
     base = None if name == "base" else SafetensorsDirectory(directory.with_name("base"))
     with SafetensorsWriter(directory, _tensors(config), MAX_SHARD_SIZE) as writer:
@@ -110,6 +115,7 @@ def _rows(
     scale: np.float32,
     generator: np.random.Generator,
 ) -> np.ndarray:
+    """Return rows start..stop of a tensor: of a base if `base` is None, otherwise of an expert of that base."""
     shape = stop - start, spec.columns
     size = shape[0] * shape[1]
     at = generator.integers(NOISE - size + 1)
@@ -122,13 +128,13 @@ def _rows(
 
 @cache
 def _weights() -> np.ndarray:
-    """Normal, of the deviation 0.02."""
+    """Return normal numbers with standard deviation 0.02."""
     return (np.random.default_rng(0).standard_normal(NOISE, np.float32) * np.float32(0.02)).astype(DTYPE)
 
 
 @cache
 def _deltas() -> np.ndarray:
-    """Student-t with 4 degrees of freedom: a normal number over the root of a chi-squared one."""
+    """Return Student-t numbers, 4 degrees of freedom: normal / √(χ²/4)."""
     generator = np.random.default_rng(1)
     halved = generator.standard_gamma(2.0, NOISE, np.float32) / 2
     return generator.standard_normal(NOISE, np.float32) / np.sqrt(halved)

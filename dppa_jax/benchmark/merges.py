@@ -1,4 +1,4 @@
-"""--job=benchmark: whole merges of seeded checkpoints, as processes, beside a peer and the floor that I/O sets."""
+"""--job=benchmark: time whole merges of synthetic checkpoints, as processes, beside mergekit and an I/O floor."""
 
 import json
 import os
@@ -27,8 +27,8 @@ OURS = {
     "ties": ["--method=ties", "--rate=0.9", "--coefficient=0.3"],
     "dppa": ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3", "--coefficient=0.3"],
 }
-EXPERTS_OF = {"7b": 2}  # of other shapes all: three experts of 7 B, the base and an output are 67 GB
-COMPARED_SIZE = ("dppa", 2)  # what is compared over shapes, with as many experts as all of them have
+EXPERTS_OF = {"7b": 2}  # other shapes have three experts; those of 7 B, the base and an output would be 67 GB
+COMPARED_SIZE = ("dppa", 2)  # method and number of experts that are compared over shapes; every shape has as many
 PEERS = {"task_arithmetic": {}, "dare_linear": {"density": 0.1}, "ties": {"density": 0.1}}
 COMPARED = (("task_arithmetic", "task_arithmetic"), ("dare", "dare_linear"), ("ties", "ties"))
 COMPARED += (("dppa", "dare_linear"), ("dppa", "ties"))
@@ -36,16 +36,18 @@ FLOOR = "I/O floor"
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a process, or several of one merge, took.
+class TimedRun:
+    """The time and memory of one command: one process, or the processes of one merge.
 
     Attributes:
-      seconds: from start to end of all.
-      peak_bytes: resident, of the largest process; of others than ours it is at least this process's own.
-      cpu_seconds: of all, in the program and the system.
-      moved_bytes: read and written, as the merge counts it; 0 where nothing does.
-      merge_seconds: from the flags to the end, as the merge counts it: without interpreter, imports and joining.
-      planned_seconds, planned_bytes: what --job=plan said before it; 0 where it was not asked.
+      seconds: from the start of the first process to the end of the last.
+      peak_bytes: peak resident memory of the largest process, as our merges report it. For other programs the system
+        tells it, and never less than the memory of the process that started them.
+      cpu_seconds: processor time of all processes, in the program and in the system.
+      moved_bytes: bytes read and written, as a merge of ours reports them; 0 for other programs.
+      merge_seconds: seconds from the flags to the end, as a merge of ours reports them; without interpreter, imports
+        and the meeting of the processes. 0 for other programs.
+      planned_seconds, planned_bytes: what --job=plan predicted; 0 if it was not asked.
     """
 
     seconds: float
@@ -60,7 +62,22 @@ class Run:
 def run_benchmark(
     shapes: Sequence[str], workdir: str, peer: str, peer_python: str, repeats: int, methods: Sequence[str] = ()
 ) -> dict[str, dict]:
-    """Time methods on every shape, the peer's in turn with ours; print tables and write them to WORKDIR/benchmark."""
+    """Time methods on every shape, print tables, and write the numbers to WORKDIR/benchmark/SHAPE/benchmark.json.
+
+    Commands run in turn, ours and the peer's, `repeats` times; the fastest run of each counts.
+
+    Args:
+      shapes: keys of SHAPES.
+      workdir: where models, outputs and results go.
+      peer: "mergekit", or empty for none.
+      peer_python: the interpreter of the peer's environment; empty for this one.
+      repeats: how often each command runs.
+      methods: keys of OURS; all by default.
+
+    Raises:
+      ValueError: an unknown shape, method or peer, or no repeats.
+      OSError: the disk has no room, or a process failed.
+    """
     for shape in shapes:
         choose("--shape", shape, SHAPES)
     for method in methods:
@@ -74,11 +91,12 @@ def run_benchmark(
         shape: _run_shape(shape, root / shape, peer_python if peer else None, repeats, methods or tuple(OURS))
         for shape in shapes
     }
-    _print_sizes(root)
+    print_sizes(root)
     return results
 
 
 def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, methods: Sequence[str]) -> dict:
+    """Time all commands on one shape; `peer_python` is None if there is no peer."""
     config, experts = model_config(shape), EXPERTS[: EXPERTS_OF.get(shape, len(EXPERTS))]
     models = make_family(root, config, experts)
     output = root / "out"
@@ -90,8 +108,8 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
     if peer_python is not None:
         commands |= _peer_commands(root, models, peer_python)
     if 2 * parameters(config) * len(models) < psutil.virtual_memory().available:
-        timed([commands[FLOOR]], output)  # fills the page cache for all
-    runs: dict[str, Run] = {}
+        timed([commands[FLOOR]], output)  # fills the page cache, if it can hold the models
+    runs: dict[str, TimedRun] = {}
     for _ in range(repeats):
         for name, command in commands.items():
             planned = _plan(command, root) if name in OURS or name == size_row() else {}
@@ -105,25 +123,29 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
 
 
 def merge_command(models: Mapping[str, Path], output: Path, flags: Sequence[str]) -> list[str]:
-    """The merge of a family's experts as a process."""
+    """Return the command that merges a family's experts."""
     base, *experts = models.items()
     where = [f"--base={base[1]}", *(f"--expert={name}={path}" for name, path in experts), f"--output={output}"]
     return [sys.executable, "-m", "dppa_jax.launch", *where, "--overwrite", *flags]
 
 
 def _plan(command: Sequence[str], root: Path) -> dict:
-    """What a merge is to take, as fields of its `Run`."""
+    """Return what --job=plan predicts for a merge, as fields of `TimedRun`."""
     timed([[*command, "--job=plan", f"--workdir={root}"]], root / "out")
     plan = json.loads((root / "plan.json").read_text())
     return {"planned_seconds": plan.get("seconds", 0.0), "planned_bytes": plan["host_bytes"]}
 
 
-def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] = ()) -> Run:
-    """Run the processes of a merge at the same time, each on its core where `cores` says one; remove the output.
+def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] = ()) -> TimedRun:
+    """Run the processes of one merge at the same time, and remove the output before and after.
 
-    None goes on from what an earlier one left.
+    Args:
+      commands: a command line for each process.
+      output: the directory that they write. What the processes print is kept beside it.
+      cores: the core that each process is pinned to; none by default.
 
-    Raises OSError with the last lines of a process that failed; all that they print is beside `output`.
+    Raises:
+      OSError: a process failed; the message has its last lines.
     """
     remove_output(output)
     logs = [output.with_name(f"process{i}.log") for i in range(len(commands))]
@@ -143,10 +165,11 @@ def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] 
     remove_output(output)
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     peak = cost.get("peak_memory") or max(usage.ru_maxrss for usage in usages) * 1024
-    return Run(seconds, peak, cpu, moved, cost.get("seconds", 0.0))
+    return TimedRun(seconds, peak, cpu, moved, cost.get("seconds", 0.0))
 
 
 def remove_output(output: Path) -> None:
+    """Remove an output, whether it is complete or not."""
     for place in (output, output.with_name(output.name + ".incomplete")):
         shutil.rmtree(place, ignore_errors=True)
 
@@ -158,6 +181,7 @@ def _start(command: Sequence[str], log: Path, cores: Sequence[int]) -> subproces
 
 
 def _peer_commands(root: Path, models: Mapping[str, Path], peer_python: str) -> dict[str, list[str]]:
+    """Write mergekit's recipes, and return the commands that run them."""
     commands = {}
     mergekit = Path(peer_python or sys.executable).parent / "mergekit-yaml"
     for name in PEERS:
@@ -168,18 +192,20 @@ def _peer_commands(root: Path, models: Mapping[str, Path], peer_python: str) -> 
 
 
 def _mergekit_recipe(name: str, models: Mapping[str, Path]) -> dict:
-    given = {"weight": 0.3, **PEERS[name]}
+    parameters = {"weight": 0.3, **PEERS[name]}
     base, *experts = models.values()
-    listed = [{"model": str(expert), "parameters": given} for expert in experts]
-    return {"models": listed, "base_model": str(base), "merge_method": name, "dtype": "bfloat16"}
+    entries = [{"model": str(expert), "parameters": parameters} for expert in experts]
+    return {"models": entries, "base_model": str(base), "merge_method": name, "dtype": "bfloat16"}
 
 
 def size_row() -> str:
+    """Return the name of the run that is compared over shapes."""
     method, experts = COMPARED_SIZE
     return f"{method}, {experts} experts"
 
 
-def _print(shape: str, experts: int, runs: Mapping[str, Run]) -> None:
+def _print(shape: str, experts: int, runs: Mapping[str, TimedRun]) -> None:
+    """Print the runs of one shape, and how many times as fast as the peer ours are."""
     floor = runs[FLOOR].seconds
     columns = ("method", "seconds", "planned", "peak GB", "planned", "× I/O floor")
     table = Table(*columns, title=f"{shape}, base + {experts} experts, bf16")
@@ -195,27 +221,27 @@ def _print(shape: str, experts: int, runs: Mapping[str, Run]) -> None:
         console().print(table)
 
 
-def _beside_plan(run: Run) -> tuple[str, str, str, str]:
-    """Seconds and what was planned, peak memory and what was planned."""
+def _beside_plan(run: TimedRun) -> tuple[str, str, str, str]:
+    """Return seconds, planned seconds, peak memory and planned memory as a table shows them."""
     seconds = f"{run.planned_seconds:.1f}" if run.planned_seconds else ""
     peak = f"{run.planned_bytes / 1e9:.2f}" if run.planned_bytes else ""
     return f"{run.seconds:.1f}", seconds, f"{run.peak_bytes / 1e9:.2f}", peak
 
 
-def _print_sizes(root: Path) -> None:
-    """The same merge of every shape that was ever timed in this directory."""
-    found: dict[str, Run] = {}
+def print_sizes(root: Path) -> None:
+    """Print the same merge of all shapes that have been timed in this directory, now or earlier."""
+    runs: dict[str, TimedRun] = {}
     for shape in SHAPES:
         file = root / shape / "benchmark.json"
         rows = json.loads(file.read_text()) if file.exists() else {}
         row = rows.get(COMPARED_SIZE[0] if EXPERTS_OF.get(shape) == COMPARED_SIZE[1] else size_row(), {})
         if "moved_bytes" in row:
-            found[shape] = Run(**row)
-    if not found:
+            runs[shape] = TimedRun(**row)
+    if not runs:
         return
     columns = ("shape", "parameters", "seconds", "planned", "peak GB", "planned", "ns a parameter", "GB/s")
     table = Table(*columns, title=f"{size_row()}, bf16")
-    for shape, run in found.items():
+    for shape, run in runs.items():
         count = parameters(model_config(shape))
         each, speed = run.seconds / count * 1e9, run.moved_bytes / run.seconds / 1e9
         table.add_row(shape, f"{count / 1e9:.2f} B", *_beside_plan(run), f"{each:.2f}", f"{speed:.2f}")
@@ -223,7 +249,7 @@ def _print_sizes(root: Path) -> None:
 
 
 def _floor(paths: list[str]) -> None:
-    """Read every input once and write the base's bytes, with nothing between: what no merge can beat."""
+    """Read every input once and write as many bytes as the base has, and do nothing else. No merge can be faster."""
     *inputs, output = map(Path, paths)
     sources = [SafetensorsDirectory(path) for path in inputs]
     base = sources[0]

@@ -1,7 +1,7 @@
-"""--job=benchmark --peer=restart: what a candidate of a search costs, beside merging, saving and starting vLLM again.
+"""--job=benchmark --peer=restart: time a search's candidate in place, and by merging, saving and starting vLLM.
 
-The latter is the authors' way, but with this program's merge, warm and in this process: faster than theirs, which
-starts a process for each of three steps and holds whole models in float32.
+The second way is the authors'. It is timed with this program's merge, warm and in this process. That is faster than the
+authors' own, which starts a process for each of three steps and holds whole models in float32.
 """
 
 import json
@@ -27,20 +27,20 @@ WAYS = {"in place": ("apply", "hand over"), "merge, save, start again": ("merge 
 
 
 def run_restart_benchmark(job: JobConfig) -> dict[str, list[float]]:
-    """Seconds of candidates of the first expert, printed as medians and written to WORKDIR/restart/restart.json."""
+    """Time candidates of the first expert; print medians, and write all seconds to WORKDIR/restart/restart.json."""
     domains = domains_of(job)
     check_search(job)
     name, tasks = next(iter(domains.items()))
     alone = MergeConfig(experts=(name,), method=job.merge.method, rate=job.merge.rate)
     factors = [tuple(1.0 + 0.1 * i for _ in alone.partitions) for i in range(1, CANDIDATES + 1)]
     root = Path(job.workdir) / "restart"
-    shutil.rmtree(root, ignore_errors=True)  # nothing may be known
+    shutil.rmtree(root, ignore_errors=True)  # no stored responses may be reused
     job = replace(job, merge=alone, experts={name: job.experts[name]}, workdir=str(root), search=None)
     seconds: dict[str, list[float]] = {part: [] for part in ("apply", "hand over", "responses")}
     with opened(job) as candidates:
         candidates.dense(name, tasks)  # starts the evaluator
         merger = candidates.merger(alone)
-        candidates.merged("first", merger, tasks)  # survey, thresholds and compilation
+        candidates.merged("first", merger, tasks)  # pays for survey, thresholds and compilation
         for chosen in factors:
             candidates.merged(f"factors {chosen}", merger, tasks, factors={name: chosen})
             cost = candidates.cost(merger.merge_config({name: chosen}))
@@ -53,18 +53,18 @@ def run_restart_benchmark(job: JobConfig) -> dict[str, list[float]]:
 
 
 def _restarts(job: JobConfig, name: str, factors: Sequence[tuple[float, ...]]) -> dict[str, list[float]]:
-    """Of all but the first, which compiles."""
-    merged, started = [], []
+    """Time merging and starting the evaluator with each candidate; leave out the first, which compiles."""
+    merge_seconds, start_seconds = [], []
     for chosen in factors:
-        began = time.perf_counter()
+        started = time.perf_counter()
         run_merge(replace(job, merge=replace(job.merge, factors={name: chosen})))
-        merged.append(time.perf_counter() - began)
+        merge_seconds.append(time.perf_counter() - started)
         evaluator = make_evaluator(job.evaluation, Path(job.workdir))
-        began = time.perf_counter()
+        started = time.perf_counter()
         evaluator.use(Path(job.output))
-        started.append(time.perf_counter() - began)
+        start_seconds.append(time.perf_counter() - started)
         evaluator.close()
-    return {"merge and save": merged[1:], "start": started[1:]}
+    return {"merge and save": merge_seconds[1:], "start": start_seconds[1:]}
 
 
 def _print(seconds: dict[str, list[float]]) -> None:

@@ -1,4 +1,4 @@
-"""--job=benchmark --scaling: DPPA by 1, 2 and 4 processes, of one family and of families that grow with them."""
+"""--job=benchmark --scaling: time DPPA with 1, 2 and 4 processes, on one family and on families that grow with them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
-from dppa_jax.benchmark.merges import OURS, Run, merge_command, timed
+from dppa_jax.benchmark.merges import OURS, TimedRun, merge_command, timed
 from dppa_jax.config.option import choose
 from dppa_jax.runtime.progress import console
 
@@ -26,9 +26,12 @@ NOTE = (
 
 
 def run_scaling(shape: str, workdir: str) -> dict[str, dict[int, dict]]:
-    """Strong scaling (the shape's layers) and weak scaling (N times as many), printed and written to WORKDIR/benchmark.
+    """Time strong scaling (the shape's layers) and weak scaling (N times as many layers with N processes).
 
-    Returns `Run`s as dicts, by "strong" and "weak" and the number of processes.
+    Print a table and write the numbers to WORKDIR/benchmark/scaling-SHAPE.json.
+
+    Returns:
+      `TimedRun`s as dicts, by "strong" or "weak" and the number of processes.
     """
     choose("--shape", shape, SHAPES)
     root = Path(workdir) / "benchmark"
@@ -47,7 +50,8 @@ def run_scaling(shape: str, workdir: str) -> dict[str, dict[int, dict]]:
     return result
 
 
-def _run(models: dict[str, Path], output: Path, processes: int, cores: list[int]) -> Run:
+def _run(models: dict[str, Path], output: Path, processes: int, cores: list[int]) -> TimedRun:
+    """Time one merge by this number of processes, each on a core of its own as far as there are cores."""
     command = merge_command(models, output, OURS["dppa"])
     if processes > 1:
         joined = [*command, f"--coordinator=127.0.0.1:{_free_port()}", f"--num_processes={processes}"]
@@ -65,7 +69,7 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _print(shape: str, layers: int, strong: dict[int, Run], weak: dict[int, Run], cores: int) -> None:
+def _print(shape: str, layers: int, strong: dict[int, TimedRun], weak: dict[int, TimedRun], cores: int) -> None:
     columns = ("scaling", "processes", "cores", "layers", "seconds", "efficiency", "merging", "efficiency")
     title = f"{shape}, base + {len(EXPERTS)} experts, DPPA"
     table = Table(*columns, "processor seconds", "peak GB of one", title=title)
@@ -73,8 +77,8 @@ def _print(shape: str, layers: int, strong: dict[int, Run], weak: dict[int, Run]
         for n, run in runs.items():
             faster, larger = (n, 1) if name == "strong" else (1, n)
             numbers = [str(n), str(min(n, cores)), str(layers * larger)]
-            for one, seconds in ((runs[1].seconds, run.seconds), (runs[1].merge_seconds, run.merge_seconds)):
-                numbers += [f"{seconds:.1f}", f"{one / faster / seconds:.0%}"]
+            for alone, seconds in ((runs[1].seconds, run.seconds), (runs[1].merge_seconds, run.merge_seconds)):
+                numbers += [f"{seconds:.1f}", f"{alone / faster / seconds:.0%}"]
             table.add_row(name, *numbers, f"{run.cpu_seconds:.1f}", f"{run.peak_bytes / 1e9:.2f}")
     console().print(table)
     console().print(NOTE.format(cores=cores))

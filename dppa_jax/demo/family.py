@@ -66,7 +66,7 @@ def families(seeds: Sequence[int]) -> list[Path]:
 
 def fingerprint() -> str:
     """Of what determines the weights: our code and the compiler."""
-    training = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/decoder.py")
+    training = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/config.py", "model/decoder.py")
     sources = sources_digest("demo/*.py", *training)
     return hashlib.sha256(f"{jax.__version__} {sources}".encode()).hexdigest()[:12]
 

@@ -1,7 +1,7 @@
-"""What is learned from: prompts and completions, as rows of tokens, in a reproducible order.
+"""Read training examples, turn them into rows of tokens, and draw batches of rows in a reproducible order.
 
-An example is one JSON object a line: {"prompt": "...", "completion": "..."}. Only the completion is learned;
-pre-training is the case of empty prompts.
+A file of examples holds one JSON object a line: {"prompt": "...", "completion": "..."}. The loss counts only the tokens
+of the completion. For pre-training, leave the prompts empty.
 """
 
 import json
@@ -13,19 +13,24 @@ import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int
 
-PACKED_ROWS = 64  # that are filled side by side: with as many, less than a hundredth of a row stays empty
+OPEN_ROWS = 64  # rows that are filled side by side; with 64 of them, less than 1 % of a row stays empty
 
 
 class Example(NamedTuple):
+    """One text to learn from: the model sees `prompt` and learns to continue it with `completion`."""
+
     prompt: str
     completion: str
 
 
 class Rows(NamedTuple):
-    """Examples as tokens.
+    """Examples as rows of tokens, padded to one length.
 
-    `learned` marks the tokens of completions and those that end them. `positions` restart at 0 where an example begins,
-    which is all that the model needs to keep the examples of a row apart; where there are none, a row is an example.
+    Attributes:
+      tokens: token ids.
+      learned: True for the tokens that the loss counts: a completion and the end-of-sequence token after it.
+      positions: the place of each token in its own example, from 0. They keep the examples of a row apart: attention
+        does not cross a place where they start again. None: each row is one example.
     """
 
     tokens: Int[np.ndarray, "*N T"]
@@ -33,16 +38,21 @@ class Rows(NamedTuple):
     positions: Int[np.ndarray, "*N T"] | None = None
 
     def take(self, at: slice | Int[np.ndarray, "n"]) -> "Rows":
-        """The rows at these places."""
+        """Return the rows with these indices."""
         return Rows(*(None if array is None else array[at] for array in (self.tokens, self.learned, self.positions)))
 
     @property
     def count(self) -> int:
+        """The number of rows."""
         return len(self.tokens)
 
 
 def read_examples(path: Path | str) -> list[Example]:
-    """The examples of a file of JSON lines; other keys than "prompt" and "completion" are ignored."""
+    """Read a file of JSON lines; keys other than "prompt" and "completion" are ignored.
+
+    Raises:
+      ValueError: the file is not UTF-8, has no examples, or a line is not an object with these two texts.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -67,19 +77,22 @@ def read_examples(path: Path | str) -> list[Example]:
 
 
 def encode(examples: Iterable[Example], tokenizer, max_length: int) -> Rows:
-    """A row for each example: prompt and completion as one text, and the end-of-sequence token, padded at its end.
+    """Make one row for each example: prompt and completion as one text, an end-of-sequence token, padding.
 
-    Where a token spans the end of the prompt it counts as completion: at generation the prompt ends before it.
+    A token that spans the end of the prompt counts as completion, because at generation the prompt ends before it.
 
     Args:
       tokenizer: a transformers tokenizer with an end-of-sequence token.
-      max_length: tokens per row; longer examples are cut there, and a warning says how many.
+      max_length: tokens per row. Longer examples are cut there, and a warning says how many were cut.
     """
     return _padded(_encoded(examples, tokenizer, max_length), tokenizer, max_length)
 
 
 def encode_packed(examples: Iterable[Example], tokenizer, max_length: int, seed: int = 0) -> Rows:
-    """As `encode`, but with several examples to a row, first fit, in a random order."""
+    """Make rows that hold several examples each: shuffle the examples, then put each into the first row with room.
+
+    The arguments are those of `encode`; `seed` decides the order.
+    """
     import grain
 
     encoded = _encoded(examples, tokenizer, max_length)
@@ -87,20 +100,20 @@ def encode_packed(examples: Iterable[Example], tokenizer, max_length: int, seed:
     order = grain.MapDataset.source(source).shuffle(seed=seed)
     lengths = {"tokens": max_length, "learned": max_length}
     packed = grain.experimental.FirstFitPackIterDataset(
-        order.to_iter_dataset(), length_struct=lengths, num_packing_bins=PACKED_ROWS
+        order.to_iter_dataset(), length_struct=lengths, num_packing_bins=OPEN_ROWS
     )
     rows = list(packed)
     tokens, learned, positions = (
         np.stack([row[name] for row in rows]) for name in ("tokens", "learned", "tokens_positions")
     )
-    learned &= positions > 0  # what begins a text follows from nothing, certainly not from the text before it
+    learned &= positions > 0  # nothing predicts the first token of a text, least of all the text before it in the row
     return Rows(tokens.astype(np.int32), learned, positions.astype(np.int32))
 
 
 def batches(count: int, size: int, steps: int, seed: int, start: int = 0) -> Iterator[Int[np.ndarray, "batch"]]:
-    """The indices of each step's rows, from step `start` on: a new random order for every pass, one after another.
+    """Yield the row indices of each step, from step `start` on. Every pass over the rows has a new random order.
 
-    What a step gets is a function of its number, so that a resumed run goes on with what the first would have got.
+    A step's rows depend on its number and the seed only, so a resumed run gets the rows that the first run would have.
     """
     draw = np.random.default_rng(seed)
     queue = np.empty(0, np.int64)
@@ -113,32 +126,32 @@ def batches(count: int, size: int, steps: int, seed: int, start: int = 0) -> Ite
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of equal tokens at the start of both."""
+    """Return how many tokens at the start of both sequences are equal."""
     unequal = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(unequal, min(len(first), len(second)))
 
 
 def _encoded(examples: Iterable[Example], tokenizer, max_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Tokens of each example, and which of them are learned."""
+    """Return the tokens of each example, cut at `max_length`, and which of them are learned."""
     examples = list(examples)
     prompts = sorted({example.prompt for example in examples})
     prompt_tokens = dict(zip(prompts, tokenizer(prompts)["input_ids"], strict=True))
     texts = tokenizer([example.prompt + example.completion for example in examples])["input_ids"]
-    found, cut = [], 0
+    encoded, cut = [], 0
     for example, text in zip(examples, texts, strict=True):
         start = common_prefix(prompt_tokens[example.prompt], text)
         tokens = np.array([*text, tokenizer.eos_token_id], np.int32)
         cut += len(tokens) > max_length
-        found.append((tokens[:max_length], (np.arange(len(tokens)) >= start)[:max_length]))
+        encoded.append((tokens[:max_length], (np.arange(len(tokens)) >= start)[:max_length]))
     if cut:
         logging.warning("%d of %d examples are longer than %d tokens and were cut", cut, len(examples), max_length)
-    return found
+    return encoded
 
 
 def _padded(encoded: Sequence[tuple[np.ndarray, np.ndarray]], tokenizer, max_length: int) -> Rows:
-    tokens = np.full((len(encoded), max_length), tokenizer.pad_token_id or 0, np.int32)
-    learned = np.zeros((len(encoded), max_length), bool)
-    for row, (of_row, which) in enumerate(encoded):
-        tokens[row, : len(of_row)] = of_row
-        learned[row, : len(which)] = which
-    return Rows(tokens, learned)
+    padded = np.full((len(encoded), max_length), tokenizer.pad_token_id or 0, np.int32)
+    padded_learned = np.zeros((len(encoded), max_length), bool)
+    for row, (tokens, learned) in enumerate(encoded):
+        padded[row, : len(tokens)] = tokens
+        padded_learned[row, : len(learned)] = learned
+    return Rows(padded, padded_learned)

@@ -1,4 +1,4 @@
-"""Optimisers of fine-tuning, as optax transformations without a learning rate, which changes from step to step."""
+"""Optimisers for fine-tuning, as optax transformations. The learning rate is applied by the step, as it changes."""
 
 import optax
 
@@ -6,7 +6,9 @@ from dppa_jax.config.finetune import AdamW
 
 
 def transformation(options: AdamW) -> optax.GradientTransformation:
-    """AdamW on gradients that are no longer than `max_gradient_norm`. All weights decay, norms and embeddings too.
+    """Return AdamW without its learning rate: clip the gradient's norm, scale by Adam's moments, add weight decay.
+
+    All weights decay, norms and embeddings too.
 
     Source: Loshchilov & Hutter 2019, algorithm 2.
     """

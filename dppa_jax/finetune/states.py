@@ -1,4 +1,4 @@
-"""States of a training, kept on disk by Orbax: each restores to the same bits, onto any mesh."""
+"""Save and restore the state of a training run with Orbax; a state restores to the same bits onto any mesh."""
 
 import fcntl
 import os
@@ -13,26 +13,26 @@ from absl import logging
 from dppa_jax.finetune.train import State, Trainer
 from dppa_jax.runtime import processes
 
-KEPT = 2  # the older one where the newer was being written
+KEPT = 2  # states on disk: if a run is killed while it writes the newer, the older one is whole
 
 
 class Checkpoints:
-    """The newest states of one training, by the steps that were taken; of several processes each has its slices."""
+    """The newest states of one training run, by the number of steps taken. Each process holds its own slices."""
 
     def __init__(self, directory: Path, manager: ocp.CheckpointManager):
         self.directory, self._manager = directory, manager
 
     def restore(self, trainer: Trainer) -> tuple[State, list[dict]] | None:
-        """The newest state, on the trainer's mesh, with what was logged until then; None where there is none."""
+        """Return the newest state, on the trainer's mesh, and the log up to it; None if nothing was saved."""
         newest = processes.of_first("newest state", self._manager.latest_step)
         if newest is None:
             return None
         state = ocp.args.StandardRestore(trainer.abstract()._asdict())
-        found = self._manager.restore(newest, args=ocp.args.Composite(state=state, log=ocp.args.JsonRestore()))
-        return State(**found["state"]), found["log"]["entries"]
+        restored = self._manager.restore(newest, args=ocp.args.Composite(state=state, log=ocp.args.JsonRestore()))
+        return State(**restored["state"]), restored["log"]["entries"]
 
     def save(self, state: State, log: Sequence[Mapping]) -> None:
-        """Keep a state, if it is not there already. Returns when it is on the disk."""
+        """Save a state unless it is saved already. Return when it is on the disk."""
         if state.steps in self._manager.all_steps():
             return
         content = ocp.args.Composite(
@@ -41,7 +41,7 @@ class Checkpoints:
         self._manager.save(state.steps, args=content, force=True)
 
     def finished(self) -> None:
-        """The output is written: nothing is left to go on with."""
+        """Remove all states, because the output is written and nothing is left to resume."""
         self._manager.close()
         if processes.index() == 0:
             shutil.rmtree(self.directory, ignore_errors=True)
@@ -49,23 +49,26 @@ class Checkpoints:
 
 @contextmanager
 def checkpoints(directory: Path, every: int, resume: bool = True) -> Iterator[Checkpoints]:
-    """Those in a directory, for one run at a time; it is made unless `every` is 0, where nothing is to be kept.
+    """Open the states in a directory, for one run at a time.
 
-    With resume=False those that are there are removed.
+    Args:
+      directory: made if it is missing, unless `every` is 0.
+      every: steps between two saved states; 0 saves none.
+      resume: False removes the states of an earlier run first.
 
     Raises:
-      ValueError: another run trains the same; of several processes some do not see the directory.
+      ValueError: another run is training the same model, or a process does not see the directory.
     """
     directory = directory.resolve()
-    # Not async: the next step uses the state's memory again, so that all of it would have to be copied first.
+    # Not async: the next step reuses the state's memory, so an async save would have to copy all of it first.
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=False, enable_async_checkpointing=False)
-    with _alone(directory, every, resume), ocp.CheckpointManager(directory, options=options) as manager:
+    with _locked(directory, every, resume), ocp.CheckpointManager(directory, options=options) as manager:
         yield Checkpoints(directory, manager)
 
 
 @contextmanager
-def _alone(directory: Path, every: int, resume: bool) -> Iterator[None]:
-    """The first process takes the lock for all. It ends with the process, however that ends."""
+def _locked(directory: Path, every: int, resume: bool) -> Iterator[None]:
+    """Let the first process hold the lock for all. The system frees it when that process ends, however it ends."""
     lock = None
     try:
         with processes.first_alone("checkpoints"):
@@ -83,7 +86,7 @@ def _alone(directory: Path, every: int, resume: bool) -> Iterator[None]:
 
 
 def _prepared(directory: Path, every: int, resume: bool) -> int | None:
-    """The lock of the directory, which is made and emptied as it should be; None where there is none."""
+    """Make the directory if states are kept, lock it, and empty it unless resuming; return the lock, if any."""
     if every:
         directory.mkdir(parents=True, exist_ok=True)
     if not directory.is_dir():

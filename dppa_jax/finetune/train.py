@@ -1,7 +1,7 @@
-"""Full fine-tuning, and pre-training, of the Flax LLaMA with AdamW, on a mesh.
+"""Full fine-tuning and pre-training of the Flax LLaMA, on a mesh of devices.
 
-The mesh has two axes: both divide a batch's rows, and `fsdp` also divides every matrix, its optimiser moments and its
-gradient, which are gathered a layer at a time as they are needed.
+The mesh has the axes `data` and `fsdp`. Both divide the rows of a batch. `fsdp` also divides every matrix, its gradient
+and its optimiser moments; a layer's weights are gathered when the layer is computed.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ from dppa_jax.finetune.optimizer import transformation
 from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put
 
-STEPS_PER_REPORT = 10  # waiting for a loss empties the device's queue, so not every step
+STEPS_PER_REPORT = 10  # reading a loss waits for the device's queue to empty, so it is not done at every step
 TRAIN_AXES = ("data", "fsdp")
 
 
 def learning_rates(options: TrainConfig) -> Float[np.ndarray, "steps"]:
-    """The learning rate of every step: a linear rise, then half a cosine down to `final` times the peak."""
+    """Return the learning rate of every step: a linear rise, then half a cosine down to `final` times the peak."""
     warmup = max(1, round(options.warmup * options.steps))
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, options.learning_rate, warmup, max(options.steps, warmup + 1), options.final * options.learning_rate
@@ -35,24 +35,29 @@ def learning_rates(options: TrainConfig) -> Float[np.ndarray, "steps"]:
 
 
 class State(NamedTuple):
-    """All that a step changes."""
+    """Everything that a step changes: the weights and the optimiser's moments."""
 
     tree: dict
     moments: Any
 
     @property
     def steps(self) -> int:
-        """Taken so far."""
+        """The number of steps taken so far."""
         return int(optax.tree.get(self.moments, "count"))
 
 
 class Trainer:
-    """Takes steps; what is compiled is shared by trainers that differ in nothing but schedule and seed.
+    """Take optimiser steps and compute losses.
+
+    Trainers that differ only in schedule and seed share one compilation.
 
     Args:
-      config: of the model.
+      config: the model's shape.
       options: how to train.
-      mesh: of the axes `TRAIN_AXES`; one device by default. Its devices may be those of several processes.
+      mesh: a mesh with the axes `TRAIN_AXES`, which may span several processes; one device by default.
+
+    Raises:
+      ValueError: the rows that go through the model together cannot be divided over the devices.
     """
 
     def __init__(self, config: LlamaConfig, options: TrainConfig, mesh: Mesh | None = None):
@@ -70,10 +75,14 @@ class Trainer:
 
     @property
     def shardings(self) -> State:
+        """The sharding of every array of a state."""
         return state_shardings(self.config, self.options.optimizer, self.mesh)
 
     def start(self, tree: dict) -> State:
-        """Float32 copies of the weights, of which a process looks at those that its devices hold, and moments of 0."""
+        """Return the first state: float32 copies of the weights, and moments of 0.
+
+        Each process reads only the slices that its own devices hold.
+        """
 
         def place(weight, sharding: NamedSharding) -> Array:
             copied = lambda index: np.array(weight[index], np.float32)  # noqa: E731
@@ -84,33 +93,33 @@ class Trainer:
         return State(tree, init(tree))
 
     def abstract(self) -> State:
-        """Shapes, dtypes and shardings of a state, without one."""
+        """Return a state's shapes, dtypes and shardings, without any arrays."""
         tree = abstract_tree(self.config)
         state = State(tree, jax.eval_shape(transformation(self.options.optimizer).init, tree))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
 
     def step(self, state: State, number: int, rows: Rows) -> tuple[State, Float[Array, ""]]:
-        """The state after a step, and the loss before it. The memory of the given state is used again.
+        """Return the state after one step, and the loss before it. The memory of the given state is reused.
 
         Args:
-          number: of the step, from 0: it decides the learning rate.
-          rows: `batch_size` of them.
+          number: the step, counted from 0; it decides the learning rate.
+          rows: the batch, `batch_size` rows.
         """
         return self._update(state, self.rates[number], self._placed(rows, self.options.accumulate))
 
     def loss(self, state: State, rows: Rows) -> float:
-        """Mean cross-entropy, in nats, of the learned tokens of all rows."""
+        """Return the mean cross-entropy, in nats, of the learned tokens of all rows."""
         total = count = 0.0
         for start in range(0, rows.count, self.options.rows_together):
             at = np.arange(start, start + self.options.rows_together)
-            part = rows.take(at % rows.count)  # rows of which nothing is learned fill the last batch
+            part = rows.take(at % rows.count)  # the last batch is filled with rows whose tokens do not count
             part = part._replace(learned=part.learned & (at < rows.count)[:, None])
             surprise, learned = self._loss(state.tree, self._placed(part, 1))
             total, count = total + float(surprise), count + float(learned)
         return total / max(count, 1.0)
 
     def _placed(self, rows: Rows, parts: int) -> Rows:
-        """On the mesh, (parts, rows of a part, tokens)."""
+        """Put rows on the mesh, shaped (parts, rows of a part, tokens)."""
         split = lambda array: array.reshape(parts, -1, array.shape[-1])  # noqa: E731
         sharding = NamedSharding(self.mesh, PartitionSpec(None, TRAIN_AXES))
         return jax.tree.map(lambda array: put(split(array), sharding), rows)
@@ -123,14 +132,16 @@ def train(
     options: TrainConfig,
     report: Callable[[int, float], None] = lambda steps, loss: None,
 ) -> tuple[dict, Float[np.ndarray, "steps"]]:
-    """Minimises the mean cross-entropy of the learned tokens; the same bits for the same arguments on one machine.
+    """Minimise the mean cross-entropy of the learned tokens, on one device.
+
+    On one machine, the same arguments give the same bits.
 
     Args:
-      config: of the model.
+      config: the model's shape.
       tree: the weights to start from; they are not changed.
-      rows: the examples, see `data.encode`; each is used once before any is used again.
+      rows: the examples, see `data.encode`; each row is used once before any is used again.
       options: how to train.
-      report: called now and then with the number of steps done and the loss of the last one.
+      report: called every `STEPS_PER_REPORT` steps with the number of steps done and the last loss.
 
     Returns:
       The trained weights, and the loss at each step.
@@ -146,9 +157,9 @@ def train(
     return state.tree, np.array(losses, np.float32)
 
 
-@cache  # the learning rate is an argument of a step, so that another schedule needs no other compilation
+@cache  # the learning rate is an argument of the step, so another schedule needs no new compilation
 def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
-    """The jitted step, and the jitted sums of a loss."""
+    """Return two jitted functions: the optimiser step, and `loss_sums` of one batch."""
     shardings = state_shardings(config, optimizer, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
@@ -156,7 +167,7 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
     def update(state: State, learning_rate, rows: Rows):
         learned = jnp.maximum(jnp.sum(rows.learned[..., 1:]), 1)
 
-        def part_loss(tree, part: Rows):  # a part's share of the mean over the whole batch
+        def part_loss(tree, part: Rows):  # this part's share of the mean over the whole batch
             return sums(tree, part)[0] / learned
 
         def loss_and_gradient(part: Rows):
@@ -166,10 +177,10 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
         def add(carry, part: Rows):
             return jax.tree.map(jnp.add, carry, loss_and_gradient(part)), None
 
-        found = loss_and_gradient(jax.tree.map(lambda array: array[0], rows))
+        total = loss_and_gradient(jax.tree.map(lambda array: array[0], rows))
         if accumulate > 1:
-            found, _ = jax.lax.scan(add, found, jax.tree.map(lambda array: array[1:], rows))
-        loss, gradient = found
+            total, _ = jax.lax.scan(add, total, jax.tree.map(lambda array: array[1:], rows))
+        loss, gradient = total
         direction, moments = transformation(optimizer).update(gradient, state.moments, state.tree)
         return State(jax.tree.map(lambda w, d: w - learning_rate * d, state.tree, direction), moments), loss
 
@@ -186,7 +197,11 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
 def loss_sums(
     config: LlamaConfig, tree: dict, rows: Rows, *, dtype: str = "float32", remat: bool = False
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of the cross-entropies, in nats, of the learned tokens given those before them, and their number."""
+    """Return the sum of the cross-entropies, in nats, of the learned tokens, and how many there are.
+
+    A token's cross-entropy is −log p(token | the tokens before it in its example). The first token of a row has none.
+    `dtype` is the dtype of the forward pass; `remat` recomputes layers in the backward pass.
+    """
     tree = jax.tree.map(lambda weight: weight.astype(dtype), tree)
     positions = None if rows.positions is None else rows.positions[:, :-1]
     logits = forward(config, tree, rows.tokens[:, :-1], positions, remat=remat)
@@ -197,20 +212,26 @@ def loss_sums(
 
 @cache
 def state_shardings(config: LlamaConfig, optimizer: AdamW, mesh: Mesh) -> State:
+    """Return the sharding of every array of a state; moments are divided like their weights."""
     tree = abstract_tree(config)
-    of_tree = jax.tree.map_with_path(
+    tree_shardings = jax.tree.map_with_path(
         lambda path, leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, path[0].key == "layers", mesh.shape["fsdp"])), tree
     )
     transform, whole = transformation(optimizer), NamedSharding(mesh, PartitionSpec())
     moments = jax.eval_shape(transform.init, tree)
-    of_moments = optax.tree.map_params(
-        transform, lambda _, s: s, moments, of_tree, transform_non_params=lambda _: whole
+    moment_shardings = optax.tree.map_params(
+        transform, lambda _, s: s, moments, tree_shardings, transform_non_params=lambda _: whole
     )
-    return State(of_tree, of_moments)
+    return State(tree_shardings, moment_shardings)
 
 
 def fsdp_spec(shape: tuple[int, ...], stacked: bool, size: int) -> PartitionSpec:
-    """A matrix is divided along the longest of its axes that `size` divides; vectors are whole on every device.
+    """Divide a matrix along the longest of its axes that `size` divides; keep a vector whole on every device.
+
+    Args:
+      shape: the array's shape.
+      stacked: whether the first axis counts decoder layers; it is never divided.
+      size: devices on the mesh axis `fsdp`.
 
     >>> shapes = {(30, 1536, 576): True, (49152, 576): False, (30, 576): True}
     >>> [tuple(fsdp_spec(shape, stacked, 4)) for shape, stacked in shapes.items()]

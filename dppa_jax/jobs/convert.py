@@ -1,6 +1,6 @@
-"""--job=convert: between Hugging Face directories of safetensors and Orbax checkpoints of the stacked tree.
+"""--job=convert: convert between Hugging Face directories of safetensors and Orbax checkpoints of the stacked tree.
 
-Tensors keep their bits. Of several processes each reads and writes its own slices.
+Tensors keep their bits. Each process reads and writes its own slices.
 """
 
 import math
@@ -28,15 +28,15 @@ from dppa_jax.runtime.mesh import across_processes, make_mesh
 from dppa_jax.runtime.progress import Stage, stage
 from dppa_jax.where import open_checkpoint
 
-PIECE = 1 << 26  # bytes that are read and written at a time on the way to safetensors
-RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # that go with the weights
+PIECE = 1 << 26  # bytes read and written at a time when the output is safetensors
+RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # they tell how the weights were made
 
 
 def run_convert(job: ConvertConfig) -> None:
-    """Write job.base to job.output, whole or not at all."""
+    """Convert job.base to job.output, which appears whole or not at all."""
     started = time.perf_counter()
     output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
-    with processes.first_alone("model"):  # it fetches or builds what the others then find
+    with processes.first_alone("model"):  # the first process fetches or builds it, the others then find it
         opened = open_checkpoint(job.base, job.seed)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
@@ -52,7 +52,7 @@ def run_convert(job: ConvertConfig) -> None:
 
 
 def converted_tensors(source: Checkpoint, output_dtype: str = "") -> Tensors:
-    """Shape and dtype of every tensor of the output, by name."""
+    """Return shape and dtype of every tensor of the output, by name."""
     tensors = {}
     for name, spec in source.specs.items():
         tensors[name] = spec.shape, DTYPES[output_dtype] if output_dtype else source.tensors[name].dtype
@@ -60,9 +60,9 @@ def converted_tensors(source: Checkpoint, output_dtype: str = "") -> Tensors:
 
 
 def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
-    """A Hugging Face directory; tensors are read and written in pieces of at most PIECE bytes.
+    """Write a Hugging Face directory; tensors are read and written in pieces of at most PIECE bytes.
 
-    A run that was killed goes on after the last of them.
+    A run that was killed resumes after the last piece.
     """
     source = reader.source
     owner = owners(source.specs, processes.count())
@@ -87,8 +87,8 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
 
 
 def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
-    """An Orbax checkpoint; memory holds this process's slices of one array at a time."""
-    from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # a second of imports
+    """Write an Orbax checkpoint; memory holds this process's slices of one array at a time."""
+    from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # takes a second to import
 
     source = reader.source
     copies = [*companions(source.directory), *_records(source.directory)]
@@ -98,16 +98,16 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
 
 
 class Reader:
-    """Reads tensors into arrays of a given dtype, and tells how far it is."""
+    """Reads tensors into arrays of a given dtype, and reports progress."""
 
     def __init__(self, source: Checkpoint, progress: Stage):
         self.source, self._progress, self.done = source, progress, 0
 
     def rows(self, specs: Sequence[TensorSpec], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop of tensors of one shape, (tensors, rows, columns), where a CPU device takes them as is."""
+        """Return rows start..stop of tensors of one shape, (tensors, rows, columns); JAX can use the array as it is."""
         shape = len(specs), stop - start, specs[0].columns
-        found = aligned(math.prod(shape) * dtype.itemsize, ALIGNMENT).view(dtype).reshape(shape)
-        for spec, rows in zip(specs, found, strict=True):
+        block = aligned(math.prod(shape) * dtype.itemsize, ALIGNMENT).view(dtype).reshape(shape)
+        for spec, rows in zip(specs, block, strict=True):
             stored = self.source.tensors[spec.name].dtype
             out = rows if stored == dtype else np.empty(rows.shape, stored)
             self.source.read_rows(spec.name, start, stop, out)
@@ -115,19 +115,19 @@ class Reader:
                 rows[...] = out
             self.done += out.nbytes
             self._progress.advance(self.done)
-        return found
+        return block
 
     def slice(self, specs: Sequence[TensorSpec], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-        """What one device has of an array of the tree: rows of the tensor, or of some layers'."""
+        """Return one device's slice of an array of the tree: rows of a tensor, or of some layers' tensors."""
         first, stacked = specs[0], specs[0].layer is not None
         start, stop, _ = index[-2].indices(first.rows) if len(first.shape) == 2 else (0, 1, 1)
-        found = self.rows(specs[index[0]] if stacked else specs, dtype, start, stop)
+        rows = self.rows(specs[index[0]] if stacked else specs, dtype, start, stop)
         shape = (stop - start, first.columns) if len(first.shape) == 2 else (first.columns,)
-        return found.reshape(-1, *shape) if stacked else found.reshape(shape)
+        return rows.reshape(-1, *shape) if stacked else rows.reshape(shape)
 
 
 def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:
-    """The tree, of arrays that are read when they are written."""
+    """Return the tree; its arrays are read when they are written."""
     from dppa_jax.checkpoint.orbax_writer import Deferred, array_sharding
 
     def deferred(specs: list[TensorSpec]) -> Deferred:
@@ -147,5 +147,5 @@ def _config(source: Checkpoint, output_dtype: str) -> dict:
 
 
 def _records(directory: Path) -> list[Path]:
-    """What tells how the weights were made."""
+    """Return the files of a model that tell how its weights were made."""
     return [directory / name for name in RECORDS if (directory / name).is_file()]

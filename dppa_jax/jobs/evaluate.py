@@ -13,7 +13,7 @@ from dppa_jax.jobs.evaluated import (
 )
 from dppa_jax.report.sections import (
     finish,
-    run_of,
+    new_report,
 )
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
@@ -51,5 +51,5 @@ def run_evaluate(
             for task in every_task(config.tasks)
         }
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
-        finish(Path(workdir), run_of("Evaluation", command, models, config, evaluation, [table]))
+        finish(Path(workdir), new_report("Evaluation", command, models, config, evaluation, [table]))
     return found

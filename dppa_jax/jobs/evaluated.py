@@ -1,4 +1,4 @@
-"""TODO."""
+"""What jobs that evaluate share: their checks, the models and evaluator that they open, and AdaMerging."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,31 +25,35 @@ Domains = Mapping[str, Sequence[Task]]
 def find_coefficients(
     candidates: Candidates, domains: Domains, merge: MergeConfig, given: AdaMergingConfig, workdir: Path
 ) -> AdaMerged:
-    """By AdaMerging, which needs the memory of an accelerator that the evaluator has: it starts again after it."""
+    """Find coefficients by AdaMerging.
+
+    On an accelerator the evaluator is ended first, because AdaMerging needs its memory; it starts again when needed.
+    """
     if jax.default_backend() != "cpu":
         candidates.evaluation.release()
     return adamerge(candidates, domains, merge, given, workdir)
 
 
 def check_tasks(config: EvaluationConfig) -> None:
+    """Refuse an evaluation without tasks."""
     if not config.tasks:
         raise ValueError("--evaluate is empty: name the tasks, for example --evaluate=gsm8k,fpb.")
 
 
 def check_search(job: JobConfig) -> None:
-    """Refuse a search that cannot be made."""
+    """Refuse a search of a method without partitions, or with bounds or given factors that do not fit them."""
     if job.merge.scale != "partition":
         raise ValueError(
             f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
             f"--method={job.merge.method} with scale {job.merge.scale!r}."
         )
-    given = job.search or FactorSearch()
-    given.config(job.merge).ranges(len(job.merge.partitions))
-    replace(job.merge, factors=given.given)  # as many as partitions?
+    search = job.search or FactorSearch()
+    search.config(job.merge).ranges(len(job.merge.partitions))
+    replace(job.merge, factors=search.given)  # checks that each expert has one factor per partition
 
 
 def check_searched(job: JobConfig, domains: Domains) -> None:
-    """Refuse a merge with an expert whose factors nothing can tell."""
+    """Refuse a merge with an expert whose factors are neither given nor can be searched."""
     given = job.search.given if job.search else {}
     if missing := [expert for expert in job.experts if expert not in domains and expert not in given]:
         raise ValueError(
@@ -60,7 +64,7 @@ def check_searched(job: JobConfig, domains: Domains) -> None:
 
 @contextmanager
 def opened(job: JobConfig) -> Iterator[Candidates]:
-    """The job's models, and what evaluates them; all that can be refused before the work begins is."""
+    """Open the job's models and the evaluator, and refuse what can be refused before the work begins."""
     with evaluation_of(job) as evaluation:
         announce(evaluation, job.evaluation, job.search, job.adamerging)
         with Candidates(job, evaluation) as candidates:
@@ -68,6 +72,7 @@ def opened(job: JobConfig) -> Iterator[Candidates]:
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
+    """Open the evaluator, with the tokenizer of the model that --tokenizer names."""
     tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
 
@@ -78,7 +83,7 @@ def announce(
     search: FactorSearch | None = None,
     adamerging: AdaMergingConfig | None = None,
 ) -> None:
-    """Read and encode the items, so that bad ones are refused now, and print how they are asked and judged."""
+    """Read and encode the items, which refuses bad ones early, and print how they are asked and judged."""
     table = Table("task", "items", "prompt", "scoring", "tokens", title="how the tasks are asked and judged")
     for task in every_task(config.tasks):
         counts = [f"{len(evaluation.questions(task))} test"]
@@ -93,7 +98,7 @@ def announce(
 
 
 def domains_of(job: JobConfig) -> dict[str, list[Task]]:
-    """The tasks by domain, every one of which must have its expert."""
+    """Return the tasks by domain; refuse a domain that no expert is named after."""
     check_tasks(job.evaluation)
     domains = by_domain(job.evaluation.tasks)
     for domain, tasks in domains.items():

@@ -1,4 +1,4 @@
-"""Jobs that evaluate: --job=evaluate, --job=search, and a merge that is evaluated, or whose numbers are to be found."""
+"""--job=merge with --evaluate: find factors and coefficients if asked to, merge, evaluate the merge, and report."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,21 +15,21 @@ from dppa_jax.jobs.evaluated import (
     find_coefficients,
     opened,
 )
-from dppa_jax.jobs.merge import run_merge as write_merge
+from dppa_jax.jobs.merge import run_merge
 from dppa_jax.jobs.models import check_outputs
-from dppa_jax.jobs.search import _search
+from dppa_jax.jobs.search import search_and_print
 from dppa_jax.merging.merger import Outcome
-from dppa_jax.report.paper import evaluated, published_merge
+from dppa_jax.report.paper import merge_table, published_merge
 from dppa_jax.report.published import is_papers
 from dppa_jax.report.sections import (
-    _search_data,
-    _search_facts,
     adamerging_facts,
     adamerging_figures,
     adamerging_notes,
     finish,
     merge_figures,
-    run_of,
+    new_report,
+    search_data,
+    search_facts,
     search_figures,
     search_notes,
     search_tables,
@@ -43,8 +43,8 @@ from dppa_jax.search.mixture import check_combine
 from dppa_jax.where import open_checkpoint
 
 
-def run_merge(job: JobConfig) -> Outcome:
-    """Search factors and find coefficients if asked to, merge, evaluate, report."""
+def run_evaluated_merge(job: JobConfig) -> Outcome:
+    """Search factors and find coefficients if asked to; merge, evaluate the merge, and write a report."""
     check_outputs(job)
     domains = domains_of(job)
     if job.search:
@@ -57,18 +57,18 @@ def run_merge(job: JobConfig) -> Outcome:
 
 
 def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -> Outcome:
-    """The same of models that are open."""
-    found: dict[str, Searched] = {}
+    """Do the work of `run_evaluated_merge` with models and an evaluator that are open."""
+    searches: dict[str, Searched] = {}
     if job.search:
-        found = _search(job, candidates, domains)
-        factors = {**job.search.given, **{name: one.result.factors for name, one in found.items()}}
+        searches = search_and_print(job, candidates, domains)
+        factors = {**job.search.given, **{name: searched.result.factors for name, searched in searches.items()}}
         job = replace(job, merge=replace(job.merge, factors=factors))
-    merged = None
+    adamerged = None
     if job.adamerging:
-        merged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))
-        job = replace(job, merge=replace(job.merge, coefficients=merged.coefficients))
-    outcome = write_merge(job)
-    _report_merge(job, candidates, domains, outcome, found, merged)
+        adamerged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))
+        job = replace(job, merge=replace(job.merge, coefficients=adamerged.coefficients))
+    outcome = run_merge(job)
+    _report_merge(job, candidates, domains, outcome, searches, adamerged)
     return outcome
 
 
@@ -77,9 +77,10 @@ def _report_merge(
     candidates: Candidates,
     domains: Domains,
     outcome: Outcome,
-    searched: Mapping[str, Searched],
+    searches: Mapping[str, Searched],
     adamerged: AdaMerged | None,
 ) -> None:
+    """Evaluate base, experts and the merge in job.output, and write the report."""
     merged = open_checkpoint(job.output)
     content = processes.of_first("content of the merge", merged.content_digest)
     every = every_task(job.evaluation.tasks)
@@ -91,30 +92,30 @@ def _report_merge(
             experts |= candidates.dense(domain, tasks)
             advance()
         fingerprints = {**candidates.fingerprints, "merge": content}
-        found = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
+        scores = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
         advance()
     merged.close()
     if processes.index():
         return
     known = published_merge(len(job.experts), domains, job.merge.method, job.merge.rate)
-    table = evaluated(base, experts, found, domains, known if is_papers(job.base, job.experts) else None)
+    table = merge_table(base, experts, scores, domains, known if is_papers(job.base, job.experts) else None)
     models = {"base": job.base, **job.experts, "merge": job.output}
-    tables = [table, *search_tables(searched)]
-    run = run_of("Merge", job.command, models, job.evaluation, candidates.evaluation, tables)
-    run = replace(
-        run,
-        facts={**run.facts, **_search_facts(searched), **adamerging_facts(adamerged)},
+    tables = [table, *search_tables(searches)]
+    report = new_report("Merge", job.command, models, job.evaluation, candidates.evaluation, tables)
+    report = replace(
+        report,
+        facts={**report.facts, **search_facts(searches), **adamerging_facts(adamerged)},
         figures=[
-            *search_figures(searched),
+            *search_figures(searches),
             *adamerging_figures({"adamerging": adamerged} if adamerged else {}),
             *merge_figures(candidates, job.merge, outcome),
         ],
         recipe={"config": job.merge.as_dict(), "fingerprints": fingerprints},
         data={
             "fingerprints": fingerprints,
-            **_search_data(searched),
+            **search_data(searches),
             **({"adamerging": adamerged.as_dict()} if adamerged else {}),
         },
-        notes=[*search_notes(searched), *adamerging_notes(job.adamerging)],
+        notes=[*search_notes(searches), *adamerging_notes(job.adamerging)],
     )
-    finish(Path(job.workdir), run)
+    finish(Path(job.workdir), report)

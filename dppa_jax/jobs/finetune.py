@@ -1,4 +1,4 @@
-"""--job=finetune: a checkpoint and files of examples in, an expert out."""
+"""--job=finetune: make an expert from a checkpoint and files of examples."""
 
 import hashlib
 import json
@@ -37,17 +37,17 @@ from dppa_jax.runtime.progress import steps
 from dppa_jax.runtime.signals import held
 from dppa_jax.where import locate, open_checkpoint
 
-STATE_BYTES = 12  # of a parameter: weight and two moments in float32
+STATE_BYTES = 12  # for each parameter: the weight and two moments in float32
 
 
 def run_finetune(job: FinetuneConfig) -> list[dict]:
-    """Train, and write a Hugging Face directory; returns what was logged: loss, tokens a second, loss on `eval_data`.
+    """Train, write the expert to a Hugging Face directory, and return the log: loss, tokens a second, evaluation loss.
 
-    The state is kept in `job.workdir` every `checkpoint_every` steps and when a signal ends the run, if it has one
-    process. The same command goes on from there, to the same bits; a change of the inputs, of an option or of the code
-    starts anew. On another mesh it goes on as well, to the same weights but for rounding.
+    The state is saved in `job.workdir` every `checkpoint_every` steps. In a run of one process it is also saved when a
+    signal ends the run. The same command resumes from it, to the same bits; on another mesh, to the same weights but
+    for rounding. If the inputs, an option or the code have changed, training starts anew.
 
-    Several processes share one mesh. Each reads the same batches, and holds the slices of its own devices.
+    Several processes share one mesh. Each reads the same batches and holds the slices of its own devices.
     """
     started = time.perf_counter()
     output_directory(job.output, job.overwrite)
@@ -92,9 +92,10 @@ def _trained(
     eval_rows: Rows | None,
     kept: Checkpoints,
 ) -> tuple[State, list[dict]]:
-    """From a state on to the last step. A signal may come at any point: what it finds whole is kept.
+    """Train from a state to the last step; return the last state and the log.
 
-    That takes all processes, which a signal finds at different steps: of several none keeps anything then.
+    If a signal ends a run of one process, the state is saved, provided that it is whole. Several processes save nothing
+    then: saving takes all of them, and a signal finds them at different steps.
     """
     options, first = trainer.options, state.steps
     if first:
@@ -105,7 +106,7 @@ def _trained(
         with steps("train", options.steps - first, "steps") as advance:
             for done, batch in enumerate(order, first + 1):
                 part = rows.take(batch)
-                with held():  # else a signal finds the old state used up and the new one nameless
+                with held():  # a signal in between would find the old state used up and the new one without a name
                     state, loss = trainer.step(state, done - 1, part)
                 pace.add(part)
                 last, due = done == options.steps, _is_due(done, job.checkpoint_every)
@@ -129,20 +130,20 @@ def _trained(
 
 
 def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint, texts: Mapping[str, str]) -> None:
-    """The Hugging Face directory, written by the first process. A tensor at a time is whole on every device."""
+    """Write the Hugging Face directory, in the first process. One tensor at a time is whole on every device."""
     specs, at = base.specs, lambda tree, spec: reduce(getitem, spec.path, tree)
     tensors = {name: (spec.shape, at(dtypes, spec)) for name, spec in specs.items()}
     whole = NamedSharding(jax.tree.leaves(tree)[0].sharding.mesh, PartitionSpec())
-    of_layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=whole)
-    of_all = jax.jit(lambda array: array, out_shardings=whole)
+    gather_layer = jax.jit(partial(jax.lax.dynamic_index_in_dim, keepdims=False), out_shardings=whole)
+    gather = jax.jit(lambda array: array, out_shardings=whole)
     with ExitStack() as opened:
         writer = None
         if processes.index() == 0:
             writer = opened.enter_context(SafetensorsWriter(job.output, tensors, job.max_shard_size, job.overwrite))
         for name, spec in specs.items():
-            found = of_all(at(tree, spec)) if spec.layer is None else of_layer(at(tree, spec), spec.layer)
+            tensor = gather(at(tree, spec)) if spec.layer is None else gather_layer(at(tree, spec), spec.layer)
             if writer:
-                writer.write_rows(name, 0, np.asarray(found).astype(tensors[name][1], copy=False))
+                writer.write_rows(name, 0, np.asarray(tensor).astype(tensors[name][1], copy=False))
         if writer:
             dtype = at(dtypes, specs["model.layers.0.self_attn.q_proj.weight"])
             writer.commit(with_dtype(base.config, dtype.name), base.directory, texts)
@@ -150,11 +151,12 @@ def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint
 
 
 def _given_away(state: State) -> bool:
-    """Has a step taken its memory, and a signal come before the new state had its name?"""
+    """Tell whether a step has already taken over the state's memory."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def _finite(loss: float, step: int) -> float:
+    """Return the loss; refuse one that is not finite."""
     if not math.isfinite(loss):
         raise ValueError(
             f"the loss is {loss} at step {step}: --learning_rate is too high for this model and data, or a weight of "
@@ -168,21 +170,23 @@ def _is_due(step: int, every: int) -> bool:
 
 
 class Pace:
-    """Tokens a second, and the time that is left."""
+    """Measures tokens a second and the time that is left."""
 
     def __init__(self, steps: int):
         self.steps = steps
         self._restart()
 
     def add(self, rows: Rows) -> None:
+        """Count the tokens of a step."""
         self._taken, self._tokens = self._taken + 1, self._tokens + int(_present(rows).sum())
 
     def entry(self) -> dict:
-        """Since the last one; the last step's loss is known, so that the device is idle."""
+        """Return the speed since the last entry. Call it when the last loss is known, so that the device is idle."""
         seconds = time.perf_counter() - self._since
         return {"tokens_per_second": round(self._tokens / seconds, 1), "seconds_per_step": seconds / self._taken}
 
     def tell(self, entry: Mapping) -> None:
+        """Log an entry, and start measuring anew."""
         evaluated = f", eval loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else ""
         minutes = (self.steps - entry["step"]) * entry["seconds_per_step"] / 60
         values = entry["step"], self.steps, entry["loss"], evaluated, entry["tokens_per_second"], minutes
@@ -197,18 +201,18 @@ class Pace:
 def fingerprint(
     job: FinetuneConfig, options: TrainConfig, model: Checkpoint, rows: Rows, eval_rows: Rows | None
 ) -> str:
-    """Of all that decides what is learned and logged, apart from the devices."""
+    """Return the fingerprint of everything that decides what is learned and logged, apart from the devices."""
     weights = model.content_digest()
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-    code = ("finetune/data.py", "finetune/train.py", "model/config.py", "model/decoder.py")
+    code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/config.py", "model/decoder.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]
     sources = sources_digest(*code)
     return digest([versions, sources, weights, tokens, asdict(options), job.length])
 
 
 def check_held_out(tasks: EvaluationConfig, examples: Sequence[Example]) -> None:
-    """Refuse examples that ask, from the start of a line on, what a task of --evaluate asks in any of its splits."""
+    """Refuse examples in which a line begins with the question of an item, of any split, of a task in --evaluate."""
     learned = "".join(f"\n{prompt}{completion}" for prompt, completion in examples)
     options = replace(tasks.options, limit=None)
     for task in every_task(tasks.tasks):
@@ -248,7 +252,7 @@ def _rows(job: FinetuneConfig, tokenizer, config: LlamaConfig, examples: Sequenc
 
 
 def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
-    """Refuse, before hours of training, what does not fit on the disks."""
+    """Refuse, before hours of training, an expert and states that do not fit on the disks."""
     sizes = [weight.size for weight in jax.tree.leaves(tree)]
     written = sum(size * dtype.itemsize for size, dtype in zip(sizes, jax.tree.leaves(dtypes), strict=True))
     kept = (KEPT + 1) * STATE_BYTES * sum(sizes) if job.checkpoint_every else 0
@@ -256,7 +260,7 @@ def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
 
 
 def _present(rows: Rows) -> np.ndarray:
-    """Tokens that belong to an example."""
+    """Return which tokens belong to an example and are not padding."""
     if rows.positions is None:  # padding follows the last learned token
         return np.flip(np.maximum.accumulate(np.flip(rows.learned, -1), -1), -1)
     following = np.concatenate([rows.positions[:, 1:] > 0, np.zeros((len(rows.positions), 1), bool)], -1)

@@ -1,4 +1,4 @@
-"""--job=report: methods against rates, single experts and merges, as the paper's tables and figures."""
+"""--job=report: compare methods and rates, for single experts and merges, in tables and figures like the paper's."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,21 +10,24 @@ from dppa_jax.config.report import Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors
 from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.score import SCORES
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
 from dppa_jax.jobs.evaluated import announce, check_searched, domains_of, evaluation_of, find_coefficients
 from dppa_jax.jobs.evaluated_merge import merge_and_report
 from dppa_jax.jobs.models import check_outputs
-from dppa_jax.report import figures, published
+from dppa_jax.report import published
+from dppa_jax.report.curves import accuracy_panels, draw_against_rate, ratio_panels
 from dppa_jax.report.measurements import Measurements, Merged
+from dppa_jax.report.page import Illustration
 from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.sections import (
     adamerging_figures,
     adamerging_notes,
     finish,
     illustration,
-    run_of,
+    new_report,
     search_figures,
     search_notes,
 )
@@ -39,7 +42,14 @@ Domains = Mapping[str, Sequence[Task]]
 
 
 class Compared(NamedTuple):
-    """A model of the report; `expert` is None for the merge of all. `coefficients` is a key of ADAMERGING or empty."""
+    """A model of the report.
+
+    Attributes:
+      method: a preset of `--method`.
+      rate: the share removed; 0 for a method that prunes nothing.
+      expert: the name of a single expert; None for the merge of all.
+      coefficients: how they are found, a key of ADAMERGING; empty if they are given.
+    """
 
     method: str
     rate: float
@@ -48,17 +58,25 @@ class Compared(NamedTuple):
 
     @property
     def has_seed(self) -> bool:
-        return METHODS[self.method].score == "random" or bool(self.coefficients)
+        """Whether another seed gives another model."""
+        return self.has_random_score or bool(self.coefficients)
+
+    @property
+    def has_random_score(self) -> bool:
+        """Whether a random number decides what is kept."""
+        score = METHODS[self.method].score
+        return score is not None and SCORES[score].random
 
     @property
     def name(self) -> str:
+        """A name for files and logs, such as "dppa-0.8-math"."""
         parts = self.method, f"{self.rate:g}", self.expert or "merge", self.coefficients
         return "-".join(part for part in parts if part)
 
 
 @dataclass
-class Measuring:
-    """The models of one seed, and what has been found about them."""
+class SeedRun:
+    """Measures all models with one seed, and keeps the searches and coefficients that they needed."""
 
     job: JobConfig
     sweep: Sweep
@@ -68,27 +86,32 @@ class Measuring:
     adamerged: dict[Compared, AdaMerged] = field(default_factory=dict)
 
     def measure(self, advance, first: Measurements | None = None) -> Measurements:
-        """Of this seed; only of models with random scores where `first` has measured the same models with another."""
+        """Return the scores of this seed's models.
+
+        `first` holds the scores of the same dense models with another seed. The base, the experts and models that no
+        seed changes are then not measured again.
+        """
         every = every_task(self.job.evaluation.tasks)
         if first:
-            found = Measurements(first.base, first.experts, {}, {})
+            measured = Measurements(first.base, first.experts, {}, {})
         else:
-            found = Measurements(self.candidates.dense("base", every), {}, {}, {})
+            measured = Measurements(self.candidates.dense("base", every), {}, {}, {})
             for domain, tasks in self.domains.items():
-                found.experts.update(self.candidates.dense(domain, tasks))
+                measured.experts.update(self.candidates.dense(domain, tasks))
         for model in compared(self.sweep, self.domains):
             if first and not model.has_seed:
                 pass
             elif model.expert is None:
                 merged = Merged(model.method, model.rate, model.coefficients)
-                found.merged[merged] = self.scores(model, tuple(self.job.experts), every)
+                measured.merged[merged] = self.scores(model, tuple(self.job.experts), every)
             else:
                 single = (model.method, model.rate, model.expert)
-                found.single[single] = self.scores(model, (model.expert,), self.domains[model.expert])
+                measured.single[single] = self.scores(model, (model.expert,), self.domains[model.expert])
             advance()
-        return found
+        return measured
 
     def scores(self, model: Compared, experts: tuple[str, ...], tasks: Sequence[Task]) -> Scores:
+        """Return the scores of one model, with the factors and coefficients that it needs."""
         config = config_of(model, experts, self.job.merge, self.sweep)
         if METHODS[model.method].scale == "partition":
             config = replace(config, factors={name: self.factors(model, name) for name in experts})
@@ -97,20 +120,22 @@ class Measuring:
         return self.candidates.merged(model.name, self.candidates.merger(config), tasks)
 
     def coefficients(self, model: Compared, config: MergeConfig) -> Mapping[str, Coefficient]:
+        """Find the coefficients of a merge by AdaMerging."""
         seed = self.job.merge.seed
-        given = replace(self.sweep.adamerging, granularity=ADAMERGING[model.coefficients], seed=seed)
+        adamerging = replace(self.sweep.adamerging, granularity=ADAMERGING[model.coefficients], seed=seed)
         place = Path(self.job.workdir) / f"{model.name}-seed{seed}"
-        self.adamerged[model] = find_coefficients(self.candidates, self.domains, config, given, place)
+        self.adamerged[model] = find_coefficients(self.candidates, self.domains, config, adamerging, place)
         return self.adamerged[model].coefficients
 
     def factors(self, model: Compared, expert: str) -> Factors:
+        """Return the factors of an expert: those given, or those of a search, which is made once for each rate."""
         given = self.job.search.given.get(expert) if self.job.search else self.sweep.factors
         if given is not None:
-            if METHODS[model.method].score == "random":
-                return ()  # MergeConfig's, which are of another size than those of magnitudes
+            if model.has_random_score:
+                return ()  # the default of MergeConfig: factors for magnitudes are of another size
             partitions = len(default_partitions(model.rate))
             return (*given, *[1.0] * partitions)[:partitions]
-        alone = Compared(model.method, model.rate, expert)  # whose factors the merges take, too
+        alone = Compared(model.method, model.rate, expert)  # merges take the factors of the single expert
         if alone not in self.searched:
             place = Path(self.job.workdir) / f"{model.method}-{model.rate:g}-seed{self.job.merge.seed}"
             config = config_of(alone, (expert,), self.job.merge, self.sweep)
@@ -121,7 +146,7 @@ class Measuring:
 
 
 def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, sweep: Sweep) -> MergeConfig:
-    """With the numbers of the command line; a single expert has coefficient 1."""
+    """Return the config of one model, with the numbers of the command line; a single expert has coefficient 1."""
     merged = model.expert is None
     kept = ("max_fluctuation", "significance_multiple", "dpa_combine", "delta_dtype", "output_dtype", "seed")
     return MergeConfig(
@@ -138,7 +163,7 @@ def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, swe
 
 
 def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
-    """Refuse now what could not be measured later."""
+    """Refuse, before anything is measured, what cannot be measured."""
     for model in compared(sweep, domains):
         config = config_of(model, tuple(job.experts) if model.expert is None else (model.expert,), job.merge, sweep)
         if job.search and config.scale == "partition":
@@ -150,14 +175,17 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
 
 
 def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
-    """Measure, print and write the report to --workdir; with --output also the merge that the flags describe."""
+    """Measure all models, print the tables and write the report to --workdir.
+
+    With --output, make and evaluate the merge that the flags describe as well.
+    """
     domains = domains_of(job)
     check_sweep(job, sweep, domains)
     if job.output:
         check_outputs(job)
     demo = any(where.startswith("demo:") for where in (job.base, *job.experts.values()))
     if demo:
-        families(sweep.seeds)  # trained side by side where they are missing
+        families(sweep.seeds)  # trains those that are missing, side by side
     searched: dict[int, dict[Compared, Searched]] = {}
     adamerged: dict[int, dict[Compared, AdaMerged]] = {}
     measured: dict[int, Measurements] = {}
@@ -170,29 +198,30 @@ def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
         total = len(sweep.seeds) * sum(1 for _ in compared(sweep, domains))
         with steps("evaluate", total) as advance:
             for seed in sweep.seeds:
-                of_seed = replace(job, merge=replace(job.merge, seed=seed))
-                with Candidates(of_seed, evaluation) as candidates:
-                    measuring = Measuring(of_seed, sweep, domains, candidates)
+                seed_job = replace(job, merge=replace(job.merge, seed=seed))
+                with Candidates(seed_job, evaluation) as candidates:
+                    seed_run = SeedRun(seed_job, sweep, domains, candidates)
                     first = None if demo or not measured else measured[sweep.seeds[0]]
-                    measured[seed] = measuring.measure(advance, first)
-                    searched[seed], adamerged[seed] = measuring.searched, measuring.adamerged
+                    measured[seed] = seed_run.measure(advance, first)
+                    searched[seed], adamerged[seed] = seed_run.searched, seed_run.adamerged
         models = {"base": job.base, **job.experts}
         tables = paper_tables(measured, domains, len(job.experts), published.is_papers(job.base, job.experts))
-        run = run_of("Methods and rates", job.command, models, job.evaluation, evaluation, tables)
-    first = {model.name: one for model, one in searched[sweep.seeds[0]].items()}
-    found = {model.name: one for model, one in adamerged[sweep.seeds[0]].items()}
-    run = replace(
-        run,
-        figures=[*_rate_figures(measured, domains, sweep), *search_figures(first), *adamerging_figures(found)],
+        report = new_report("Methods and rates", job.command, models, job.evaluation, evaluation, tables)
+    shown = sweep.seeds[0]
+    searches = {model.name: search for model, search in searched[shown].items()}
+    results = {model.name: result for model, result in adamerged[shown].items()}
+    report = replace(
+        report,
+        figures=[*_rate_figures(measured, domains, sweep), *search_figures(searches), *adamerging_figures(results)],
         data={"measured": raw(measured), "searches": _by_seed(searched), "adamerging": _by_seed(adamerged)},
-        notes=[*search_notes(first), *(adamerging_notes(sweep.adamerging) if finds else [])],
+        notes=[*search_notes(searches), *(adamerging_notes(sweep.adamerging) if finds else [])],
     )
-    finish(Path(job.workdir), run)
+    finish(Path(job.workdir), report)
     return tables
 
 
 def compared(sweep: Sweep, domains: Domains) -> Iterator[Compared]:
-    """Every model to measure."""
+    """Yield every model to measure."""
     for method, rate in _rows(sweep.methods, sweep.rates):
         for expert in domains:
             yield Compared(method, rate, expert)
@@ -202,21 +231,27 @@ def compared(sweep: Sweep, domains: Domains) -> Iterator[Compared]:
             yield Compared(method, rate, None, coefficients)
 
 
-def _by_seed(found: Mapping[int, Mapping[Compared, Searched | AdaMerged]]) -> dict:
-    return {str(seed): {model.name: one.as_dict() for model, one in of.items()} for seed, of in found.items()}
+def _by_seed(results: Mapping[int, Mapping[Compared, Searched | AdaMerged]]) -> dict:
+    """Return searches or coefficients as JSON has them, by seed and model."""
+    return {
+        str(seed): {model.name: result.as_dict() for model, result in models.items()}
+        for seed, models in results.items()
+    }
 
 
 def _rows(methods: Sequence[str], rates: Sequence[float]) -> Iterator[tuple[str, float]]:
+    """Yield (method, rate); a method that prunes nothing has the rate 0 only."""
     for method in methods:
         for rate in rates if METHODS[method].score else (0.0,):
             yield method, rate
 
 
-def _rate_figures(measured: Mapping[int, Measurements], domains: Domains, sweep: Sweep):
+def _rate_figures(measured: Mapping[int, Measurements], domains: Domains, sweep: Sweep) -> list[Illustration]:
+    """Draw accuracy and domain ratio against the share removed, if several rates were measured."""
     if len(sweep.rates) < 2 or not sweep.methods:
         return []
-    accuracy = figures.against_rate(figures.accuracy_panels(measured, domains), "accuracy")
-    ratio = figures.against_rate(figures.ratio_panels(measured, domains), "domain ratio")
+    accuracy = draw_against_rate(accuracy_panels(measured, domains), "accuracy")
+    ratio = draw_against_rate(ratio_panels(measured, domains), "domain ratio")
     return [
         illustration("accuracy", accuracy, "Accuracy of single experts against the share removed."),
         illustration("ratio", ratio, "Domain ratio of single experts against the share removed."),

@@ -1,4 +1,4 @@
-"""TODO."""
+"""--job=search: find the factors of DPA for every expert, print and report them; nothing is merged."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +11,10 @@ from dppa_jax.jobs.evaluated import (
     opened,
 )
 from dppa_jax.report.sections import (
-    _search_data,
-    _search_facts,
     finish,
-    run_of,
+    new_report,
+    search_data,
+    search_facts,
     search_figures,
     search_notes,
     search_tables,
@@ -24,20 +24,21 @@ from dppa_jax.search.factors import Searched, print_searches, search_factors
 
 
 def run_search(job: JobConfig) -> dict[str, Searched]:
-    """The best factors of every expert, printed and in `workdir`; nothing is merged."""
+    """Search the factors of every expert; print them and write a report to `workdir`."""
     domains = domains_of(job)
     check_search(job)
     with opened(job) as candidates:
-        found = _search(job, candidates, domains)
-        experts = {name: job.experts[name] for name in found}
-        models, tables = {"base": job.base, **experts}, search_tables(found)
-        run = run_of("Search of factors", job.command, models, job.evaluation, candidates.evaluation, tables)
-        run = replace(run, facts={**run.facts, **_search_facts(found)}, notes=search_notes(found))
-        finish(Path(job.workdir), replace(run, figures=search_figures(found), data=_search_data(found)))
-    return found
+        searches = search_and_print(job, candidates, domains)
+        experts = {name: job.experts[name] for name in searches}
+        models, tables = {"base": job.base, **experts}, search_tables(searches)
+        report = new_report("Search of factors", job.command, models, job.evaluation, candidates.evaluation, tables)
+        report = replace(report, facts={**report.facts, **search_facts(searches)}, notes=search_notes(searches))
+        finish(Path(job.workdir), replace(report, figures=search_figures(searches), data=search_data(searches)))
+    return searches
 
 
-def _search(job: JobConfig, candidates: Candidates, domains: Domains) -> dict[str, Searched]:
-    found = search_factors(candidates, domains, job.search, job.merge, Path(job.workdir))
-    print_searches(found, job.evaluation.options)
-    return found
+def search_and_print(job: JobConfig, candidates: Candidates, domains: Domains) -> dict[str, Searched]:
+    """Search the factors of every expert whose factors are not given, and print them."""
+    searches = search_factors(candidates, domains, job.search, job.merge, Path(job.workdir))
+    print_searches(searches, job.evaluation.options)
+    return searches

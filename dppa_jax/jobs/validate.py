@@ -1,7 +1,7 @@
-"""--job=validate: are a merged model, or pruned deltas, the numbers that another implementation wrote?
+"""--job=validate: compare a merged model, or pruned deltas, with what another implementation wrote.
 
-Both directories are read side by side, tensor by tensor and a few rows at a time. What is measured is in `MEASURED`,
-which every report repeats.
+Both directories are read side by side, tensor by tensor and a few rows at a time. `MEASURED` explains the numbers;
+every report repeats it.
 """
 
 import json
@@ -55,55 +55,58 @@ class Validation:
 
     @property
     def total(self) -> Comparison:
+        """The comparison of all tensors together."""
         return together(self.tensors, self.tolerance_ulp)
 
     @property
     def verdict(self) -> str:
+        """The verdict on all tensors together."""
         return self.total.verdict(self.tolerance_ulp)
 
     @property
     def passed(self) -> bool:
-        """Identical, or equal within the tolerance."""
+        """Whether all tensors are identical, or equal within the tolerance."""
         return self.verdict in (IDENTICAL, EQUAL)
 
     def in_words(self) -> str:
-        """The verdict in a line: in all, how many tensors are how, and which is the worst."""
-        verdicts = [one.verdict(self.tolerance_ulp) for one in self.tensors]
+        """Return one line: the verdict, how many tensors have which verdict, and the worst tensor."""
+        verdicts = [tensor.verdict(self.tolerance_ulp) for tensor in self.tensors]
         counts = {verdict: verdicts.count(verdict) for verdict in (IDENTICAL, EQUAL, MASKS, DIFFERENT)}
-        said = ", ".join(f"{many} {verdict}" for verdict, many in counts.items() if many)
+        tally = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
         worst = "" if self.verdict == IDENTICAL else f"; worst: {self.total.name}"
-        return f"{self.total.in_words(self.tolerance_ulp)} ({said} of {len(verdicts)} tensors{worst})"
+        return f"{self.total.in_words(self.tolerance_ulp)} ({tally} of {len(verdicts)} tensors{worst})"
 
     def rows(self) -> list[tuple[str, ...]]:
-        """The table under HEADS: a row for every kind of tensor, then one for all."""
+        """Return the rows under HEADS: one for every kind of tensor, then one for all."""
         groups: dict[str, list[Comparison]] = {name: [] for name in KINDS}
-        for one in self.tensors:
-            groups[kind(one.name)].append(one)
+        for tensor in self.tensors:
+            groups[kind(tensor.name)].append(tensor)
         groups["all"] = list(self.tensors)
         return [self._row(f"{name} ({len(group)})", group) for name, group in groups.items() if group]
 
     def _row(self, name: str, group: Sequence[Comparison]) -> tuple[str, ...]:
-        one = together(group, self.tolerance_ulp)
-        numbers = [f"{x:.3g}" for x in (one.max_difference, one.mean_difference, one.relative)]
+        total = together(group, self.tolerance_ulp)
+        numbers = [f"{x:.3g}" for x in (total.max_difference, total.mean_difference, total.relative)]
         ours, theirs = (
-            percent(one.elements - one.kept_by_both - kept, one.elements)
-            for kept in (one.kept_by_ours, one.kept_by_theirs)
+            percent(total.elements - total.kept_by_both - kept, total.elements)
+            for kept in (total.kept_by_ours, total.kept_by_theirs)
         )
-        alone = f"{one.kept_by_one} ({percent(one.kept_by_one, one.elements)})" if one.kept_by_one else "0"
-        worst = "" if one.verdict(self.tolerance_ulp) == IDENTICAL else one.name
+        alone = f"{total.kept_by_one} ({percent(total.kept_by_one, total.elements)})" if total.kept_by_one else "0"
+        worst = "" if total.verdict(self.tolerance_ulp) == IDENTICAL else total.name
         worst = worst.removeprefix("model.").removesuffix(".weight")
-        return (name, *numbers, f"{ours} ({theirs})", alone, one.in_words(self.tolerance_ulp), worst)
+        return (name, *numbers, f"{ours} ({theirs})", alone, total.in_words(self.tolerance_ulp), worst)
 
     def notes(self) -> list[str]:
-        """What was told of single tensors, the same of several in one line."""
-        found: dict[str, list[str]] = {}
-        for one in self.tensors:
-            for note in (*one.notes, *([one.problem] if one.problem else [])):
-                found.setdefault(note, []).append(one.name)
-        more = {note: f" and {len(names) - 1} more" if len(names) > 1 else "" for note, names in found.items()}
-        return [f"{names[0]}{more[note]}: {note}" for note, names in found.items()]
+        """Return the notes on single tensors; tensors with the same note share a line."""
+        tensors: dict[str, list[str]] = {}
+        for tensor in self.tensors:
+            for note in (*tensor.notes, *([tensor.problem] if tensor.problem else [])):
+                tensors.setdefault(note, []).append(tensor.name)
+        more = {note: f" and {len(names) - 1} more" if len(names) > 1 else "" for note, names in tensors.items()}
+        return [f"{names[0]}{more[note]}: {note}" for note, names in tensors.items()]
 
     def printed(self) -> Table:
+        """Return the table for a terminal."""
         table = Table(title=f"{self.output} beside the reference {self.reference}")
         for i, head in enumerate(HEADS):
             table.add_column(head, justify="right" if 0 < i < len(HEADS) - 2 else "left", overflow="fold")
@@ -115,6 +118,7 @@ class Validation:
         return table
 
     def markdown(self) -> str:
+        """Return the content of validate.md."""
         base = f", base `{self.base}`" if self.base else ""
         lines = [f"# `{self.output}` beside the reference `{self.reference}`{base}", "", f"Verdict: {self.in_words()}."]
         head, *rows = ("| " + " | ".join(cells) + " |" for cells in (HEADS, *self.rows()))
@@ -123,6 +127,7 @@ class Validation:
         return "\n".join(lines)
 
     def as_dict(self) -> dict:
+        """Return the content of validate.json."""
         return {
             "output": self.output,
             "reference": self.reference,
@@ -131,21 +136,26 @@ class Validation:
             "verdict": self.verdict,
             "passed": self.passed,
             "in_words": self.in_words(),
-            "tensors": {one.name: one.as_dict(self.tolerance_ulp) for one in self.tensors},
+            "tensors": {tensor.name: tensor.as_dict(self.tolerance_ulp) for tensor in self.tensors},
         }
 
 
 def run_validate(
     output: str, reference: str, base: str = "", workdir: str = "runs", tolerance_ulp: float = 1.0, seed: int = 0
 ) -> Validation:
-    """Compare two models, or deltas; print the table, write validate.json and validate.md to workdir.
+    """Compare two models, or two deltas; print the table, and write validate.json and validate.md to workdir.
 
     Args:
-      base: what both were made from; kept is then what differs from it. Without it, kept is what is not 0.
-      tolerance_ulp: how far two values may be apart and pass for equal.
+      output: where our model is.
+      reference: where the other implementation's model is.
+      base: the model that both were made from. An element then counts as kept if it differs from the base; without a
+        base, if it is not 0.
+      workdir: where the report goes.
+      tolerance_ulp: how many ulps two values may be apart and still count as equal.
+      seed: the seed of a demo model.
 
     Raises:
-      ValueError: what is given is not two checkpoints. Differences of any kind are results.
+      ValueError: one of them is not a checkpoint. Differences of any kind raise nothing; they are the result.
     """
     for flag, given in (("--output", output), ("--reference", reference)):
         if not given:
@@ -153,29 +163,30 @@ def run_validate(
     if not tolerance_ulp >= 0:
         raise ValueError(f"--tolerance_ulp={tolerance_ulp}: give 0 or more.")
     opened = [open_checkpoint(where, seed) for where in (output, reference, *([base] if base else []))]
-    found = Validation(output, reference, base, tolerance_ulp, compare(*opened))
+    validation = Validation(output, reference, base, tolerance_ulp, compare(*opened))
     for source in opened:
         source.close()
     directory = Path(workdir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "validate.json").write_text(json.dumps(found.as_dict(), indent=1) + "\n")
-    (directory / "validate.md").write_text(found.markdown())
+    (directory / "validate.json").write_text(json.dumps(validation.as_dict(), indent=1) + "\n")
+    (directory / "validate.md").write_text(validation.markdown())
     out = console()
-    out.print(found.printed())
-    for line in (*found.notes(), f"what the numbers mean, and every tensor: {directory}/validate.md, validate.json"):
+    out.print(validation.printed())
+    details = f"what the numbers mean, and every tensor: {directory}/validate.md, validate.json"
+    for line in (*validation.notes(), details):
         out.print(line, soft_wrap=True)
-    out.print(f"verdict: {found.in_words()}", soft_wrap=True, highlight=False)
-    return found
+    out.print(f"verdict: {validation.in_words()}", soft_wrap=True, highlight=False)
+    return validation
 
 
 def compare(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint | None = None) -> tuple[Comparison, ...]:
-    """Every tensor that either has, in the order of the model's layers; what no LLaMA has comes last."""
+    """Compare every tensor that either model has, in the order of the layers; tensors that no LLaMA has come last."""
     sources = [ours, theirs, *([base] if base else [])]
     listed = [_names(source) for source in sources]
     known = tensor_specs(ours.config)
     either = dict.fromkeys([*listed[0], *listed[1]])
     names = [*(name for name in known if name in either), *(name for name in either if name not in known)]
-    present = {name for name in names if all(name in one for one in listed[:2])}
+    present = {name for name in names if all(name in listing for listing in listed[:2])}
     total = sum(source.tensors[name].nbytes for name in present for source in sources if name in source.tensors)
     with ThreadPoolExecutor(READERS, "validate") as pool, stage("validate", total) as progress:
         try:
@@ -188,14 +199,16 @@ def compare(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint | None = None
 
 
 def _names(source: Checkpoint) -> list[str]:
-    tied = source.config.get("tie_word_embeddings")  # then a head in the file is a copy that some exports carry
+    """Return the names of a model's tensors, without the copy of a tied head that some exports carry."""
+    tied = source.config.get("tie_word_embeddings")
     return [name for name in source.tensors if not (tied and name == "lm_head.weight")]
 
 
 def _collect(pending: Sequence, sources: Sequence, progress: Stage) -> Iterator[tuple[str, Comparison]]:
+    """Yield the comparisons by name as they are done, and advance the progress."""
     done = 0
     for future in pending:
-        found = future.result()
-        done += sum(source.tensors[found.name].nbytes for source in sources if found.name in source.tensors)
+        comparison = future.result()
+        done += sum(source.tensors[comparison.name].nbytes for source in sources if comparison.name in source.tensors)
         progress.advance(done)
-        yield found.name, found
+        yield comparison.name, comparison

@@ -11,10 +11,10 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.merging.merger import Merger, output_tensors
 
 
-def merged_model(merger: Merger, directory: Path | None, **numbers) -> Model:
+def merged_model(merger: Merger, directory: Path | None, **overrides) -> Model:
     """What `merger` makes with these factors and coefficients; `directory` has the tokenizer."""
     merged = Model(dict(merger.base.config), _empty(merger.base, merger.config), directory)
-    merged.outcome = merger(_Sink(merged), **numbers)
+    merged.outcome = merger(_Sink(merged), **overrides)
     return merged
 
 

@@ -1,4 +1,4 @@
-"""What a report is made from: the scores of every model that was compared."""
+"""The scores that a report is made from: those of every model that was compared."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,13 @@ from dppa_jax.evaluate.scores import Scores
 
 
 class Merged(NamedTuple):
-    """A merge of all experts. `coefficients` says how they were found, a key of `ADAMERGING`; empty where given."""
+    """A merge of all experts.
+
+    Attributes:
+      method: a preset of `--method`.
+      rate: the share removed; 0 for a method that prunes nothing.
+      coefficients: how they were found, a key of `config.search.ADAMERGING`; empty if they were given.
+    """
 
     method: str
     rate: float
@@ -14,9 +20,16 @@ class Merged(NamedTuple):
 
 
 class Measurements(NamedTuple):
-    """With one seed: the dense models, and every pruned expert and merge."""
+    """All scores of one seed.
+
+    Attributes:
+      base: the base's scores by task.
+      experts: the score of each task, by the dense expert of its domain.
+      single: the scores of each pruned expert, by (method, rate, expert).
+      merged: the scores of each merge.
+    """
 
     base: Scores
-    experts: Scores  # of each task, by the expert of its domain
-    single: dict[tuple[str, float, str], Scores]  # (method, rate, expert)
+    experts: Scores
+    single: dict[tuple[str, float, str], Scores]
     merged: dict[Merged, Scores]

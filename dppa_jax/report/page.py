@@ -1,4 +1,4 @@
-"""What a run leaves to be read: one self-contained HTML page, and the same tables and figures as files."""
+"""Write a report: one self-contained HTML page, and the same tables and figures as files."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from dppa_jax.report.tables import ResultTable
 
 @dataclass(frozen=True)
 class Illustration:
-    """A figure as it stands on the page; `svg` is an svg element and is not escaped."""
+    """A figure of the page with its caption. `svg` is an svg element; it is put on the page as it is."""
 
     name: str
     caption: str
@@ -27,18 +27,19 @@ class Illustration:
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a page says of a run.
+class Report:
+    """The content of a report.
 
     Attributes:
-      title: of the page.
-      command: what repeats the run.
-      models: where they came from: "base" and the experts by name.
-      facts: date, machine, versions and the like; `surroundings()` knows those of this process.
-      choices: by task, the variants of prompt and scoring in force, by name.
-      recipe: everything that was decided, shown folded.
-      notes: what a reader must know before comparing numbers.
-      data: what tables.json holds beside the tables, for example every score.
+      title: the page's title.
+      command: the command line that repeats the run.
+      models: where "base" and each expert came from, by name.
+      facts: date, machine, versions and the like; `surroundings()` returns those of this process.
+      tables, figures: in the order in which they are shown.
+      choices: for each task the variants of prompt and scoring that were used, by name.
+      recipe: everything that was decided; the page shows it folded.
+      notes: sentences that a reader must know before comparing numbers.
+      data: content of tables.json beside the tables, for example every score.
     """
 
     title: str
@@ -54,7 +55,7 @@ class Run:
 
 
 def surroundings() -> dict[str, str]:
-    """Date, machine and versions, as this process sees them."""
+    """Return date, machine, devices and versions, as this process sees them."""
     devices = [device.device_kind for device in jax.devices()]
     kinds = ", ".join(f"{devices.count(kind)} × {kind}" for kind in dict.fromkeys(devices))
     versions = {"python": platform.python_version(), **library_versions()}
@@ -66,35 +67,35 @@ def surroundings() -> dict[str, str]:
     }
 
 
-def page(run: Run) -> str:
-    """A page that a browser opens without a network: nothing on it is fetched, nothing runs."""
-    recipe = _json(run.recipe, indent=2) if run.recipe else ""
-    variants = list(dict.fromkeys(name for chosen in run.choices.values() for name in chosen))
+def page(report: Report) -> str:
+    """Return the HTML page. It needs no network: nothing is fetched, and no script runs."""
+    recipe = _json(report.recipe, indent=2) if report.recipe else ""
+    variants = list(dict.fromkeys(name for chosen in report.choices.values() for name in chosen))
     return (
         _environment()
         .get_template("page.html")
-        .render(run=run, recipe=recipe, variants=variants, source=published.SOURCE, url=published.URL)
+        .render(report=report, recipe=recipe, variants=variants, source=published.SOURCE, url=published.URL)
     )
 
 
-def write_report(directory: Path, run: Run) -> list[Path]:
-    """Write report.html, tables.md, tables.json, tables/NAME.csv and figures/NAME.svg; returns their paths.
+def write_report(directory: Path, report: Report) -> list[Path]:
+    """Write report.html, tables.md, tables.json, tables/NAME.csv and figures/NAME.svg; return their paths.
 
-    Files of an earlier report that this one does not have are left alone.
+    Files of an earlier report that this one does not have stay where they are.
 
     Raises:
-      ValueError: if two tables or two figures have one name.
+      ValueError: two tables, or two figures, have the same name.
     """
-    for what, names in (("tables", [t.name for t in run.tables]), ("figures", [f.name for f in run.figures])):
+    for what, names in (("tables", [t.name for t in report.tables]), ("figures", [f.name for f in report.figures])):
         if len(set(names)) < len(names):
             raise ValueError(f"{what} of a report need names of their own, not {', '.join(names)}.")
-    content = {"tables": {table.name: table.as_dict() for table in run.tables}, **run.data}
+    content = {"tables": {table.name: table.as_dict() for table in report.tables}, **report.data}
     texts = {
-        "report.html": page(run),
-        "tables.md": "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in run.tables),
+        "report.html": page(report),
+        "tables.md": "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in report.tables),
         "tables.json": _json(content, indent=1) + "\n",
-        **{f"tables/{table.name}.csv": table.csv() for table in run.tables},
-        **{f"figures/{figure.name}.svg": f"{figure.svg}\n" for figure in run.figures},
+        **{f"tables/{table.name}.csv": table.csv() for table in report.tables},
+        **{f"figures/{figure.name}.svg": f"{figure.svg}\n" for figure in report.figures},
     }
     for name, text in texts.items():
         path = directory / name
@@ -104,7 +105,7 @@ def write_report(directory: Path, run: Run) -> list[Path]:
 
 
 def _json(content: object, indent: int) -> str:
-    """JSON that every reader takes: null where a number is none, text for what JSON does not know."""
+    """Return JSON that every reader takes: null for NaN and Inf, text for what JSON does not know."""
     return json.dumps(_finite(content), indent=indent, ensure_ascii=False, default=str)
 
 

@@ -1,4 +1,4 @@
-"""The paper's tables, from what was measured, with its published values beside ours where the models are its own.
+"""Make the paper's tables from what was measured, beside its published values if the models are its own.
 
 Source: Zhu et al. 2024, tables 1, 2, 3, 5, 6 and 7 (appendix A).
 """
@@ -11,31 +11,18 @@ from dppa_jax.evaluate.ratios import domain_ratio, task_ratio
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report import published
+from dppa_jax.report.labels import label, percent
 from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.tables import Cell, ResultTable
 
-LABELS = {
-    "task_arithmetic": "Task arithmetic",
-    "magnitude": "Magnitude",
-    "owl": "OWL",
-    "dp": "DP",
-    "dppa": "DPPA",
-    "dare": "DARE",
-    "dare_dpa": "DARE+DPA",
-    "darex_q": "DAREx-q",
-    "ties": "TIES",
-    "dare_ties": "DARE+TIES",
-    "adamerging": "AdaMerging",
-    "adamerging_layerwise": "AdaMerging by layer",
-    "adamerging_linearwise": "AdaMerging by tensor",
+COLUMNS = {  # the methods of each of the paper's tables of single experts, in its order
+    1: ("magnitude", "owl", "dare", "dppa"),
+    2: ("magnitude", "owl", "dp"),
+    3: ("dare", "dare_dpa", "dppa"),
+    7: ("magnitude", "owl", "dp", "dare"),
 }
-
-# Columns in the paper's order; what else was measured follows them.
-TABLE_1 = ("magnitude", "owl", "dare", "dppa")
-TABLE_2 = ("magnitude", "owl", "dp")
-TABLE_3 = ("dare", "dare_dpa", "dppa")
-TABLE_7 = ("magnitude", "owl", "dp", "dare")
-MERGED_TABLES = {3: 5, 2: 6}  # by the number of experts
+HIGHEST_RATE = (2, 3)  # tables of single experts at the highest rate alone
+MERGED_TABLES = {3: 5, 2: 6}  # the table of merges, by the number of experts
 
 RATIOS = "Domain ratio: the geometric mean, over a domain's tasks, of accuracy / the dense expert's accuracy."
 DEDUCED = "( ): not printed in the paper, but its tables 1 and 2 follow from them by its appendix A."
@@ -46,40 +33,43 @@ Domains = Mapping[str, Sequence[Task]]
 def paper_tables(
     measured: Mapping[int, Measurements], domains: Domains, experts: int, papers: bool = False
 ) -> list[ResultTable]:
-    """Every table whose methods were measured.
+    """Return the tables whose methods were measured.
+
+    Tables 2 and 3 are shown if a method was measured that they have and table 1 lacks.
 
     Args:
-      measured: by seed; a later seed may lack models that no seed changes, and then has the first one's dense scores.
-      domains: the tasks of every domain, which has the name of its expert.
-      experts: how many were merged.
-      papers: whether the models are the paper's (`published.is_papers`), so that its values stand beside ours, if the
-        tasks are the paper's, too.
+      measured: by seed. A later seed may lack models that no seed changes; then it has the dense scores of the first.
+      domains: the tasks of every domain; its expert has the domain's name.
+      experts: how many experts were merged.
+      papers: whether the models are the paper's (`published.is_papers`). Its values then stand beside ours, unless the
+        tasks differ.
     """
-    made = _Tables(measured, domains, experts, papers)
-    found = [made.dense()]
-    if made.singles:
-        methods = made.methods(TABLE_1)
-        found.append(made.table_1(methods))
-        if "dp" in methods:
-            found.append(made.at_highest_rate(2, TABLE_2))
-        if "dare_dpa" in methods:
-            found.append(made.at_highest_rate(3, TABLE_3))
-    if made.merges:
-        found += [made.merge_ratios(), made.merge_accuracies()]
-    if made.singles:
-        found.append(made.appendix())
-    return found
+    builder = _Tables(measured, domains, experts, papers)
+    tables = [builder.dense()]
+    if builder.singles:
+        methods = builder.methods(COLUMNS[1])
+        tables.append(builder.table_1(methods))
+        for number in HIGHEST_RATE:
+            own = set(COLUMNS[number]) - set(COLUMNS[1])
+            if own & set(methods):
+                tables.append(builder.at_highest_rate(number))
+    if builder.merges:
+        tables += [builder.merge_ratios(), builder.merge_accuracies()]
+    if builder.singles:
+        tables.append(builder.appendix())
+    return tables
 
 
-def evaluated(
+def merge_table(
     base: Scores, experts: Scores, merged: Scores, domains: Domains, known: Mapping[str, float | None] | None = None
 ) -> ResultTable:
-    """One merge: accuracies of the base, of each domain's expert and of the merge; task and domain ratios.
+    """Return the table of one merge: accuracies of the base, the dense experts and the merge, and the merge's ratios.
 
     Args:
-      base: its scores by task, as the others'.
-      experts: of each task, by the expert of its domain.
-      merged: of the merge.
+      base: the base's scores by task.
+      experts: the score of each task by the dense expert of its domain.
+      merged: the merge's scores by task.
+      domains: the tasks of every domain.
       known: published domain ratios, see `published_merge`.
     """
     known = known or {}
@@ -96,30 +86,13 @@ def evaluated(
 
 
 def published_merge(experts: int, domains: Domains, method: str, rate: float) -> dict[str, float | None]:
-    """What the paper's table 5 or 6 says of a merge of its models, by domain."""
+    """Return the domain ratios of a merge as the paper's table 5 or 6 has them; None where it has none."""
     tables = _Tables({}, domains, experts, papers=True)
     return {domain: tables.published(MERGED_TABLES.get(experts), domain, method, rate) for domain in domains}
 
 
-def label(name: str) -> str:
-    """A method or a domain as tables and figures write it.
-
-    >>> label("dare_dpa"), label("math")
-    ('DARE+DPA', 'Math')
-    """
-    return LABELS.get(name, name[:1].upper() + name[1:])
-
-
-def percent(rate: float) -> str:
-    """
-    >>> percent(0.1 + 0.2)
-    '30 %'
-    """
-    return f"{100 * rate:g} %"
-
-
 def raw(measured: Mapping[int, Measurements]) -> dict:
-    """Every score, as JSON: right answers and questions of every model and task, by seed."""
+    """Return every score as JSON has it: right answers and questions of every model and task, by seed."""
 
     def counts(scores: Scores) -> dict:
         return {task: score._asdict() for task, score in scores.items()}
@@ -144,6 +117,8 @@ def _accuracies(scores: Scores, tasks: Sequence[Task]) -> list[float]:
 
 @dataclass(frozen=True)
 class _Tables:
+    """Builds tables; the attributes are the arguments of `paper_tables`."""
+
     measured: Mapping[int, Measurements]
     domains: Domains
     experts: int
@@ -151,29 +126,32 @@ class _Tables:
 
     @property
     def dense_seeds(self) -> list[Measurements]:
-        """Those with dense models of their own."""
+        """The measurements that have dense scores of their own."""
         return list({id(m.base): m for m in self.measured.values()}.values())
 
     @property
     def singles(self) -> list[tuple[str, float]]:
-        """(method, rate) of what was measured of every expert by itself, in the order measured."""
+        """The (method, rate) pairs of pruned single experts, in the order measured."""
         return list(dict.fromkeys((method, rate) for m in self.measured.values() for method, rate, _ in m.single))
 
     @property
     def merges(self) -> list[Merged]:
+        """The merges, in the order measured."""
         return list(dict.fromkeys(key for m in self.measured.values() for key in m.merged))
 
     @property
     def rates(self) -> list[float]:
-        found = sorted({rate for method, rate in self.singles if METHODS[method].score})
-        return found or [0.0]
+        """The rates of pruned single experts, lowest first."""
+        rates = sorted({rate for method, rate in self.singles if METHODS[method].score})
+        return rates or [0.0]
 
-    def methods(self, first: Sequence[str]) -> list[str]:
-        """Those measured, the given ones first."""
-        found = {method for method, _ in self.singles}
-        return [method for method in dict.fromkeys((*first, *METHODS)) if method in found]
+    def methods(self, first: Sequence[str] = ()) -> list[str]:
+        """Return the methods that single experts were pruned by: those in `first`, then the others."""
+        measured = {method for method, _ in self.singles}
+        return [method for method in dict.fromkeys((*first, *METHODS)) if method in measured]
 
     def dense(self) -> ResultTable:
+        """Return the table of the dense models' accuracies."""
         rows = {}
         for domain, tasks in self.domains.items():
             for task in tasks:
@@ -184,6 +162,7 @@ class _Tables:
         return ResultTable("Accuracy of the dense models (%)", "task", columns, rows, name="dense", beside=DEDUCED)
 
     def table_1(self, methods: Sequence[str]) -> ResultTable:
+        """Return the domain ratios of single experts by rate and method."""
         rows = {
             (label(domain), percent(rate)): [self._ratio(1, domain, method, rate) for method in methods]
             for domain in self.domains
@@ -192,14 +171,16 @@ class _Tables:
         title = "Domain ratios of single experts, pruned (%), like table 1 of the paper"
         return ResultTable(title, "sparse ratio", tuple(map(label, methods)), rows, (RATIOS,), "table_1")
 
-    def at_highest_rate(self, number: int, methods: Sequence[str]) -> ResultTable:
-        rate = self.rates[-1]
-        chosen = [method for method in methods if method in self.methods(())]
+    def at_highest_rate(self, number: int) -> ResultTable:
+        """Return the paper's table of this number: the domain ratios of single experts at the highest rate."""
+        rate, measured = self.rates[-1], self.methods()
+        chosen = [method for method in COLUMNS[number] if method in measured]
         rows = {label(domain): [self._ratio(number, domain, m, rate) for m in chosen] for domain in self.domains}
         title = f"Domain ratios with {percent(rate)} removed (%), like table {number} of the paper"
         return ResultTable(title, "domain", tuple(map(label, chosen)), rows, (RATIOS,), f"table_{number}")
 
     def merge_ratios(self) -> ResultTable:
+        """Return the domain ratios of the merges."""
         number = MERGED_TABLES.get(self.experts)
         rows = {
             self._merge_name(key): [
@@ -219,6 +200,7 @@ class _Tables:
         return ResultTable(title, "method, pruning rate", columns, rows, (RATIOS,), name)
 
     def merge_accuracies(self) -> ResultTable:
+        """Return the accuracies of the base, the dense experts and the merges."""
         tasks = [task for tasks in self.domains.values() for task in tasks]
         rows = {
             "base": [self._base(task) for task in tasks],
@@ -234,7 +216,8 @@ class _Tables:
         return ResultTable(title, "method, pruning rate", columns, rows, name="merge_accuracies")
 
     def appendix(self) -> ResultTable:
-        methods = self.methods(TABLE_7)
+        """Return the accuracies of single experts by task, rate and method."""
+        methods = self.methods(COLUMNS[7])
         rows = {
             (task.name, percent(rate)): [self._accuracy(domain, task, method, rate) for method in methods]
             for domain, tasks in self.domains.items()
@@ -257,11 +240,14 @@ class _Tables:
         scores = [m.single[key][task.name] for m in self.measured.values() if key in m.single]
         return Cell.of_scores(scores, self.published(7, task.name, method, rate))
 
-    def _over_seeds(self, of: Callable[[Measurements], float | None]) -> tuple[float, ...]:
-        return tuple(value for m in self.measured.values() if (value := of(m)) is not None)
+    def _over_seeds(self, ratio: Callable[[Measurements], float | None]) -> tuple[float, ...]:
+        return tuple(value for m in self.measured.values() if (value := ratio(m)) is not None)
 
     def published(self, number: int | None, subject: str, method: str, rate: float) -> float | None:
-        """A ratio only where it is over the paper's two tasks. `subject` is a domain, in table 7 a task."""
+        """Return a published value; None if there is none, or if it is a ratio over other tasks than ours.
+
+        `subject` is a domain; in table 7 it is a task.
+        """
         tasks = {task.name for task in self.domains.get(subject, ())}
         if not self.papers or number is None or (number != 7 and tasks != published.TASKS[subject]):
             return None
@@ -270,7 +256,7 @@ class _Tables:
         return published.lookup(number, subject, method, rate)
 
     def _merge_order(self) -> list[Merged]:
-        """The highest rates first, as in the paper, after the methods that prune nothing."""
+        """Return the merges as the paper orders them: those that prune nothing, then the highest rates first."""
         return sorted(self.merges, key=lambda key: (METHODS[key.method].score is not None, -key.rate))
 
     def _merge_name(self, key: Merged) -> str:
@@ -278,6 +264,6 @@ class _Tables:
         return f"{name} {percent(key.rate)}" if METHODS[key.method].score else name
 
 
-def _ratio(found: Scores | None, measured: Measurements, tasks: Sequence[Task]) -> float | None:
-    """None where nothing was measured."""
-    return domain_ratio(_accuracies(found, tasks), _accuracies(measured.experts, tasks)) if found else None
+def _ratio(scores: Scores | None, measured: Measurements, tasks: Sequence[Task]) -> float | None:
+    """Return the domain ratio of a model; None if it was not measured."""
+    return domain_ratio(_accuracies(scores, tasks), _accuracies(measured.experts, tasks)) if scores else None

@@ -1,4 +1,4 @@
-"""The numbers that the paper printed, as data: published.csv, one line for every number of its tables.
+"""The numbers that the paper printed, from published.csv, which has a line for every number of its tables.
 
 Source: Zhu et al. 2024, "DPPA: Pruning Method for Large Language Model to Model Merging", arXiv 2403.02799. Tables 1,
 2, 3, 5 and 6 are domain ratios in percent, table 7 (appendix A) is accuracies in [0, 1], tables 4 and 8 (appendix B)
@@ -35,17 +35,25 @@ PERCENT_TABLES = (1, 2, 3, 5, 6)
 
 
 class Published(NamedTuple):
-    """One printed number."""
+    """One printed number.
+
+    Attributes:
+      table: the number of its table.
+      subject: a domain; in table 7 a task.
+      column: a method; in tables 4 and 8 a quantile.
+      rate: the share removed.
+      printed: the digits as they were printed.
+    """
 
     table: int
-    subject: str  # a domain, or in table 7 a task
-    column: str  # a method, or in tables 4 and 8 a quantile
-    rate: float | None  # the share removed
+    subject: str
+    column: str
+    rate: float | None
     printed: str
 
     @property
     def value(self) -> float:
-        """Ratios and accuracies as fractions.
+        """The number; ratios and accuracies are fractions.
 
         >>> Published(1, "math", "owl", 0.8, "77.11").value
         0.7711
@@ -56,7 +64,7 @@ class Published(NamedTuple):
 
 @cache
 def published() -> tuple[Published, ...]:
-    """Every number, in the order of the paper's tables.
+    """Return every number, in the order of the paper's tables.
 
     >>> published()[0]
     Published(table=1, subject='math', column='magnitude', rate=0.1, printed='96.46')
@@ -70,7 +78,7 @@ def published() -> tuple[Published, ...]:
 
 
 def lookup(table: int, subject: str, column: str, rate: float) -> float | None:
-    """The printed value as a fraction, None where the table has none.
+    """Return a printed value as a fraction; None if the table has none in this place.
 
     >>> lookup(5, "law", "dppa", 0.8), lookup(1, "math", "dppa", 0.1)
     (1.4623, None)
@@ -79,9 +87,9 @@ def lookup(table: int, subject: str, column: str, rate: float) -> float | None:
 
 
 def is_papers(base: str, experts: Mapping[str, str]) -> bool:
-    """Whether these are the paper's models: hub ids, with or without a revision, or directories of the same name.
+    """Tell whether these are the paper's models: hub ids, with or without a revision, or directories of the same name.
 
-    Fewer experts than the paper's three will do; another one, or a known one under another domain's name, will not.
+    Fewer than the paper's three experts are fine. Another expert is not, nor one of the three under a wrong domain.
 
     >>> is_papers("meta-llama/Llama-2-7b-hf@main", {"math": "/models/Abel-7B-001", "law": "AdaptLLM/law-chat"})
     True

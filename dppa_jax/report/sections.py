@@ -1,4 +1,4 @@
-"""TODO."""
+"""The sections that reports share: tables, figures, facts, notes and data of merges, searches and AdaMerging."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +13,10 @@ from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.merging.inspection import kept_counts
 from dppa_jax.merging.merger import Outcome
-from dppa_jax.report import figures
-from dppa_jax.report.page import Illustration, Run, surroundings, write_report
+from dppa_jax.report.coefficient_figures import draw_adamerging
+from dppa_jax.report.figures import draw_kept_counts, draw_rates, draw_search
+from dppa_jax.report.page import Illustration, Report, surroundings, write_report
+from dppa_jax.report.styles import svg
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.progress import console
@@ -24,13 +26,13 @@ from dppa_jax.search.factors import Searched
 
 
 def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome) -> list[Illustration]:
-    """Rates of every layer and linear, and what is left of the middle layer by dimension."""
+    """Draw the rates of every layer and linear and, of the middle layer, what is left by dimension."""
     if not config.score:
         return []
     linears = outcome.linears
     rates = {name: linears.by_layer(outcome.rates[e, -1]) for e, name in enumerate(config.experts)}
     caption = f"Share removed of every linear, at rate {config.rate:g}."
-    illustrations = [illustration("rates", figures.rates(rates, linears.kinds), caption)]
+    illustrations = [illustration("rates", draw_rates(rates, linears.kinds), caption)]
     if config.ranks_by_magnitude:
         layer = linears.layers // 2
         places = np.flatnonzero(linears.layer == layer)
@@ -38,100 +40,109 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
             thresholds = {linears.names[place]: outcome.thresholds[e, :, place] for place in places}
             counts = kept_counts(candidates.base, candidates.experts[name], config, thresholds)
             caption = f"Parameters of {name} that are left in layer {layer}, by dimension (figure 3 of the paper)."
-            illustrations.append(illustration(f"remaining-{name}", figures.remaining(counts), caption))
+            illustrations.append(illustration(f"remaining-{name}", draw_kept_counts(counts), caption))
     return illustrations
 
 
-def search_tables(found: Mapping[str, Searched]) -> list[ResultTable]:
-    """Every candidate of every expert."""
+def search_tables(searches: Mapping[str, Searched]) -> list[ResultTable]:
+    """Make a table of all candidates for each expert."""
     tables = []
-    for name, one in found.items():
+    for name, searched in searches.items():
         rows = {
             ",".join(f"{factor:g}" for factor in factors): [
                 *(Cell.of_scores([score]) for score in scores.values()),
-                Cell((one.ratio(factors),)),
+                Cell((searched.ratio(factors),)),
             ]
-            for factors, scores in one.scores.items()
+            for factors, scores in searched.scores.items()
         }
-        title = f"Factors of {name}: accuracy on the {one.split} split and domain ratio (%)"
-        tables.append(ResultTable(title, "factors", (*one.dense, "domain ratio"), rows, name=f"search-{name}"))
+        title = f"Factors of {name}: accuracy on the {searched.split} split and domain ratio (%)"
+        tables.append(ResultTable(title, "factors", (*searched.dense, "domain ratio"), rows, name=f"search-{name}"))
     return tables
 
 
-def search_figures(found: Mapping[str, Searched]) -> list[Illustration]:
+def search_figures(searches: Mapping[str, Searched]) -> list[Illustration]:
+    """Draw score against factor for each expert."""
     return [
         illustration(
             f"search-{name}",
-            figures.search(one.result.visits, one.partitions, one.result.factors),
-            f"Domain ratio of {name}, {one.split} split, against each partition's factor (figure 2 of the paper).",
+            draw_search(searched.result.visits, searched.partitions, searched.result.factors),
+            f"Domain ratio of {name}, {searched.split} split, against each partition's factor (figure 2 of the paper).",
         )
-        for name, one in found.items()
+        for name, searched in searches.items()
     ]
 
 
-def _search_facts(found: Mapping[str, Searched]) -> dict[str, str]:
-    return {f"factors of {name}": one.in_words() for name, one in found.items()}
+def search_facts(searches: Mapping[str, Searched]) -> dict[str, str]:
+    """Return one line about the factors of each expert."""
+    return {f"factors of {name}": searched.in_words() for name, searched in searches.items()}
 
 
-def _search_data(found: Mapping[str, Searched]) -> dict:
-    return {"searches": {name: one.as_dict() for name, one in found.items()}} if found else {}
+def search_data(searches: Mapping[str, Searched]) -> dict:
+    """Return what tables.json says of the searches; nothing if there were none."""
+    return {"searches": {name: searched.as_dict() for name, searched in searches.items()}} if searches else {}
 
 
-def search_notes(found: Mapping[str, Searched]) -> list[str]:
+def search_notes(searches: Mapping[str, Searched]) -> list[str]:
+    """Warn of factors that were chosen by the items that are reported."""
     return [
         f"The factors of {name} were chosen by the items that are reported here (--search_split=test), as in the paper."
-        for name, one in found.items()
-        if one.split == "test"
+        for name, searched in searches.items()
+        if searched.split == "test"
     ]
 
 
-def adamerging_facts(found: AdaMerged | None) -> dict[str, str]:
-    if found is None:
+def adamerging_facts(result: AdaMerged | None) -> dict[str, str]:
+    """Return the coefficients and the memory that finding them took; nothing if they were given."""
+    if result is None:
         return {}
-    memory = f"{found.peak_bytes / 1e9:.3f} GB a device in a step, base and experts alone {found.model_bytes / 1e9:.3f}"
-    return {"coefficients": found.in_words()} | ({"memory of AdaMerging": memory} if found.peak_bytes else {})
+    step, models = result.peak_bytes / 1e9, result.model_bytes / 1e9
+    memory = f"{step:.3f} GB a device in a step, base and experts alone {models:.3f}"
+    return {"coefficients": result.in_words()} | ({"memory of AdaMerging": memory} if result.peak_bytes else {})
 
 
-def adamerging_figures(found: Mapping[str, AdaMerged]) -> list[Illustration]:
-    """Entropies and coefficients, by a name that makes the figures' names differ."""
+def adamerging_figures(results: Mapping[str, AdaMerged]) -> list[Illustration]:
+    """Draw entropies and coefficients; the keys become the figures' names."""
     return [
-        illustration(name, figures.adamerging(one), f"Entropy against the step, and coefficients, of {name}.")
-        for name, one in found.items()
+        illustration(name, draw_adamerging(result), f"Entropy against the step, and coefficients, of {name}.")
+        for name, result in results.items()
     ]
 
 
-def adamerging_notes(given: AdaMergingConfig | None) -> list[str]:
-    if given is None or given.split != "test":
+def adamerging_notes(config: AdaMergingConfig | None) -> list[str]:
+    """Warn of coefficients that were found on the prompts that are reported."""
+    if config is None or config.split != "test":
         return []
     return ["AdaMerging read the prompts that are reported here (--adamerging_split=test), without their answers."]
 
 
 def illustration(name: str, figure, caption: str) -> Illustration:
-    return Illustration(name, caption, figures.svg(figure, name))
+    """Make a figure of the page from a matplotlib Figure."""
+    return Illustration(name, caption, svg(figure, name))
 
 
-def run_of(
+def new_report(
     title: str,
     command: str,
     models: Mapping[str, str],
     config: EvaluationConfig,
     evaluation: Evaluation,
     tables: Sequence[ResultTable] = (),
-) -> Run:
+) -> Report:
+    """Return a report with tables, surroundings, decoding, and how each task was asked and judged."""
     choices = {
         task.name: {"items": str(len(evaluation.questions(task))), **task.describe(config.options)}
         for task in every_task(config.tasks)
     }
     decoding = ", ".join(f"{name} {value}" for name, value in evaluation.evaluator.decoding.items())
     facts = {**surroundings(), "decoding": f"greedy, {decoding}"}
-    return Run(title, command, models, facts, tables, choices=choices)
+    return Report(title, command, models, facts, tables, choices=choices)
 
 
-def finish(workdir: Path, run: Run) -> None:
-    """Print the tables and write the report, in the first process."""
+def finish(workdir: Path, report: Report) -> None:
+    """Print the tables and write the report, in the first process only."""
     if processes.index():
         return
-    for table in run.tables:
+    for table in report.tables:
         console().print(table.printed())
-    write_report(workdir, run)
+    write_report(workdir, report)
     logging.info("report: %s", workdir / "report.html")

@@ -1,4 +1,4 @@
-"""Tables of measured values: printed, and as markdown, CSV, JSON and the cells of a page."""
+"""Tables of measured values, which can be printed and written as markdown, CSV, JSON and HTML."""
 
 import csv
 import io
@@ -20,13 +20,13 @@ PUBLISHED = "( ): published by Zhu et al. 2024, arXiv 2403.02799."
 
 @dataclass(frozen=True)
 class Cell:
-    """One value measured with several seeds, or none.
+    """One value of a table, measured with one or several seeds; empty if nothing was measured.
 
     Attributes:
-      values: fractions, one per seed; NaN where there is no ratio.
-      intervals: the 95 % interval of every value, or none. They are not pooled: seeds share their questions, so counts
-        of several seeds are not independent, and the spread over seeds is shown in place of an interval.
-      published: what the paper printed in this place, as a fraction.
+      values: fractions, one per seed; NaN if there is no ratio.
+      intervals: the 95 % interval of every value, or none. They are not pooled: seeds share their questions, so their
+        counts are not independent. With several seeds the spread over seeds is shown in place of an interval.
+      published: the value that the paper printed in this place, as a fraction.
     """
 
     values: tuple[float, ...] = ()
@@ -35,7 +35,7 @@ class Cell:
 
     @classmethod
     def of_scores(cls, scores: Sequence[Score], published: float | None = None) -> "Cell":
-        """The accuracies of one task, by seed.
+        """Make a cell of the accuracies of one task, one per seed.
 
         >>> str(Cell.of_scores([Score(36, 172)]))
         '20.9 [15.5, 27.6]'
@@ -44,20 +44,22 @@ class Cell:
 
     @property
     def mean(self) -> float:
+        """The mean over the seeds; NaN if there is none."""
         return float(np.mean(self.values)) if self.values else math.nan
 
     @property
     def spread(self) -> float:
-        """Standard deviation over the seeds, 0 of one."""
+        """The standard deviation over the seeds; 0 for one seed."""
         return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
 
     @property
     def has_ratio(self) -> bool:
+        """Whether every seed has a number."""
         return not any(math.isnan(value) for value in self.values)
 
     @property
     def measured(self) -> str:
-        """In percent, as the paper's tables are; empty where nothing was measured."""
+        """The measured value in percent, as in the paper's tables; empty if nothing was measured."""
         if not self.values:
             return ""
         if not self.has_ratio:
@@ -69,7 +71,7 @@ class Cell:
 
     @property
     def beside(self) -> str:
-        """The published value, in percent with the two digits of the paper's ratios."""
+        """The published value in brackets, in percent, with two digits like the paper's ratios."""
         return "" if self.published is None else f"({100 * self.published:.2f})"
 
     def __str__(self) -> str:
@@ -82,14 +84,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """Named rows and columns of cells.
+    """A table with named rows and columns of cells.
 
     Attributes:
       title: what the table shows, with its unit.
       corner: what the rows are.
-      rows: by name, or by (section, name): a section's rows follow each other under one heading.
-      notes: what a reader needs to know of the numbers, beside what the cells' signs mean.
-      name: of files and links.
+      columns: names of the columns.
+      rows: cells by row name, or by (section, row name). The rows of a section stand together under one heading.
+      notes: sentences about the numbers, beside the explanation of signs, which is added.
+      name: a name for files and links.
       beside: what the values in ( ) are.
     """
 
@@ -102,15 +105,15 @@ class ResultTable:
     beside: str = PUBLISHED
 
     def sections(self) -> Iterator[tuple[str, list[tuple[str, Sequence[Cell]]]]]:
-        """(section, its rows), the section "" where rows have only names."""
-        found: dict[str, list] = {}
+        """Yield (section, its rows); the section is "" for rows without one."""
+        sections: dict[str, list] = {}
         for key, cells in self.rows.items():
             section, row = key if isinstance(key, tuple) else ("", key)
-            found.setdefault(section, []).append((row, cells))
-        yield from found.items()
+            sections.setdefault(section, []).append((row, cells))
+        yield from sections.items()
 
     def footnotes(self) -> tuple[str, ...]:
-        """What the signs in the cells mean, as far as they appear, and the table's own notes."""
+        """Return what the signs in the cells mean, if they appear, and the table's own notes."""
         cells = [cell for row in self.rows.values() for cell in row]
         signs = (
             (SPREAD, any(len(cell.values) > 1 and cell.has_ratio for cell in cells)),
@@ -121,6 +124,7 @@ class ResultTable:
         return (*(text for text, appears in signs if appears), *self.notes)
 
     def printed(self) -> Table:
+        """Return the table for a terminal."""
         table = Table(self.corner, title=self.title, caption="\n".join(self.footnotes()) or None)
         for column in self.columns:
             table.add_column(column, justify="right")
@@ -133,6 +137,7 @@ class ResultTable:
         return table
 
     def markdown(self) -> str:
+        """Return the table and its footnotes as markdown."""
         lines = [_line((self.corner, *self.columns)), "|---" + "|---:" * len(self.columns) + "|"]
         for section, rows in self.sections():
             lines += [_line((f"**{section}**", *[""] * len(self.columns)))] if section else []
@@ -141,7 +146,7 @@ class ResultTable:
         return "\n".join(lines) + "\n"
 
     def csv(self) -> str:
-        """One line per cell, in fractions: mean, standard deviation, published value, value and interval by seed."""
+        """Return a line for each cell, in fractions: mean, standard deviation, published value, and values by seed."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         cells = [cell for row in self.rows.values() for cell in row]
@@ -160,9 +165,9 @@ class ResultTable:
         return out.getvalue()
 
     def as_dict(self) -> dict:
-        """As JSON: rows, whose cells have values by seed, and intervals and a published value where there are any.
+        """Return the table as JSON has it.
 
-        A value that is no number (no ratio) is null.
+        A cell holds a value for each seed, null if there is no ratio, and intervals and a published value if any.
         """
         return {
             "title": self.title,
@@ -176,12 +181,12 @@ class ResultTable:
         }
 
     def _cells(self, row: Sequence[Cell]) -> dict:
-        found = {}
+        cells = {}
         for column, cell in zip(self.columns, row, strict=True):
-            found[column] = {"values": [None if math.isnan(value) else value for value in cell.values]}
-            found[column] |= {"intervals": [list(interval) for interval in cell.intervals]} if cell.intervals else {}
-            found[column] |= {} if cell.published is None else {"published": cell.published}
-        return found
+            cells[column] = {"values": [None if math.isnan(value) else value for value in cell.values]}
+            cells[column] |= {"intervals": [list(interval) for interval in cell.intervals]} if cell.intervals else {}
+            cells[column] |= {} if cell.published is None else {"published": cell.published}
+        return cells
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Models to choose from or to compare: merges of open checkpoints, made where an evaluator asks for them and scored."""
+"""Make and score candidate merges of models that are already open; a single process keeps them in memory."""
 
 import shutil
 from collections.abc import Sequence
@@ -28,13 +28,14 @@ from dppa_jax.where import open_models
 
 
 class Candidates:
-    """The base and experts of a job, and their merges.
+    """The open base and experts of a job, which are merged and scored as often as a search asks.
 
-    The fingerprint of a merge is that of its inputs and of all that decides its bits, so that one whose responses are
-    known is not made again.
+    A merge's fingerprint covers its inputs and everything that decides its bits. A merge whose responses are stored
+    under its fingerprint is not made again.
 
-    Several processes make a merge together, each its layers, in a directory below `job.workdir` from which the first
-    one, which has the evaluator, takes it; all must call the same methods in the same order.
+    One process keeps a merge in memory. Several processes write it together, each its own layers, to a directory below
+    `job.workdir`; the first process, which has the evaluator, reads it there. All processes must call the same methods
+    in the same order.
     """
 
     def __init__(self, job: JobConfig, evaluation: Evaluation):
@@ -54,17 +55,18 @@ class Candidates:
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
+        """The digest of the weights of "base" and of every expert."""
         models = {"base": self.base, **self.experts}
         digests = lambda: {name: model.content_digest() for name, model in models.items()}  # noqa: E731
         return processes.of_first("fingerprints", digests)
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
-        """The scores of the base or of an expert as it is."""
+        """Return the scores of "base" or of an expert, unpruned."""
         model = self.base if name == "base" else self.experts[name]
         return self.evaluation.scores(name, self.fingerprints[name], lambda: model.directory, tasks, split, options)
 
     def merger(self, config: MergeConfig) -> Merger:
-        """Of the experts that `config` names."""
+        """Return a merger of the experts that `config` names. It surveys them once and merges them repeatedly."""
         experts = {name: self.experts[name] for name in config.experts}
         models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
         plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
@@ -73,23 +75,26 @@ class Candidates:
         return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)
 
     def merged(
-        self, name: str, merger: Merger, tasks: Sequence[Task], split: Split = "test", options=None, **numbers
+        self, name: str, merger: Merger, tasks: Sequence[Task], split: Split = "test", options=None, **overrides
     ) -> Scores:
-        """The scores of what `merger` makes with these factors and coefficients."""
-        fingerprint = self.fingerprint(merger.merge_config(**numbers))
-        make = lambda: self.made(merger, fingerprint, **numbers)  # noqa: E731
+        """Return the scores of the merge by `merger`; `overrides` replace its `factors` and `coefficients`."""
+        fingerprint = self.fingerprint(merger.merge_config(**overrides))
+        make = lambda: self.made(merger, fingerprint, **overrides)  # noqa: E731
         return self.evaluation.scores(name, fingerprint, make, tasks, split, options)
 
-    def made(self, merger: Merger, fingerprint: str, **numbers) -> Weights:
-        """What `merger` makes with these factors and coefficients, for the evaluator; it stays until the next one."""
+    def made(self, merger: Merger, fingerprint: str, **overrides) -> Weights:
+        """Return the weights of the merge by `merger` for the evaluator; they are valid until the next call.
+
+        `overrides` replace the merger's `factors` and `coefficients`.
+        """
         if processes.count() == 1:
-            return merged_model(merger, self.companion.directory, **numbers)
-        config, base = merger.merge_config(**numbers), self.base
-        directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator knows
+            return merged_model(merger, self.companion.directory, **overrides)
+        config, base = merger.merge_config(**overrides), self.base
+        directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator has read
         owner = owners(base.specs, processes.count())
         tensors = output_tensors(base, config)
         with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
-            merger(writer, **numbers)
+            merger(writer, **overrides)
             writer.commit(with_dtype(base.config, config.output_dtype or base.dtype.name), self.companion.directory)
         if self._written != directory:
             self._remove_written()
@@ -101,11 +106,14 @@ class Candidates:
             shutil.rmtree(self._written, ignore_errors=True)
 
     def cost(self, config: MergeConfig) -> Cost:
-        """Of the merge that `config` describes."""
+        """Return the seconds that the merge described by `config` took, part by part."""
         return self.evaluation.costs[self.fingerprint(config)]
 
     def fingerprint(self, config: MergeConfig) -> str:
-        """Of a merge: its inputs, what is computed, the code that computes it, and whose tokenizer files it gets."""
+        """Return the fingerprint of the merge that `config` describes.
+
+        It covers the inputs, the numbers of the merge, the code that computes it, and whose tokenizer files it gets.
+        """
         inputs = [self.fingerprints[name] for name in ("base", *config.experts)]
         seed = config.seed if config.has_random_score else None
         calibration = Path(self.job.calibration).read_text() if config.is_calibrated else None
@@ -114,5 +122,5 @@ class Candidates:
 
     @property
     def companion(self) -> Checkpoint:
-        """The model whose tokenizer and generation config a merge gets."""
+        """The model whose tokenizer files and generation config a merge gets."""
         return self.base if self.job.tokenizer == "base" else self.experts[self.job.tokenizer]

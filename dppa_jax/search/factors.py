@@ -1,4 +1,4 @@
-"""Searching experts' factors: on which items, with what result, at what cost."""
+"""Search the DPA factors of experts by evaluating candidates, and keep every candidate with its scores and cost."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,31 +24,43 @@ from dppa_jax.search.rules import SearchResult, Visit, search
 
 @dataclass
 class Searched:
-    """The search of one expert's factors: every candidate with the scores of its tasks and what it cost."""
+    """The search of one expert's factors.
+
+    Attributes:
+      expert: its name, which is that of its domain.
+      partitions: their rates, highest first.
+      split: the split whose items candidates are scored on.
+      dense: the scores of the unpruned expert; ratios are relative to them.
+      result: the answer, once the search has ended.
+      scores: every candidate's scores by task.
+      costs: every candidate's seconds.
+    """
 
     expert: str
-    partitions: tuple[float, ...]  # rates, highest first
+    partitions: tuple[float, ...]
     split: Split
-    dense: Scores  # the expert's own, which ratios are relative to
+    dense: Scores
     result: SearchResult | None = None
     scores: dict[Factors, Scores] = field(default_factory=dict)
     costs: dict[Factors, Cost] = field(default_factory=dict)
 
     def ratio(self, factors: Factors) -> float:
-        """The domain ratio of a candidate."""
+        """Return the domain ratio of a candidate, a fraction."""
         accuracies = [self.scores[factors][task].accuracy for task in self.dense]
         return domain_ratio(accuracies, [score.accuracy for score in self.dense.values()])
 
     def in_words(self) -> str:
-        found = self.result
-        if found is None:
+        """Return the answer as one line of text."""
+        result = self.result
+        if result is None:
             return "not found yet"
         return (
-            f"{_join(found.factors)} of the partitions {_join(self.partitions)}, by method {found.method} of "
-            f"{found.evaluations} candidates: domain ratio {100 * found.score:.2f} % on the {self.split} split"
+            f"{_join(result.factors)} of the partitions {_join(self.partitions)}, by method {result.method} of "
+            f"{result.evaluations} candidates: domain ratio {100 * result.score:.2f} % on the {self.split} split"
         )
 
     def as_dict(self) -> dict:
+        """Return everything as JSON has it, the content of search-NAME.json."""
         visits = self.result.visits if self.result else ()
         return {
             "expert": self.expert,
@@ -72,35 +84,51 @@ class Searched:
 
 
 def search_factors(
-    candidates: Candidates, domains: Mapping[str, list[Task]], given: FactorSearch, merge: MergeConfig, workdir: Path
+    candidates: Candidates,
+    domains: Mapping[str, list[Task]],
+    factor_search: FactorSearch,
+    merge: MergeConfig,
+    workdir: Path,
 ) -> dict[str, Searched]:
-    """The best factors of every domain's expert, each by its own tasks, but for those whose factors are given.
+    """Search the factors of every domain's expert, each on its own domain's tasks.
 
-    What is found is in `workdir` at once.
+    Experts whose factors `factor_search` gives are left out. See `search_expert` for what is written to `workdir`.
     """
     return {
-        name: search_expert(candidates, name, domains[name], given, merge, workdir)
+        name: search_expert(candidates, name, domains[name], factor_search, merge, workdir)
         for name in merge.experts
-        if name in domains and name not in given.given
+        if name in domains and name not in factor_search.given
     }
 
 
 def search_expert(
-    candidates: Candidates, name: str, tasks: Sequence[Task], given: FactorSearch, merge: MergeConfig, workdir: Path
+    candidates: Candidates,
+    name: str,
+    tasks: Sequence[Task],
+    factor_search: FactorSearch,
+    merge: MergeConfig,
+    workdir: Path,
 ) -> Searched:
-    """A candidate costs a fused pass over base and expert, a hand-over of weights, and the responses."""
+    """Search the factors of one expert: the candidate with the highest domain ratio on `tasks`.
+
+    A candidate costs one fused pass over base and expert, one hand-over of weights to the evaluator, and the responses.
+    After each candidate everything measured so far is written to search-NAME.json in `workdir`.
+
+    Raises:
+      ValueError: the unpruned expert solves no item of a task, so that no ratio can be formed.
+    """
     alone = replace(merge, experts=(name,), factors={}, coefficients={})
-    options = replace(candidates.evaluation.options, limit=given.limit)
-    dense = candidates.dense(name, tasks, given.split, options=options)
-    check_solvable(name, dense, given.split)
+    options = replace(candidates.evaluation.options, limit=factor_search.limit)
+    dense = candidates.dense(name, tasks, factor_search.split, options=options)
+    check_solvable(name, dense, factor_search.split)
     merger = candidates.merger(alone)
-    found = Searched(name, alone.partitions, given.split, dense)
+    searched = Searched(name, alone.partitions, factor_search.split, dense)
     file = workdir / f"search-{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
         if processes.index() == 0:
-            write_whole(file, json.dumps(found.as_dict(), indent=1) + "\n")
+            write_whole(file, json.dumps(searched.as_dict(), indent=1) + "\n")
 
     def report(visit: Visit) -> None:
         keep()
@@ -112,17 +140,20 @@ def search_expert(
         def score(factors: Factors) -> float:
             label = f"{name} with factors {_join(factors)}"
             chosen = {name: factors}
-            found.scores[factors] = candidates.merged(label, merger, tasks, given.split, options, factors=chosen)
-            found.costs[factors] = candidates.cost(merger.merge_config(chosen))
+            searched.scores[factors] = candidates.merged(
+                label, merger, tasks, factor_search.split, options, factors=chosen
+            )
+            searched.costs[factors] = candidates.cost(merger.merge_config(chosen))
             advance()
-            return found.ratio(factors)
+            return searched.ratio(factors)
 
-        found.result = search(score, len(alone.partitions), given.config(alone), report)
+        searched.result = search(score, len(alone.partitions), factor_search.config(alone), report)
     keep()
-    return found
+    return searched
 
 
 def check_solvable(name: str, dense: Scores, split: Split) -> None:
+    """Refuse a task of which the unpruned expert solves nothing."""
     for task, score in dense.items():
         if not score.correct:
             raise ValueError(
@@ -132,14 +163,15 @@ def check_solvable(name: str, dense: Scores, split: Split) -> None:
 
 
 def scores_dict(scores: Scores) -> dict[str, dict]:
+    """Return scores as JSON has them."""
     return {
         task: {"correct": score.correct, "total": score.total, "accuracy": score.accuracy, "interval": score.interval}
         for task, score in scores.items()
     }
 
 
-def print_searches(found: Mapping[str, Searched], options: TaskOptions) -> None:
-    """The factors, what a candidate cost beside its responses, and the flags that report on items not searched by."""
+def print_searches(searches: Mapping[str, Searched], options: TaskOptions) -> None:
+    """Print the factors, the mean cost of a candidate, and the flags with which a later run reports on other items."""
     table = Table(
         "expert",
         "split",
@@ -152,27 +184,27 @@ def print_searches(found: Mapping[str, Searched], options: TaskOptions) -> None:
         "responses",
         title="factors found, and mean seconds of a candidate",
     )
-    for name, one in found.items():
-        costs = [cost for cost in one.costs.values() if cost.responses]
+    for name, searched in searches.items():
+        costs = [cost for cost in searched.costs.values() if cost.responses]
         seconds = [
             sum(getattr(c, part) for c in costs) / max(len(costs), 1) for part in ("apply", "hand_over", "generate")
         ]
         table.add_row(
             name,
-            one.split,
-            _join(one.partitions),
-            _join(one.result.factors),
-            f"{100 * one.result.score:.2f} %",
-            str(one.result.evaluations),
+            searched.split,
+            _join(searched.partitions),
+            _join(searched.result.factors),
+            f"{100 * searched.result.score:.2f} %",
+            str(searched.result.evaluations),
             *(f"{value:.2f}" for value in seconds),
         )
     console().print(table)
-    flags = [f"--factors={name}={_join(one.result.factors)}" for name, one in found.items()]
-    if "validation" in {one.split for one in found.values()}:
+    flags = [f"--factors={name}={_join(searched.result.factors)}" for name, searched in searches.items()]
+    if "validation" in {searched.split for searched in searches.values()}:
         flags += [f"--validation_share={options.validation_share:g}", f"--split_seed={options.split_seed}"]
     console().print(" ".join(flags))
-    for name, one in found.items():
-        if one.split == "test":
+    for name, searched in searches.items():
+        if searched.split == "test":
             console().print(f"{name}: chosen by the items that are reported (--search_split=test), as in the paper.")
 
 

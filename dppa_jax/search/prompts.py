@@ -1,4 +1,4 @@
-"""The unlabelled prompts that AdaMerging reads: which positions count, and which prompts a step sees."""
+"""Choose the unlabelled prompts that a step of AdaMerging sees, and the positions whose entropy counts."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -7,22 +7,28 @@ import numpy as np
 
 from dppa_jax.search.entropy import Batch
 
-SMALLEST = 16  # tokens of a row
+SMALLEST = 16  # tokens of the shortest row
 
 
 class Prompt(NamedTuple):
-    """Token ids, and the first position whose next-token distribution counts; those after it do, too."""
+    """A prompt and the positions that count.
+
+    Attributes:
+      tokens: token ids.
+      first: the first position whose next-token distribution counts; all later ones count, too.
+    """
 
     tokens: tuple[int, ...]
     first: int
 
 
 def prompts_of(asked: Sequence[Sequence[int]], positions: str, answers: Sequence[Sequence[int]] = ()) -> list[Prompt]:
-    """Prompts with the positions that `positions` names.
+    """Return prompts with the positions that `positions` names.
 
-    "all" are those of the prompt, "last" is its last one, whose distribution is that of the answer's first token, and
-    "generated" are those whose distributions the tokens of `answers` were taken from: the prompt's last one, and of
-    each new token but the last.
+    - "all": every position of the prompt.
+    - "last": the last position, whose distribution is that of the answer's first token.
+    - "generated": the positions whose distributions gave the tokens of `answers`: the prompt's last one, and that of
+      each answer token but the last.
 
     >>> prompts_of([[1, 5, 7]], "generated", [[8, 9]])
     [Prompt(tokens=(1, 5, 7, 8), first=2)]
@@ -34,19 +40,19 @@ def prompts_of(asked: Sequence[Sequence[int]], positions: str, answers: Sequence
 
 
 def draw(domains: Mapping[str, Sequence[Prompt]], step: int, batch_size: int, seed: int) -> Batch:
-    """The prompts of a step, `batch_size` of each domain (or all it has), domain after domain.
+    """Return the batch of one step: `batch_size` prompts of each domain, or all if it has fewer, domain after domain.
 
-    Within a domain none comes again before all have come; then they are shuffled anew. A step's prompts depend on
-    nothing but the arguments. The weights of a domain's positions add up to 1.
+    Within a domain no prompt comes again before all have come; then they are shuffled anew. A step's prompts depend
+    only on the arguments. The weights of a domain's positions add up to 1.
     """
     rows: list[Prompt] = []
     weights: list[float] = []
     for d, prompts in enumerate(domains.values()):
-        many = min(batch_size, len(prompts))
-        chosen = [prompts[_nth(len(prompts), step * many + i, (seed, d))] for i in range(many)]
+        count = min(batch_size, len(prompts))
+        chosen = [prompts[_nth_shuffled(len(prompts), step * count + i, (seed, d))] for i in range(count)]
         counted = sum(len(prompt.tokens) - prompt.first for prompt in chosen)
         rows += chosen
-        weights += [1.0 / counted] * many
+        weights += [1.0 / counted] * count
     width = size(max(len(prompt.tokens) for prompt in rows))
     most = max(len(prompt.tokens) - prompt.first for prompt in rows)
     batch = Batch(
@@ -63,7 +69,9 @@ def draw(domains: Mapping[str, Sequence[Prompt]], step: int, batch_size: int, se
 
 
 def size(least: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, …: few, so that little is compiled, and at most a third of it padding.
+    """Return the next of 16, 24, 32, 48, 64, 96, …, which is `least` or more.
+
+    There are few such sizes, so little is compiled, and beyond 16 at most a third of a row is padding.
 
     >>> [size(n) for n in (3, 17, 25, 33, 49, 100)]
     [16, 24, 32, 48, 64, 128]
@@ -73,7 +81,7 @@ def size(least: int) -> int:
     return between if SMALLEST < least <= between else power
 
 
-def _nth(many: int, index: int, seed: Sequence[int]) -> int:
-    """Of an endless row of shuffles of range(many)."""
-    shuffle, at = divmod(index, many)
-    return int(np.random.default_rng([*seed, shuffle]).permutation(many)[at])
+def _nth_shuffled(count: int, index: int, seed: Sequence[int]) -> int:
+    """Return element `index` of an endless sequence: range(count) shuffled, then shuffled anew, and so on."""
+    shuffle, at = divmod(index, count)
+    return int(np.random.default_rng([*seed, shuffle]).permutation(count)[at])

@@ -1,10 +1,12 @@
-"""The DPA search: the amplification factors of an expert's partitions that score highest.
+"""Search the amplification factors of an expert's partitions (DPA) for the highest score.
 
-A candidate is a tuple of factors, one per partition, highest rate first; its score is the domain ratio of the expert
-with these factors, and scoring it is what costs. The paper moves one partition after the other, from the highest rate
-down, in two ways: Method 1 begins with the first partition alone (the others have factor 0 until their turn), Method 2
-with all of them present; the better result is taken. Two rules walk them: "parabola", the default, described at
-`_parabola`, and "reference", the authors' own, described at `_reference`.
+A candidate is a tuple of factors, one per partition, highest rate first. Its score is the domain ratio of the expert
+with these factors. Scoring is what costs time, so a rule should ask for few candidates.
+
+The paper changes one partition's factor after the other, from the highest rate down, in two ways. Method 1 begins with
+the first partition alone: the others have factor 0 until their turn. Method 2 begins with all partitions present. The
+better result is taken. Two rules walk these methods: "parabola", the default, described at `_parabola`, and
+"reference", the authors' own, described at `_reference`.
 
     result = search(score, partitions=2, config=search_defaults((0.9, 0.8)))
     result.factors, result.score, result.evaluations
@@ -22,21 +24,21 @@ import numpy as np
 
 from dppa_jax.config.search import Factors, SearchConfig
 
-STRIDES = (8, 3)  # first move along a line, in steps, by round: 8 tell a slope from the noise of some hundred items
-FLOOR = 0.05  # of a line's highest score; lower ones count as this, as a score of 0 has no logarithm
-CLEAR = 0.03  # of a score: differences are noise where the fit misses a score near the top by more
-NEAR = 0.8  # of a line's highest score: what is near the top; farther down a bump need not be a bell
+STRIDES = (8, 3)  # steps of the first move along a line, by round; 8 show a slope above the noise of some 100 items
+FLOOR = 0.05  # share of a line's highest score; lower scores count as this, because 0 has no logarithm
+CLEAR = 0.03  # error in log score that a fit may have near the top; with a larger one, differences count as noise
+NEAR = 0.8  # share of a line's highest score; scores above it are near the top, below it a bump need not be a bell
 
 
 class Visit(NamedTuple):
     """A candidate that a rule looked at.
 
     Attributes:
-      method: 1 or 2, whose walk it belongs to.
-      partition: the one that was being moved, 0 for the highest rate.
-      factors: what was scored.
-      score: measured now, or remembered.
-      raw: the factors before rounding; they differ where rule "reference" adds up its steps.
+      method: the paper's method, 1 or 2, whose walk it belongs to.
+      partition: the partition whose factor was being changed, 0 for the highest rate.
+      factors: the factors that were scored.
+      score: their score, measured now or remembered.
+      raw: the factors before rounding; they differ from `factors` where rule "reference" adds up its steps.
     """
 
     method: int
@@ -48,14 +50,14 @@ class Visit(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The answer of a search, and how it was found.
 
     Attributes:
       factors, score, method: the answer, its score, and the method that found it.
-      visits: everything the rule looked at, in order; a candidate that came up again is in it again.
-      evaluations: how many distinct candidates were scored.
-      finals: by method, where its walk ended, not rounded: with rule "reference" the alpha that the authors return.
-        Empty when max_evaluations ended the search.
+      visits: all candidates that the rule looked at, in order; one that came up again is listed again.
+      evaluations: the number of distinct candidates that were scored.
+      finals: for each method the factors where its walk ended, not rounded; with rule "reference" they are the alpha
+        that the authors' code returns. Empty if max_evaluations ended the search.
     """
 
     factors: Factors
@@ -67,7 +69,7 @@ class SearchResult:
 
     @property
     def best(self) -> Visit:
-        """The highest score that was seen, the first of equals. The answer may be another one, see the rules."""
+        """The visit with the highest score, the first of equals. The answer may be another one: see the rules."""
         return max(self.visits, key=lambda visit: visit.score)
 
 
@@ -77,13 +79,14 @@ def search(
     config: SearchConfig,
     report: Callable[[Visit], None] = lambda visit: None,
 ) -> SearchResult:
-    """Factors for which `score` is high, one for each of `partitions` partitions.
+    """Search the factors of `partitions` partitions for a high `score`.
 
-    A candidate is rounded to the decimals of its steps and scored once, whichever method asks for it again; `report` is
-    called as soon as it is. Equal scores give an equal search: one that was killed goes on where it was if `score`
-    remembers what it has measured.
+    A candidate is rounded to the decimals of its steps and scored once, however often it is asked for. `report` is
+    called as soon as a candidate is scored. Equal scores give an equal search, so a search that was killed resumes if
+    `score` remembers what it has measured.
 
-    The answer is where the better method's walk ended; if max_evaluations ended it earlier, the highest visit.
+    Returns:
+      The factors where the better method's walk ended. If max_evaluations ended the search, those of the best visit.
 
     Raises:
       ValueError: a score is not a finite number.
@@ -96,7 +99,7 @@ def search(
     trials = _Trials(score, config, partitions, report)
     try:
         finals = RULES[config.rule](trials)
-    except _Spent:
+    except _BudgetSpent:
         finals = {}
     ends = {method: trials.rounded(raw) for method, raw in finals.items()}
     scored_ends = [(method, factors) for method, factors in ends.items() if factors in trials.scored]
@@ -108,18 +111,18 @@ def search(
 
 
 def _reference(trials: "_Trials") -> dict[int, Factors]:
-    """The authors' rule: each method raises its factors by one step while the score rises.
+    """Walk by the authors' rule: each method raises one partition's factor after the other, while the score rises.
 
-    One partition after the other. The score must exceed the best one so far, which is carried from partition to
-    partition; the step that did not is taken back, unless that would go below the start. A later partition enters at
-    the start if it was absent, else one step beyond where it is, as the score there is known. Steps are summed in
-    floating point (0.1 + 0.1 + 0.1) and scored rounded.
+    A step is kept if its score exceeds the best one so far, which is carried from partition to partition. The first
+    step that fails is taken back, unless that would go below the start. A later partition enters at the start if it was
+    absent; otherwise it moves one step first, because the score where it stands is known. Steps are summed in floating
+    point (0.1 + 0.1 + 0.1) and rounded before they are scored.
 
-    The authors return where this ends. It is not always the best visit: a later partition that comes in stays at its
-    start even if every score with it is lower than without it. `SearchResult.finals` has the former as they have it,
-    unrounded, `SearchResult.best` the latter.
+    The authors return the factors where this ends. They are not always the best that were seen: a later partition that
+    comes in stays at its start even if every score with it is lower than without it. `SearchResult.finals` has the
+    factors that they return, unrounded; `SearchResult.best` is the best visit.
 
-    Differs from the authors' code in what it does not say: any number of partitions, bounds (outside them no score is
+    Differs from the authors' code where that says nothing: any number of partitions, bounds (outside them no score is
     an improvement), negative steps, and the choice between the methods.
     """
     return {method: _stepwise(trials, method) for method in trials.config.methods}
@@ -139,16 +142,21 @@ def _stepwise(trials: "_Trials", method: int) -> Factors:
 
 
 def _parabola(trials: "_Trials") -> dict[int, Factors]:
-    """The default rule: wide strides to enclose the top of each partition's curve, then a jump to a parabola's vertex.
+    """Walk by the default rule: enclose the top of each partition's curve, then jump to the vertex of a parabola.
 
-    Method 2 is walked first, one partition after the other from the highest rate down. A factor takes growing strides
-    until its best score has a lower one on either side, a parabola fitted to the logarithms of all scores on this line
-    names the next candidate, and the partition gets the factor that the fit, renewed, puts highest among those scored,
-    not the luckiest score; of equal highest scores that nearest to where it began. Where every fit passes close to the
-    scores near its top, these are clear of noise, and a second round with shorter strides settles how the partitions
-    act on each other. Method 1 follows only if it can win: the scores are clear of noise, and leaving the later
-    partitions out, at the first factor found, scores higher than what Method 2 found. An answer that scores below its
-    start gives way to the highest visit.
+    Method 2 is walked first, one partition after the other, from the highest rate down. For each partition:
+
+    1. Its factor moves in growing strides until the best score has a lower one on either side.
+    2. A parabola is fitted to the logarithms of all scores on this line, and its vertex is the next candidate.
+    3. The parabola is fitted again. The partition gets the scored factor that the fit puts highest. That need not be
+       the one with the highest score, which may be luck. Among equal highest scores it is the one nearest to the start.
+
+    If every fit passes close to the scores near its top, differences are clear of noise. Then a second round with
+    shorter strides settles how the partitions act on each other.
+
+    Method 1 follows only if it can win: the differences are clear of noise, and the first partition alone, with the
+    factor that Method 2 gave it, scores higher than Method 2's answer. If an answer scores below the start of its walk,
+    the best visit replaces it.
     """
     finals: dict[int, Factors] = {}
     clear = True
@@ -163,7 +171,7 @@ def _parabola(trials: "_Trials") -> dict[int, Factors]:
 
 
 def _walk(trials: "_Trials", method: int, begin: Factors) -> tuple[Factors, bool]:
-    """Where a method's walk ends, and whether all fits passed close to the scores."""
+    """Return the factors where a method's walk ends, and whether all fits passed close to the scores."""
     low, at = trials(method, 0, begin), list(begin)
     for stride in STRIDES:
         before, clear = list(at), True
@@ -180,13 +188,13 @@ def _walk(trials: "_Trials", method: int, begin: Factors) -> tuple[Factors, bool
 
 
 def _climb(trials: "_Trials", method: int, at: list[float], i: int, start: float, stride: int) -> tuple[float, bool]:
-    """The best factor of partition i, the others staying where they are, and whether the fit is close to the scores."""
+    """Return the best factor of partition i while the others stay, and whether the fit is close to the scores."""
     grid = trials.ranges[i].grid
     candidates = [(*at[:i], factor, *at[i + 1 :]) for factor in grid]
     scores = {p: trials.scored[c] for p, c in enumerate(candidates) if c in trials.scored}
     here = min(range(len(grid)), key=lambda p: abs(grid[p] - start))
     scores[here] = trials(method, i, candidates[here])
-    while True:
+    while True:  # until the top is enclosed, or at a bound
         top = _highest(scores)
         if top == max(scores) and top < len(grid) - 1:
             new = min(top + stride, len(grid) - 1)
@@ -209,21 +217,22 @@ def _climb(trials: "_Trials", method: int, at: list[float], i: int, start: float
     answer = max(fitted, key=fitted.__getitem__)
     near = [p for p in fitted if scores[p] > NEAR * scores[top]]
     agree = all(abs(math.log(scores[p] / scores[top]) - fitted[p]) <= CLEAR for p in near)
-    if scores[answer] == scores[top]:  # a level top is reason to go no farther than to its edge
+    if scores[answer] == scores[top]:  # of a level top take the edge nearest to the start
         answer = min((p for p in scores if scores[p] == scores[top]), key=lambda p: abs(p - here))
     return grid[answer], agree
 
 
 def _highest(scores: Mapping[int, float]) -> int:
-    """The position with the highest score; of equals the last, so that a level stretch does not end a climb."""
+    """Return the position with the highest score, the last of equals, so that a level stretch does not end a climb."""
     return max(scores, key=lambda p: (scores[p], p))
 
 
 def _fit(scores: Mapping[int, float], positions: Iterable[int]) -> dict[int, float]:
-    """A parabola through the logarithms of the scores, at these positions; the highest alone if it does not bend down.
+    """Fit a parabola to the logarithms of the scores and return its values at `positions`.
 
-    By least squares: in logarithms, as scores fall off from their top like a bell; weighted by the scores, as the
-    logarithm of a share of correct answers is the less certain the lower it is.
+    If the parabola does not bend down, return the highest position alone. The fit is by least squares. It is made in
+    logarithms because scores fall off from their top like a bell. It is weighted by the scores because the logarithm of
+    a share of correct answers is less certain the lower the share is.
     """
     top = _highest(scores)
     if len(scores) < 3 or scores[top] <= 0:
@@ -233,12 +242,12 @@ def _fit(scores: Mapping[int, float], positions: Iterable[int]) -> dict[int, flo
     return {p: float(np.polyval(curve, p)) for p in positions} if curve[0] < 0 else {top: 0.0}
 
 
-class _Spent(Exception):
-    """max_evaluations candidates are scored and another one is wanted."""
+class _BudgetSpent(Exception):
+    """max_evaluations candidates are scored, and the rule asks for another one."""
 
 
 class _Trials:
-    """Candidates as the rules ask for them: rounded, within bounds, scored once, counted."""
+    """Score the candidates that a rule asks for: round them, keep them within bounds, score each once, count them."""
 
     def __init__(self, score: Callable, config: SearchConfig, partitions: int, report: Callable):
         self.config = config
@@ -248,14 +257,14 @@ class _Trials:
         self._score, self._report = score, report
 
     def __call__(self, method: int, partition: int, raw: Factors) -> float:
-        """The score; minus infinity outside the bounds, where nothing is scored."""
+        """Return the score of a candidate; minus infinity outside the bounds, where nothing is scored."""
         factors = self.rounded(raw)
-        if not all(one.allows(factor) for one, factor in zip(self.ranges, factors, strict=True)):
+        if not all(bounds.allows(factor) for bounds, factor in zip(self.ranges, factors, strict=True)):
             return -math.inf
         new = factors not in self.scored
         if new:
             if len(self.scored) == self.config.max_evaluations:
-                raise _Spent
+                raise _BudgetSpent
             self.scored[factors] = self._measure(factors)
         self.visits.append(Visit(method, partition, factors, self.scored[factors], raw))
         if new:
@@ -266,7 +275,7 @@ class _Trials:
         return self.config.begin(method, len(self.ranges))
 
     def rounded(self, raw: Factors) -> Factors:
-        return tuple(round(factor, one.decimals) for factor, one in zip(raw, self.ranges, strict=True))
+        return tuple(round(factor, bounds.decimals) for factor, bounds in zip(raw, self.ranges, strict=True))
 
     def _measure(self, factors: Factors) -> float:
         value = float(self._score(factors))

@@ -1,18 +1,18 @@
-"""The rules of the DPA search on random score functions: how many candidates each scores, and what its answer misses.
+"""Compare the rules of the DPA search on random score functions: candidates scored, and how good the answer is.
 
     python -m dppa_jax.search.simulate
 
-prints a table; takes about twenty seconds. Every function is a bump over the factors of two or three partitions whose
-top lies near the start (1), far above it or below it, and whose partitions act on each other: the more of one, the less
-of another, mostly. Kinds:
+prints a table; it takes about twenty seconds. Every score function is a bump over the factors of two or three
+partitions. Its top lies near the start (1), far above it or below it. The partitions act on each other: mostly, the
+larger the factor of one, the smaller the best factor of another. There are three kinds:
 
   concave: the bump itself, a quadratic or a bell.
   plateaued: the bump cut off at some height, or in coarse levels, or a curve that saturates and hardly falls.
-  noisy: what an evaluation of two tasks measures, sqrt(a₁/dense₁ · a₂/dense₂), each accuracy a being a share of 60 to
-    1319 items that are answered correctly independently of each other. Each task has a bump of its own.
+  noisy: what an evaluation of two tasks measures, sqrt(a₁/dense₁ · a₂/dense₂). Each accuracy a is the share of correct
+    answers to 60 to 1319 independent items. Each task has a bump of its own.
 
-Regret is the true score of the best factors on the grid within the bounds, minus the true score of the answer: for
-noisy functions the bumps themselves, not what was measured.
+regret = best possible true score − true score of the answer, where "possible" means on the grid within the bounds. The
+true score of a noisy function is that of its bumps, without the noise.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,8 +29,8 @@ from dppa_jax.search.rules import search
 
 KINDS = ("concave", "plateaued", "noisy")
 SEED = 4242  # not one that the rule's constants were chosen on
-COUNT = 300  # functions of each kind
-DENSE = (0.598, 0.13, 0.474, 0.69, 0.217, 0.209)  # accuracies of the paper's experts on their tasks
+COUNT = 300  # score functions of each kind
+DENSE = (0.598, 0.13, 0.474, 0.69, 0.217, 0.209)  # accuracies of the paper's dense experts on their tasks
 REFERENCE = "reference"
 
 Points = Float[np.ndarray, "points partitions"]
@@ -38,7 +38,13 @@ Heights = Float[np.ndarray, " points"]
 
 
 class Landscape(NamedTuple):
-    """A score function: `score` is what a search measures, `truth` what it would measure on endlessly many items."""
+    """A score function.
+
+    Attributes:
+      partitions: how many factors it takes.
+      score: what a search measures.
+      truth: what it would measure on infinitely many items.
+    """
 
     partitions: int
     score: Callable[[Factors], float]
@@ -46,13 +52,13 @@ class Landscape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One rule on one kind of functions.
+    """The results of one rule on one kind of score functions.
 
     Attributes:
       evaluations, evaluations_high: distinct candidates scored, mean and 90 % quantile.
-      visits: candidates looked at, mean: what the rule would score if it remembered nothing.
+      visits: mean number of candidates looked at; a rule that remembers nothing would score them all.
       regret, regret_high: mean and 90 % quantile.
-      wins, ties, losses: shares of functions where its regret is lower than, equal to, higher than the reference's.
+      wins, ties, losses: shares of functions where the regret is lower than, equal to, higher than the reference's.
     """
 
     kind: str
@@ -69,7 +75,7 @@ class Row(NamedTuple):
 
 
 def landscape(kind: str, seed: int) -> Landscape:
-    """A random score function; even seeds have two partitions, odd ones three."""
+    """Return a random score function; even seeds have two partitions, odd ones three."""
     rng = np.random.default_rng([seed, KINDS.index(kind)])
     partitions = 2 + seed % 2
     bump = _random_bump(rng, partitions)
@@ -79,16 +85,16 @@ def landscape(kind: str, seed: int) -> Landscape:
     return Landscape(partitions, lambda factors: float(truth(np.array([factors]))[0]), truth)
 
 
-def compare(kinds: Sequence[str] = KINDS, seed: int = SEED, count: int = COUNT) -> list[Row]:
-    """Both rules, with Methods 1 and 2, on `count` functions of each kind.
+def compare_rules(kinds: Sequence[str] = KINDS, seed: int = SEED, count: int = COUNT) -> list[Row]:
+    """Run both rules, with Methods 1 and 2, on `count` functions of each kind.
 
-    The reference appears twice: with the factors that the authors return, and with the best it visited.
+    The reference has two rows: one with the factors that the authors return, one with the best that it visited.
     """
     rows = []
     for kind in kinds:
         runs: dict[str, list[tuple[int, int, float]]] = {}
-        for one in range(count):
-            for rule, run in _run(landscape(kind, seed * 100_000 + one)).items():
+        for number in range(count):
+            for rule, run in _run_rules(landscape(kind, seed * 100_000 + number)).items():
                 runs.setdefault(rule, []).append(run)
         reference = np.array(runs[REFERENCE])[:, 2]
         rows += [_row(kind, rule, np.array(run), reference) for rule, run in runs.items()]
@@ -96,7 +102,7 @@ def compare(kinds: Sequence[str] = KINDS, seed: int = SEED, count: int = COUNT) 
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For printing."""
+    """Return the rows as a table to print."""
     columns = ("scored", "90 %", "looked at", "regret", "90 %", "better", "equal", "worse")
     result = Table("scores", "rule", "functions", title="DPA search on random score functions")
     for name in columns:
@@ -111,6 +117,8 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 class _Bump(NamedTuple):
+    """A bump of height `top` at `place`: a bell, or a quadratic that ends at 2 % of the top."""
+
     top: float
     place: Float[np.ndarray, " partitions"]
     curvature: Float[np.ndarray, "partitions partitions"]
@@ -123,7 +131,7 @@ class _Bump(NamedTuple):
 
 
 def _random_bump(rng: np.random.Generator, partitions: int) -> _Bump:
-    """The paper's factors are about 2 at 90 % and 1.4 at 80 %; these lie around them."""
+    """Return a bump whose best factors lie around the paper's, which are about 2 at 90 % and 1.4 at 80 %."""
     later = partitions - 1
     place = np.append(rng.uniform(0.5, 3.2), rng.uniform(0.3, 2.4, later))
     width = np.append(rng.uniform(0.6, 2.0), rng.uniform(0.6, 2.5, later))
@@ -131,7 +139,7 @@ def _random_bump(rng: np.random.Generator, partitions: int) -> _Bump:
 
 
 def _curvature(width: np.ndarray, interaction: float) -> np.ndarray:
-    """Positive interaction: raising one factor lowers the best value of the others."""
+    """Return a bump's quadratic form. With a positive interaction a larger factor lowers the best of the others."""
     together = np.full((len(width), len(width)), interaction)
     np.fill_diagonal(together, 1.0)
     return together / np.outer(width, width)
@@ -161,9 +169,8 @@ def _noisy(rng: np.random.Generator, bump: _Bump, seed: int) -> Landscape:
     ]
 
     def score(factors: Factors) -> float:
-        draw = np.random.default_rng(
-            [seed, *(round(1000 * factor) for factor in factors)]
-        )  # the same for the same model
+        thousandths = [round(1000 * factor) for factor in factors]  # the same model gives the same answers
+        draw = np.random.default_rng([seed, *thousandths])
         accuracies = dense * [float(task(np.array([factors]))[0]) for task in tasks]
         return float(np.sqrt(np.prod(draw.binomial(items, accuracies) / items / dense)))
 
@@ -172,12 +179,12 @@ def _noisy(rng: np.random.Generator, bump: _Bump, seed: int) -> Landscape:
 
 @cache
 def _grid(partitions: int) -> np.ndarray:
-    axes = [one.grid for one in SearchConfig().ranges(partitions)]
+    axes = [bounds.grid for bounds in SearchConfig().ranges(partitions)]
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, partitions)
 
 
-def _run(land: Landscape) -> dict[str, tuple[int, int, float]]:
-    """By rule: candidates scored, candidates looked at, regret."""
+def _run_rules(land: Landscape) -> dict[str, tuple[int, int, float]]:
+    """Return the candidates scored, the candidates looked at and the regret of every rule."""
     best = float(land.truth(_grid(land.partitions)).max())
 
     def regret(factors: Factors) -> float:
@@ -185,9 +192,9 @@ def _run(land: Landscape) -> dict[str, tuple[int, int, float]]:
 
     runs = {}
     for rule in ("parabola", REFERENCE):
-        found = search(land.score, land.partitions, SearchConfig(rule=rule))
-        runs[rule] = (found.evaluations, len(found.visits), regret(found.factors))
-    runs["reference, best visited"] = (found.evaluations, len(found.visits), regret(found.best.factors))
+        result = search(land.score, land.partitions, SearchConfig(rule=rule))
+        runs[rule] = (result.evaluations, len(result.visits), regret(result.factors))
+    runs["reference, best visited"] = (result.evaluations, len(result.visits), regret(result.best.factors))
     return runs
 
 
@@ -210,4 +217,4 @@ def _row(kind: str, rule: str, runs: np.ndarray, reference: np.ndarray) -> Row:
 
 
 if __name__ == "__main__":
-    console().print(table(compare()))
+    console().print(table(compare_rules()))

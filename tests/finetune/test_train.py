@@ -10,7 +10,7 @@ import pytest
 
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
-from dppa_jax.finetune.train import STEPS_PER_REPORT, Trainer, compiled, loss_sums, train
+from dppa_jax.finetune.train import STEPS_PER_REPORT, Trainer, compiled, learning_rates, loss_sums, train
 from dppa_jax.model import LlamaConfig, forward, init_tree
 
 CONFIG = LlamaConfig(
@@ -74,7 +74,7 @@ def test_every_weight_is_trained(tree, rows):
 
 def test_steps_are_those_of_optax_adamw(tree, rows):
     options = replace(OPTIONS, steps=5, optimizer=AdamW(weight_decay=0.1, max_gradient_norm=0.5))
-    rates = options.learning_rates()
+    rates = learning_rates(options)
     reference = optax.chain(
         optax.clip_by_global_norm(0.5),
         optax.adamw(lambda step: jnp.asarray(rates)[step], b1=0.9, b2=0.98, weight_decay=0.1),
@@ -113,7 +113,7 @@ def test_another_schedule_needs_no_other_compilation(tree, rows):
 
 
 def test_the_learning_rate_rises_then_falls():
-    rates = TrainConfig(steps=100, learning_rate=1.0, warmup=0.1, final=0.05).learning_rates()
+    rates = learning_rates(TrainConfig(steps=100, learning_rate=1.0, warmup=0.1, final=0.05))
     assert rates[0] == 0
     assert np.argmax(rates) == 10
     assert rates[10] == pytest.approx(1)
@@ -123,7 +123,7 @@ def test_the_learning_rate_rises_then_falls():
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_few_steps_have_finite_learning_rates(steps):
-    rates = TrainConfig(steps=steps, learning_rate=1.0).learning_rates()
+    rates = learning_rates(TrainConfig(steps=steps, learning_rate=1.0))
     assert rates.shape == (steps,)
     assert np.all(np.isfinite(rates))
 

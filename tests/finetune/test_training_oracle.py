@@ -9,7 +9,7 @@ import pytest
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
-from dppa_jax.finetune.train import train
+from dppa_jax.finetune.train import learning_rates, train
 from dppa_jax.model import LlamaConfig, init_tree
 from dppa_jax.where import load_tree
 
@@ -53,7 +53,7 @@ def by_torch(directory: Path, rows: Rows) -> tuple[dict[str, np.ndarray], list[f
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.1)
     losses = []
     order = batches(rows.count, OPTIONS.batch_size, OPTIONS.steps, OPTIONS.seed)
-    for rate, batch in zip(OPTIONS.learning_rates(), order, strict=True):
+    for rate, batch in zip(learning_rates(OPTIONS), order, strict=True):
         tokens = torch.tensor(rows.tokens[batch]).long()
         labels = torch.where(torch.tensor(rows.learned[batch]), tokens, -100)
         optimizer.param_groups[0]["lr"] = float(rate)

@@ -7,14 +7,14 @@ from html.parser import HTMLParser
 import pytest
 from report_runs import PAIR, two_seeds
 
-from dppa_jax.report.page import Illustration, Run, page, surroundings, write_report
+from dppa_jax.report.page import Illustration, Report, page, surroundings, write_report
 from dppa_jax.report.paper import paper_tables, raw
 from dppa_jax.report.published import URL
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "use", "path", "rect"}
 TABLES = paper_tables(two_seeds(), PAIR, 2)
 FIGURE = '<svg viewBox="0 0 1 1"><text x="0" y="0">drawn</text></svg>'
-RUN = Run(
+REPORT = Report(
     title="Two experts",
     command="python -m dppa_jax.launch --job=report --base=demo:base",
     models={"base": "demo:base", "math": "demo:math", "finance": "demo:finance"},
@@ -67,7 +67,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def parsed() -> Parsed:
-    return Parsed(page(RUN))
+    return Parsed(page(REPORT))
 
 
 def test_nothing_is_fetched_and_nothing_runs(parsed):
@@ -76,7 +76,7 @@ def test_nothing_is_fetched_and_nothing_runs(parsed):
     assert [link for link in parsed.values("href") if not link.startswith(("#", "data:"))] == [URL]
     assert parsed.values("src") == []
     assert not any(name.startswith("on") for _, attrs in parsed.elements for name in attrs)
-    assert "@import" not in page(RUN)
+    assert "@import" not in page(REPORT)
     policy = next(attrs["content"] for _, attrs in parsed.elements if "http-equiv" in attrs)
     assert policy.startswith("default-src 'none'")
 
@@ -109,7 +109,7 @@ def test_contents_lead_to_every_table_and_figure(parsed):
 
 def test_names_are_text_whatever_they_contain():
     hostile = "<script>alert(1)</script>"
-    run = Run(
+    report = Report(
         title=hostile,
         command=hostile,
         models={"base": hostile},
@@ -118,23 +118,23 @@ def test_names_are_text_whatever_they_contain():
         choices={"t": {"prompt": hostile}},
         notes=(hostile,),
     )
-    parsed = Parsed(page(run))
+    parsed = Parsed(page(report))
     assert "script" not in {tag for tag, _ in parsed.elements}
     assert parsed.text.count(hostile) == 6  # the title twice
 
 
 def test_a_run_without_tables_or_figures_is_a_page():
-    parsed = Parsed(page(Run("Merge", "command", {"base": "demo:base"}, {"date": "today"})))
+    parsed = Parsed(page(Report("Merge", "command", {"base": "demo:base"}, {"date": "today"})))
     assert "table" not in {tag for tag, _ in parsed.elements}
     assert "demo:base" in parsed.text
 
 
 def test_long_commands_can_be_copied():
-    assert "dppa_jax.launch \\\n  --job=report \\\n  --base=demo:base" in page(RUN)
+    assert "dppa_jax.launch \\\n  --job=report \\\n  --base=demo:base" in page(REPORT)
 
 
 def test_report_is_written_in_every_form(tmp_path):
-    paths = write_report(tmp_path, RUN)
+    paths = write_report(tmp_path, REPORT)
     names = {str(path.relative_to(tmp_path)) for path in paths}
     assert names == {
         "report.html",
@@ -144,7 +144,7 @@ def test_report_is_written_in_every_form(tmp_path):
         "figures/rates.svg",
         *(f"tables/{table.name}.csv" for table in TABLES),
     }
-    assert (tmp_path / "report.html").read_text() == page(RUN)
+    assert (tmp_path / "report.html").read_text() == page(REPORT)
     assert all(f"## {table.title}\n\n{table.markdown()}" in (tmp_path / "tables.md").read_text() for table in TABLES)
     content = json.loads((tmp_path / "tables.json").read_text())
     assert content["tables"]["table_6"] == next(table for table in TABLES if table.name == "table_6").as_dict()
@@ -155,7 +155,7 @@ def test_report_is_written_in_every_form(tmp_path):
 
 
 def test_numbers_that_are_none_are_null(tmp_path):
-    write_report(tmp_path, Run("Search", "", {}, {}, data={"scores": [0.5, float("nan")], "where": tmp_path}))
+    write_report(tmp_path, Report("Search", "", {}, {}, data={"scores": [0.5, float("nan")], "where": tmp_path}))
     text = (tmp_path / "tables.json").read_text()
     content = json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
     assert content == {"tables": {}, "scores": [0.5, None], "where": str(tmp_path)}
@@ -163,7 +163,7 @@ def test_numbers_that_are_none_are_null(tmp_path):
 
 def test_two_tables_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="names of their own"):
-        write_report(tmp_path, Run("Merge", "", {}, {}, tables=[TABLES[0], TABLES[0]]))
+        write_report(tmp_path, Report("Merge", "", {}, {}, tables=[TABLES[0], TABLES[0]]))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ from report_runs import DOMAINS, PAIR, as_the_paper, two_seeds
 
 from dppa_jax.evaluate.scores import Score
 from dppa_jax.report.measurements import Measurements, Merged
-from dppa_jax.report.paper import evaluated, paper_tables, published_merge, raw
+from dppa_jax.report.paper import merge_table, paper_tables, published_merge, raw
 from dppa_jax.report.published import published
 
 SMALL = {table.name: table for table in paper_tables(two_seeds(), PAIR, 2)}
@@ -143,7 +143,7 @@ def test_dense_accuracies_beside_ours_are_said_to_be_deduced():
 def test_one_evaluated_merge():
     m = two_seeds()[0]
     experts = m.experts | {"trend": Score(0, 200)}
-    table = evaluated(m.base, experts, m.merged[Merged("ties", 0.8)], PAIR)
+    table = merge_table(m.base, experts, m.merged[Merged("ties", 0.8)], PAIR)
     assert body(table) == [
         "| **Math** |  |  |  |  |",
         "| addition | 10.0 [6.6, 14.9] | 80.0 [73.9, 85.0] | 40.0 [33.5, 46.9] | 50.0 |",
@@ -187,7 +187,7 @@ def test_a_merge_of_the_papers_models_has_its_published_ratio_beside_it():
     scores = next(iter(m.merged.values()))
     known = published_merge(3, DOMAINS, "dppa", 0.8)
     assert known == {"math": 0.9128, "finance": 0.952, "law": 1.4623}
-    table = evaluated(m.base, m.experts, scores, DOMAINS, known)
+    table = merge_table(m.base, m.experts, scores, DOMAINS, known)
     assert [cells[-1].published for (_, row), cells in table.rows.items() if row == "domain ratio"] == list(
         known.values()
     )

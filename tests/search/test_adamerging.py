@@ -22,7 +22,8 @@ from dppa_jax.evaluate.sources import Item
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.merge import run_merge
 from dppa_jax.model import LlamaConfig, forward, generate
-from dppa_jax.report import figures
+from dppa_jax.report.coefficient_figures import draw_adamerging
+from dppa_jax.report.styles import svg
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.search.adamerging import (
     AdaMerged,
@@ -339,7 +340,7 @@ def test_figure_shows_entropies_and_coefficients(granularity):
     history = np.random.default_rng(0).uniform(0.2, 0.4, (20, len(groups), 2)).astype(np.float32)
     parts = np.linspace((3.0, 2.0), (1.0, 1.5), 20)
     found = AdaMerged(EXPERTS, EXPERTS, groups, granularity, {}, parts.sum(axis=1), parts, history, history[-1])
-    figure = figures.adamerging(found, "AdaMerging")
+    figure = draw_adamerging(found, "AdaMerging")
     entropy, coefficients, *maps = figure.axes
     assert entropy.get_lines()[-1].get_ydata() == pytest.approx(found.entropies)
     assert coefficients.get_lines()[1].get_ydata() == pytest.approx(history[:, :, 1].mean(axis=1))
@@ -347,5 +348,5 @@ def test_figure_shows_entropies_and_coefficients(granularity):
     assert [image.shape for image in images] == {"task": [], "layer": [(4, 2)], "linear": 2 * [(3, 9)]}[granularity]
     if granularity == "layer":
         np.testing.assert_allclose(images[0], history[-1])
-    text = figures.svg(figure, granularity)
+    text = svg(figure, granularity)
     assert "entropy (nats)" in text

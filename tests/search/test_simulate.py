@@ -2,12 +2,12 @@
 
 import pytest
 
-from dppa_jax.search.simulate import KINDS, compare, landscape
+from dppa_jax.search.simulate import KINDS, compare_rules, landscape
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict:
-    return {(row.kind, row.rule): row for row in compare(seed=31, count=60)}
+    return {(row.kind, row.rule): row for row in compare_rules(seed=31, count=60)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
