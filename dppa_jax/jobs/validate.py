@@ -22,9 +22,9 @@ from dppa_jax.checkpoint.compare import (
     MEASURED,
     Comparison,
     compare_tensor,
-    kind,
     percent,
-    together,
+    summarise,
+    tensor_kind,
 )
 from dppa_jax.runtime.progress import Stage, console, stage
 from dppa_jax.where import open_checkpoint
@@ -55,7 +55,7 @@ class Validation:
 
     @property
     def total(self) -> Comparison:
-        return together(self.tensors, self.tolerance_ulp)
+        return summarise(self.tensors, self.tolerance_ulp)
 
     @property
     def verdict(self) -> str:
@@ -78,12 +78,12 @@ class Validation:
         """The table under HEADS: a row for every kind of tensor, then one for all."""
         groups: dict[str, list[Comparison]] = {name: [] for name in KINDS}
         for one in self.tensors:
-            groups[kind(one.name)].append(one)
+            groups[tensor_kind(one.name)].append(one)
         groups["all"] = list(self.tensors)
         return [self._row(f"{name} ({len(group)})", group) for name, group in groups.items() if group]
 
     def _row(self, name: str, group: Sequence[Comparison]) -> tuple[str, ...]:
-        one = together(group, self.tolerance_ulp)
+        one = summarise(group, self.tolerance_ulp)
         numbers = [f"{x:.3g}" for x in (one.max_difference, one.mean_difference, one.relative)]
         ours, theirs = (
             percent(one.elements - one.kept_by_both - kept, one.elements)
