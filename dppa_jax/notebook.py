@@ -1,4 +1,4 @@
-"""Models in memory, for notebooks and sweeps: load, merge, save."""
+"""Load, merge and save models in memory, for notebooks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,14 +15,20 @@ __all__ = ["Model", "load", "merge", "save"]
 
 
 def merge(base: Model, experts: Mapping[str, Model], method: str = "dppa", *, mesh: str = "", **options) -> Model:
-    """Merge in memory, with the arithmetic of the command line, bit for bit.
+    """Merge models in memory; the result has the bits that the command line would write.
 
     Args:
       base: the model that the experts were fine-tuned from.
-      experts: by name, in the order in which their deltas are added.
+      experts: the fine-tuned models by name, in the order in which their deltas are added.
       method: a preset, a key of `dppa_jax.methods`.
-      mesh: "layer=2,row=4"; all local devices on the row axis by default.
+      mesh: devices as --mesh takes them, "layer=2,row=4"; by default, all local devices are on the row axis.
       **options: fields of `MergeConfig`: rate, factors, coefficients, allocate, seed, ...
+
+    Returns:
+      The merged model. Its `outcome` holds the rates, thresholds, densities and weights of every linear.
+
+    Raises:
+      ValueError: an option is unknown or out of bounds, or the models do not fit together.
 
     >>> import dppa_jax, numpy as np
     >>> from dppa_jax.model import LlamaConfig, init_tree
@@ -42,5 +48,9 @@ def merge(base: Model, experts: Mapping[str, Model], method: str = "dppa", *, me
 
 
 def save(model: Model, directory: str | Path, overwrite: bool = False) -> None:
-    """Write a model as a Hugging Face directory, with the tokenizer of where it came from."""
+    """Write a model as a Hugging Face directory, with the tokenizer files of the directory that it came from.
+
+    Raises:
+      CheckpointError: the directory is not empty; with `overwrite`, a model that is there is replaced.
+    """
     save_tree(directory, model.tree, model.config, model.directory, overwrite=overwrite)

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from families import DTYPES, write_json, write_weights
 
-from dppa_jax.checkpoint import tensor_specs, tree_tensor
+from dppa_jax.checkpoint import tensor_specs
+from dppa_jax.checkpoint.stacked import tree_tensor
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.tasks import TASKS
 from dppa_jax.finetune import Example, TrainConfig, encode, train

@@ -174,11 +174,11 @@ def test_after_a_restart_of_the_machine_only_what_was_flushed_counts(tmp_path, m
     notes.close()
     assert flushed == ["work"]
     again = journal.Journal(tmp_path / "notes", keep=True)
-    assert (again.get("first"), again.get("second"), again.known) == ({"sum": 0.1}, [1 / 3], 2)
+    assert (again.get("first"), again.get("second"), again.resumed) == ({"sum": 0.1}, [1 / 3], 2)
     again.close()
     monkeypatch.setattr(journal, "_boot", lambda: "another")
     after = journal.Journal(tmp_path / "notes", keep=True)
-    assert (after.get("second"), after.known) == (None, 0), "what was taken over was not flushed again"
+    assert (after.get("second"), after.resumed) == (None, 0), "what was taken over was not flushed again"
 
 
 def test_line_that_was_cut_off_is_ignored(tmp_path):
@@ -190,4 +190,4 @@ def test_line_that_was_cut_off_is_ignored(tmp_path):
     notes.close()
     text = (tmp_path / "notes").read_text()
     (tmp_path / "notes").write_text(text[:-5])
-    assert journal.Journal(tmp_path / "notes", keep=True).known == 1
+    assert journal.Journal(tmp_path / "notes", keep=True).resumed == 1

@@ -333,7 +333,7 @@ def test_a_pickle_is_refused_with_how_to_convert_it(model, weights, tmp_path, va
 def test_another_models_base_is_refused(model, weights, tmp_path):
     other = model(hidden_size=64, num_attention_heads=8)
     models = (f"--output={model(weights)}", f"--reference={model(weights)}", f"--base={other}")
-    with pytest.raises(SystemExit, match=r"error: .*is --base what both were made from"):
+    with pytest.raises(SystemExit, match=r"error: .*is --base the model that both were made from"):
         launch("--job=validate", *models, f"--workdir={tmp_path}")
 
 

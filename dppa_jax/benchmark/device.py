@@ -23,7 +23,7 @@ from rich.table import Table
 
 from dppa_jax.architecture.specs import TensorSpec, linears_of, tensor_specs
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, model_config, parameters
-from dppa_jax.checkpoint import DTYPES
+from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.option import choose
 from dppa_jax.merging.blocks import Block, make_blocks
@@ -117,7 +117,9 @@ class DeviceStream(Stream):
 
     def __init__(self, config: dict, experts: Sequence[str], mesh: Mesh):
         specs = tensor_specs(config)
-        tensors = {name: SimpleNamespace(dtype=DTYPES["bfloat16"], shape=spec.shape) for name, spec in specs.items()}
+        tensors = {
+            name: SimpleNamespace(dtype=DTYPE_BY_NAME["bfloat16"], shape=spec.shape) for name, spec in specs.items()
+        }
         source = _Shapes(config, specs, tensors)
         super().__init__(source, [source] * len(experts), make_blocks(specs, 1), mesh, resident=True)
         sharding = NamedSharding(mesh, ROWS)

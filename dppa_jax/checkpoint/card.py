@@ -1,4 +1,4 @@
-"""What a merged checkpoint says of itself: recipe.json and the model card."""
+"""recipe.json and the model card: what a merged checkpoint was made from, and how."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,15 @@ def recipe(
     rates: Sequence[float],
     cost: Mapping,
 ) -> str:
-    """recipe.json: everything a merge was made from and everything it decided.
+    """Return the text of recipe.json: everything that a merge was made from and everything that it decided.
 
     Args:
-      flags: every flag as resolved.
+      flags: every flag with the value it had.
       config: the MergeConfig as a dict.
-      inputs: per model ("base" and the experts' names), where it was and its fingerprint.
-      tables: "rates", "thresholds", "densities", "weights": arrays (experts, partitions, linears).
+      inputs: for each model ("base" and the experts' names), where it was and its fingerprint.
+      tables: "rates", "thresholds", "densities" and "weights": arrays (experts, partitions, linears).
       linears: the last axis of the tables.
-      rates: of the partitions, highest first.
+      rates: the target rate of each partition, highest first.
       cost: wall time, bytes read and written, peak memory.
     """
     names = [name for name in inputs if name != "base"]
@@ -58,12 +58,22 @@ def recipe(
 def model_card(
     name: str, base: str, experts: Mapping[str, str], config: Mapping, licences: Sequence[str], command: str = ""
 ) -> str:
-    """README.md of a merged model, with the metadata block that the hub reads. `command` is what repeats the merge."""
+    """Return the README.md of a merged model, with the metadata block that the hub reads.
+
+    Args:
+      name: the title.
+      base: where the base was.
+      experts: where each expert was, by name.
+      config: the MergeConfig as a dict.
+      licences: those of all models.
+      command: the command line that repeats the merge; none without it.
+    """
     licence = licences[0] if len(set(licences)) == 1 else "other"
     quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
     metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
     metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
-    metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(w)}" for w in experts.values()), "---"]
+    metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(where)}" for where in experts.values())]
+    metadata.append("---")
     rows = "\n".join(
         f"| {expert} | `{where}` | {_coefficient(config['coefficients'][expert])} | {_factors(config, expert)} |"
         for expert, where in experts.items()
@@ -93,17 +103,18 @@ combine {config["combine"]}).{pruned}
 
 
 def library_versions() -> dict[str, str]:
-    found = {}
+    """Return the versions of the libraries that a result may depend on, as far as they are installed."""
+    versions = {}
     for library in LIBRARIES:
         try:
-            found[library] = version(library)
+            versions[library] = version(library)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def licence(card: str) -> str:
-    """The licence field of a model card's metadata, or 'unknown'."""
+    """Return the licence field of a model card's metadata, or 'unknown'."""
     if card.startswith("---"):
         for line in card.split("\n---", 1)[0].splitlines():
             if line.startswith("license:"):
@@ -111,17 +122,19 @@ def licence(card: str) -> str:
     return "unknown"
 
 
-def _coefficient(given: float | Mapping[str, float]) -> str:
-    """
+def _coefficient(coefficient: float | Mapping[str, float]) -> str:
+    """Say an expert's coefficient, or the range of its coefficients by tensor.
+
     >>> _coefficient({"model.norm.weight": 0.25, "lm_head.weight": 0.35})
     '0.25 to 0.35 by tensor, mean 0.3'
     """
-    if not isinstance(given, Mapping):
-        return f"{given:g}"
-    values = list(given.values())
+    if not isinstance(coefficient, Mapping):
+        return f"{coefficient:g}"
+    values = list(coefficient.values())
     return f"{min(values):.3g} to {max(values):.3g} by tensor, mean {np.mean(values):.3g}"
 
 
 def _factors(config: Mapping, expert: str) -> str:
+    """Say an expert's factors, one for each partition."""
     factors = config["factors"].get(expert, ())
     return ", ".join(f"{f:g}" for f in factors) or "none"

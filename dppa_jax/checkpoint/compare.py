@@ -1,4 +1,4 @@
-"""What two checkpoints' tensors have in common: differences, ulps and masks, a few rows at a time."""
+"""Compare the tensors of two checkpoints, a few rows at a time: differences, ulps, masks, and a verdict."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,49 +10,51 @@ import numpy as np
 from dppa_jax.architecture.table import ARCHITECTURES
 from dppa_jax.checkpoint import Checkpoint, CheckpointError
 
-PIECE = 1 << 17  # elements compared at a time: what is made of them in float32 stays in a core's cache
+PIECE = 1 << 17  # elements compared at a time: their float32 copies stay in a core's cache
 SINGLE = np.dtype(np.float32)
-EXPONENT = np.int32(0x7F800000)  # its bits in a float32
+EXPONENT = np.int32(0x7F800000)  # the bits of a float32 that hold its exponent
 
-IDENTICAL, EQUAL, MASKS, DIFFERENT = "identical", "equal", "masks differ", "different"
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # their rows beyond the shorter are ignored
+IDENTICAL, EQUAL, MASKS, DIFFERENT = "identical", "equal", "masks differ", "different"  # from best to worst
+VERDICTS = (IDENTICAL, EQUAL, MASKS, DIFFERENT)
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # rows that not all models have are ignored
 LINEARS = dict.fromkeys(linear.kind.split(".")[-1] for row in ARCHITECTURES.values() for linear in row.linears)
 KINDS = (*LINEARS, "embed_tokens", "lm_head", "norms", "biases", "other")
 
 MEASURED = """\
-- Everything is compared in the coarser dtype of the two, to which the finer is rounded.
+- Values are compared in the coarser dtype of the two models; the finer model is rounded to it.
 - max and mean diff: of |ours - reference|. "of largest": the greatest difference as a share of the tensor's largest
   magnitude in the reference; with --base, of the largest magnitude of (reference - base) there.
-- ulp: |ours - reference| in units in the last place of the larger of the two values, but never in units smaller than a
-  float32 ulp of the tensor's root mean square and, with --base, of |base| + |model - base| there. Merges add base and
-  deltas in float32, which is uncertain by an ulp of the numbers that are added. Where base and deltas cancel, the
-  result is far smaller than these, and its own ulp says nothing: one rounding more or less, by another order of
-  additions, is there thousands of the result's own ulps ("own_ulp" in validate.json).
-- "equal within 1 ulp" says little where a delta is itself about an ulp of the weight, as many are in bfloat16. What is
-  rounded from float32 to bfloat16 falls the other way in one element of 100,000; when many differ, by an ulp each,
-  the deltas differ. Compare models merged with --output_dtype=float32, or the deltas, to be sure.
+- ulp: |ours - reference| in units in the last place of the larger of the two values. The unit is never smaller than a
+  float32 ulp of the tensor's root mean square and, with --base, of |base| + |model - base| there. The reason: merges
+  add base and deltas in float32, and a sum is uncertain by an ulp of the numbers that are added. Where base and deltas
+  cancel, the sum is far smaller than these numbers. One rounding more or less, from another order of additions, is
+  then thousands of the sum's own ulps ("own_ulp" in validate.json), and means nothing.
+- "equal within 1 ulp" says little where a delta is itself about an ulp of the weight, as many are in bfloat16. Rounding
+  from float32 to bfloat16 falls the other way in about one element of 100,000. When many elements differ by an ulp
+  each, the deltas differ. Compare models merged with --output_dtype=float32, or the deltas, to be sure.
 - kept: the tensor is not 0 there; with --base, the model differs from the base there. A merged model in bfloat16 or
   float16 whose delta was rounded away counts as not kept.
-- "masks differ" is the verdict when values differ by more than --tolerance_ulp only where one keeps and the other
-  does not.
+- "masks differ" is the verdict when values differ by more than --tolerance_ulp only where one model keeps an element
+  and the other does not.
 """
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor of ours and of the reference, or several of them together.
+    """How a tensor of our model differs from that of the reference; or the same of several tensors together.
 
     Attributes:
-      name: of the tensor; of several, of the worst one.
-      elements: compared.
-      differing: elements whose bits are not the same.
-      nonfinite: of these, where either is NaN or infinite; the differences leave them out.
+      name: of the tensor; of several tensors, the name of the worst one.
+      elements: how many were compared.
+      differing: how many elements do not have the same bits.
+      nonfinite: in how many of these a value is NaN or infinite; the differences leave them out.
+      max_difference, mean_difference: of |ours - reference|.
       relative: the greatest difference as a share of the largest magnitude; see MEASURED.
-      ulp, own_ulp: the greatest difference in ulps, and in those of the results alone; see MEASURED.
-      ulp_of_shared: `ulp` of the elements that both or neither keep.
-      kept_by_both, kept_by_ours, kept_by_theirs: elements kept by both, by ours alone and by theirs alone.
-      worst: index, ours and theirs of the greatest difference.
-      problem: why nothing could be compared.
+      ulp, own_ulp: the greatest difference in ulps, and in ulps of the results alone; see MEASURED.
+      ulp_of_shared: the greatest `ulp` of the elements that both or neither keep.
+      kept_by_both, kept_by_ours, kept_by_theirs: how many elements both keep, only ours and only the reference.
+      worst: the index of the greatest difference, and the values of ours and theirs there.
+      problem: why the tensors could not be compared.
       notes: what else differs: dtypes, rows of the vocabulary.
     """
 
@@ -75,10 +77,11 @@ class Comparison:
 
     @property
     def kept_by_one(self) -> int:
+        """The number of elements that one of the two keeps and the other does not."""
         return self.kept_by_ours + self.kept_by_theirs
 
     def verdict(self, tolerance_ulp: float) -> str:
-        """One of IDENTICAL, EQUAL, MASKS, DIFFERENT.
+        """Return one of VERDICTS. Differences of up to `tolerance_ulp` are EQUAL.
 
         >>> Comparison("x", 9, 1, ulp=0.5).verdict(1.0), Comparison("x", 9, 1, ulp=2.0, ulp_of_shared=2.0).verdict(1.0)
         ('equal', 'different')
@@ -92,13 +95,13 @@ class Comparison:
         return MASKS if self.ulp_of_shared <= tolerance_ulp else DIFFERENT
 
     def in_words(self, tolerance_ulp: float) -> str:
-        """The verdict with its number.
+        """Say the verdict with the number that it rests on.
 
         >>> Comparison("x", 100, 2, ulp=9e9, kept_by_ours=2).in_words(1.0)
         'masks differ at 2 positions (2 %)'
         """
         verdict = self.verdict(tolerance_ulp)
-        masks = f"masks differ at {_many(self.kept_by_one, 'position')} ({percent(self.kept_by_one, self.elements)})"
+        masks = f"masks differ at {_counted(self.kept_by_one, 'position')} ({percent(self.kept_by_one, self.elements)})"
         if verdict == EQUAL:
             equal = f"equal within {math.ceil(self.ulp)} ulp, {percent(self.differing, self.elements)} differ"
             return equal + f", {masks}" * (self.kept_by_one > 0)
@@ -110,34 +113,34 @@ class Comparison:
         return verdict
 
     def as_dict(self, tolerance_ulp: float) -> dict:
-        found = asdict(self) | {"kind": kind(self.name), "verdict": self.verdict(tolerance_ulp)}
+        """Return every number, with the tensor's kind, the verdict and the sparsities, for validate.json."""
+        content = asdict(self) | {"kind": tensor_kind(self.name), "verdict": self.verdict(tolerance_ulp)}
         if self.elements:
-            found["mask_agreement"] = 1 - self.kept_by_one / self.elements
-            found["sparsity"] = 1 - (self.kept_by_both + self.kept_by_ours) / self.elements
-            found["sparsity_of_reference"] = 1 - (self.kept_by_both + self.kept_by_theirs) / self.elements
-        return found
+            content["mask_agreement"] = 1 - self.kept_by_one / self.elements
+            content["sparsity"] = 1 - (self.kept_by_both + self.kept_by_ours) / self.elements
+            content["sparsity_of_reference"] = 1 - (self.kept_by_both + self.kept_by_theirs) / self.elements
+        return content
 
 
-def together(group: Sequence[Comparison], tolerance_ulp: float) -> Comparison:
-    """Several as one: sums of the counts, the mean, the greatest differences, with the name of the worst."""
-    order = (IDENTICAL, EQUAL, MASKS, DIFFERENT)
-    worst = max(group, key=lambda one: (order.index(one.verdict(tolerance_ulp)), one.ulp, one.max_difference))
+def summarise(tensors: Sequence[Comparison], tolerance_ulp: float) -> Comparison:
+    """Summarise several comparisons as one: counts added, the mean, the greatest differences, the worst one's name."""
+    worst = max(tensors, key=lambda x: (VERDICTS.index(x.verdict(tolerance_ulp)), x.ulp, x.max_difference))
     counts = ("elements", "differing", "nonfinite", "kept_by_both", "kept_by_ours", "kept_by_theirs")
     greatest = ("max_difference", "relative", "ulp", "own_ulp", "ulp_of_shared")
-    elements = sum(one.elements for one in group)
+    elements = sum(tensor.elements for tensor in tensors)
     return replace(
         worst,
-        **{name: sum(getattr(one, name) for one in group) for name in counts},
-        **{name: max(getattr(one, name) for one in group) for name in greatest},
-        mean_difference=sum(one.mean_difference * one.elements for one in group) / max(elements, 1),
+        **{name: sum(getattr(tensor, name) for tensor in tensors) for name in counts},
+        **{name: max(getattr(tensor, name) for tensor in tensors) for name in greatest},
+        mean_difference=sum(tensor.mean_difference * tensor.elements for tensor in tensors) / max(elements, 1),
     )
 
 
-def kind(name: str) -> str:
-    """Of KINDS.
+def tensor_kind(name: str) -> str:
+    """Return the one of KINDS that a tensor belongs to, by its name.
 
-    >>> kind("model.layers.3.mlp.up_proj.weight"), kind("model.norm.weight"), kind("lm_head.weight")
-    ('up_proj', 'norms', 'lm_head')
+    >>> [tensor_kind(f"{name}.weight") for name in ("model.layers.3.mlp.up_proj", "model.norm", "lm_head")]
+    ['up_proj', 'norms', 'lm_head']
     """
     *_, module, leaf = ("", *name.split("."))
     if leaf == "bias":
@@ -148,7 +151,15 @@ def kind(name: str) -> str:
 
 
 def compare_tensor(name: str, sources: Sequence[Checkpoint]) -> Comparison:
-    """One tensor that the first two sources, ours and the reference, both have; a third is the base."""
+    """Compare one tensor of two checkpoints.
+
+    Args:
+      name: of a tensor that both have.
+      sources: our model, the reference and, if there is one, their base.
+
+    Raises:
+      CheckpointError: the base lacks the tensor, or has it in another shape.
+    """
     stored = [source.tensors.get(name) for source in sources]
     ours, theirs, *bases = stored
     shapes = [tensor.shape if tensor else () for tensor in stored]
@@ -158,8 +169,8 @@ def compare_tensor(name: str, sources: Sequence[Checkpoint]) -> Comparison:
         return Comparison(name, problem=f"the output's shape is {ours.shape}, the reference's {theirs.shape}")
     if bases and shapes[2] != shapes[0]:
         raise CheckpointError(
-            f"{sources[2].directory}: {name} is not there, or not of the shape {ours.shape} that the output has; is "
-            f"--base what both were made from? Without it, what is 0 is compared in place of what equals the base."
+            f"{sources[2].directory}: {name} is missing, or does not have the shape {ours.shape} that the output has; "
+            f"is --base the model that both were made from? Without --base, kept is what is not 0."
         )
     if len(ours.shape) not in (1, 2) or 0 in ours.shape:
         return Comparison(name, problem=f"a tensor of shape {ours.shape} is not compared")
@@ -175,45 +186,45 @@ def compare_tensor(name: str, sources: Sequence[Checkpoint]) -> Comparison:
     if ours.dtype != theirs.dtype:
         notes.append(f"{ours.dtype} in the output, {theirs.dtype} in the reference; compared in {common}")
     shape = (rows, columns) if len(ours.shape) == 2 else (columns,)
-    return _Pair(name, sources, rows, columns, common).compared(shape, tuple(notes))
+    return _Pair(name, sources, rows, columns, common).compare(shape, tuple(notes))
 
 
 class _Pair:
-    """A tensor of ours and of the reference, and of the base where there is one; read again for every pass."""
+    """A tensor of our model and of the reference, and of the base if there is one; every pass reads it again."""
 
     def __init__(self, name: str, sources: Sequence[Checkpoint], rows: int, columns: int, common: np.dtype):
         self.name, self.sources, self.rows, self.columns, self.common = name, sources, rows, columns, common
         self.bits = np.dtype(f"u{common.itemsize}")
         self.step = max(1, PIECE // columns)
-        many = min(self.step, rows)
-        self.buffers = [np.empty((many, columns), source.tensors[name].dtype) for source in sources]
+        count = min(self.step, rows)
+        self.buffers = [np.empty((count, columns), source.tensors[name].dtype) for source in sources]
 
     def pieces(self) -> Iterator[list[np.ndarray]]:
-        """Vectors of some rows of every source, in the common dtype."""
+        """Yield some rows of every source at a time, as vectors of the common dtype."""
         for start in range(0, self.rows, self.step):
             stop = min(start + self.step, self.rows)
             for source, buffer in zip(self.sources, self.buffers, strict=True):
                 source.read_rows(self.name, start, stop, buffer)
-            with np.errstate(over="ignore"):  # of float32 in float16
+            with np.errstate(over="ignore"):  # a float32 may be too large for float16
                 yield [b[: stop - start].reshape(-1).astype(self.common, copy=False) for b in self.buffers]
 
-    def compared(self, shape: tuple[int, ...], notes: tuple[str, ...]) -> Comparison:
-        """The masks, and what an ulp depends on, in a first pass; differences, where there are any, in a second."""
+    def compare(self, shape: tuple[int, ...], notes: tuple[str, ...]) -> Comparison:
+        """Count masks and measure what an ulp depends on in a first pass, and differences, if any, in a second."""
         elements = self.rows * self.columns
         differing = by_both = by_ours = by_theirs = 0
         squares = largest = 0.0
         for piece in self.pieces():
-            many = int(np.count_nonzero(self._differ(*piece)))
+            count = int(np.count_nonzero(self._differ(*piece)))
             ours, theirs, base = _singles(piece)
-            differing += many
+            differing += count
             squares += _sum_of_squares(theirs)
             largest = max(largest, _largest(theirs - base if base.ndim else theirs))
             kept = theirs != base
-            both = kept if not many else kept & (ours != base)
+            both = kept if not count else kept & (ours != base)
             by_both += int(np.count_nonzero(both))
             by_theirs += int(np.count_nonzero(kept)) - int(np.count_nonzero(both))
-            by_ours += int(np.count_nonzero((ours != base) & ~kept)) if many else 0
-        found = Comparison(
+            by_ours += int(np.count_nonzero((ours != base) & ~kept)) if count else 0
+        comparison = Comparison(
             self.name,
             elements,
             differing,
@@ -223,14 +234,21 @@ class _Pair:
             notes=notes,
         )
         if not differing:
-            return found
-        with np.errstate(invalid="ignore", over="ignore"):  # of NaN and Inf, which are counted
-            return self._with_differences(found, shape, math.sqrt(squares / elements), largest)
+            return comparison
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and Inf are counted
+            return self._with_differences(comparison, shape, math.sqrt(squares / elements), largest)
 
     def _with_differences(
-        self, found: Comparison, shape: tuple[int, ...], typical: float, largest: float
+        self, comparison: Comparison, shape: tuple[int, ...], typical: float, largest: float
     ) -> Comparison:
-        """The greatest and mean differences; `typical` is the root mean square."""
+        """Add the greatest and the mean differences to a comparison.
+
+        Args:
+          comparison: the counts of the first pass.
+          shape: of the tensor, for the index of the greatest difference.
+          typical: the root mean square of the reference.
+          largest: the largest magnitude; see MEASURED.
+        """
         floor = float(_ulp(np.float32(typical), SINGLE))
         greatest = summed = shared_ulp = ulp = own_ulp = 0.0
         nonfinite = done = 0
@@ -245,7 +263,7 @@ class _Pair:
             summed += total
             own = _ulp(np.maximum(np.abs(ours), np.abs(theirs)), self.common)
             unit = np.maximum(own, floor)
-            if base.ndim:  # a lower bound of the numbers that were added, which only who merged knows
+            if base.ndim:  # a lower bound of the numbers that were added; only the merge itself knew them
                 added = np.abs(base) + np.maximum(np.abs(ours - base), np.abs(theirs - base))
                 unit = np.maximum(unit, _ulp(added, SINGLE))
             in_ulps = difference / unit
@@ -260,10 +278,10 @@ class _Pair:
                 greatest = float(difference[i])
             done += difference.size
         return replace(
-            found,
+            comparison,
             nonfinite=nonfinite,
             max_difference=greatest,
-            mean_difference=summed / found.elements,
+            mean_difference=summed / comparison.elements,
             relative=greatest / largest if largest else float(greatest > 0),
             ulp=ulp,
             own_ulp=own_ulp,
@@ -272,23 +290,24 @@ class _Pair:
         )
 
     def _leave_out_nonfinite(self, difference: np.ndarray, piece: list[np.ndarray]) -> int:
-        """Set differences from or to NaN and Inf to 0; how many of them are between other bits."""
+        """Set differences from or to NaN and Inf to 0; return how many of them are between values of unlike bits."""
         infinite = ~np.isfinite(difference)
         difference[infinite] = 0
         return int(np.count_nonzero(infinite & self._differ(*piece)))
 
     def _differ(self, ours: np.ndarray, theirs: np.ndarray, *_: np.ndarray) -> np.ndarray:
+        """Return where the bits of two vectors differ."""
         return ours.view(self.bits) != theirs.view(self.bits)
 
 
 def _singles(piece: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ours, theirs and the base as float32; in place of no base a zero without dimensions."""
+    """Return ours, theirs and the base as float32; without a base, a zero without dimensions stands for it."""
     ours, theirs, *base = (array.astype(np.float32, copy=False) for array in piece)
     return ours, theirs, base[0] if base else np.zeros((), np.float32)
 
 
 def _ulp(magnitude: np.ndarray | np.float32, dtype: np.dtype) -> np.ndarray | np.float32:
-    """The distance from a finite float32 that is not negative to the next larger value of a dtype.
+    """Return the distance from a finite, non-negative float32 to the next larger value of a dtype.
 
     >>> float(_ulp(np.float32(1.5), np.dtype(np.float32))) == float(np.spacing(np.float32(1.5)))
     True
@@ -299,28 +318,33 @@ def _ulp(magnitude: np.ndarray | np.float32, dtype: np.dtype) -> np.ndarray | np
 
 
 def _coarser(*dtypes: np.dtype) -> np.dtype:
+    """Return the dtype with the fewest bits of mantissa."""
     return min(dtypes, key=lambda dtype: ml_dtypes.finfo(dtype).nmant)
 
 
 def _sum_of_squares(values: np.ndarray) -> float:
-    found = float(np.dot(values, values))
-    if math.isfinite(found):
-        return found
+    """Add up the squares of the values that are finite."""
+    total = float(np.dot(values, values))
+    if math.isfinite(total):
+        return total
     finite = values[np.isfinite(values)].astype(np.float64)
     return float(np.dot(finite, finite))
 
 
 def _largest(values: np.ndarray) -> float:
-    found = float(max(values.max(), -values.min()))
-    return found if math.isfinite(found) else float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+    """Return the largest magnitude of the values that are finite."""
+    largest = float(max(values.max(), -values.min()))
+    return largest if math.isfinite(largest) else float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
 
 
-def _many(count: int, of: str) -> str:
-    return f"{count} {of}" + "s" * (count != 1)
+def _counted(count: int, noun: str) -> str:
+    """Return a count with its noun, in the plural where it must be."""
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def percent(count: int, of: int) -> str:
-    """
+    """Say a count as a percentage of a total.
+
     >>> percent(1, 8), percent(0, 8), percent(1, 10**7)
     ('12.5 %', '0 %', '< 0.001 %')
     """

@@ -1,9 +1,10 @@
-"""A file written at given offsets past the page cache.
+"""Write a file at given offsets, past the operating system's page cache.
 
-A merged checkpoint is written once and is as large as what the page cache could hold of the inputs instead, and filling
-the cache with it costs more processor time than the merge's arithmetic (6.6 s for 2.2 GB on a virtual machine, 0.1 s
-past it). Whole pages go straight to the device; the ends of a tensor that share a page with its neighbours go through
-the cache. File systems that cannot do it (tmpfs, some network ones) are written through the cache throughout.
+A merged checkpoint is written once and not read again. In the page cache it would displace the inputs, and filling the
+cache costs more processor time than the arithmetic of the merge: 6.6 s for 2.2 GB on a virtual machine, against 0.1 s
+past the cache. So whole pages go straight to the device (O_DIRECT). The ends of a tensor, which share a page with its
+neighbours, go through the cache. So does everything on file systems that know no such writes (tmpfs, some network file
+systems).
 """
 
 import errno
@@ -13,14 +14,18 @@ import threading
 from pathlib import Path
 
 PAGE = 4096
-STEP = 8 << 20  # copied to aligned memory and written at a time
+STEP = 8 << 20  # bytes that are copied to aligned memory and written at a time
 
-
-_of_thread = threading.local()
+_thread_memory = threading.local()
 
 
 class DirectFile:
-    """Random-access writes; one thread at a time. A file that is there is written anew, or with `keep` written on."""
+    """A file that is written at any offsets, by one thread at a time.
+
+    Args:
+      path: the file; it is made if it is not there.
+      keep: keep the content of a file that is there, in place of emptying it.
+    """
 
     def __init__(self, path: Path, keep: bool = False):
         self._cached = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
@@ -32,6 +37,7 @@ class DirectFile:
             self._drop_direct()
 
     def write(self, data: memoryview, position: int) -> None:
+        """Write bytes from a position of the file on."""
         first = min(-position % PAGE, data.nbytes)
         whole = (data.nbytes - first) // PAGE * PAGE
         if self._direct is None or not whole:
@@ -44,14 +50,16 @@ class DirectFile:
         self._write_cached(data[first + whole :], position + first + whole)
 
     def sync(self) -> None:
-        """Return when all that was written would survive a power failure."""
+        """Flush all that was written to the disk, where it survives a power failure."""
         os.fsync(self._cached)
 
     def close(self) -> None:
+        """Close the file."""
         self._drop_direct()
         os.close(self._cached)
 
     def _write_direct(self, piece: memoryview, position: int) -> None:
+        """Write whole pages straight to the device, and what it does not take through the cache."""
         if self._direct is not None:
             aligned = _aligned()[: piece.nbytes]
             aligned[:] = piece
@@ -66,18 +74,20 @@ class DirectFile:
         self._write_cached(piece, position)
 
     def _write_cached(self, data: memoryview, position: int) -> None:
+        """Write bytes through the cache."""
         while data.nbytes:
             done = os.pwrite(self._cached, data, position)
             data, position = data[done:], position + done
 
     def _drop_direct(self) -> None:
+        """Write everything through the cache from now on."""
         if self._direct is not None:
             os.close(self._direct)
             self._direct = None
 
 
 def _aligned() -> memoryview:
-    """Memory on a page boundary, one piece for all files of a thread."""
-    if not hasattr(_of_thread, "memory"):
-        _of_thread.memory = memoryview(mmap.mmap(-1, STEP))
-    return _of_thread.memory
+    """Return STEP bytes of memory that begin on a page boundary; all files of a thread share them."""
+    if not hasattr(_thread_memory, "memory"):
+        _thread_memory.memory = memoryview(mmap.mmap(-1, STEP))
+    return _thread_memory.memory

@@ -1,4 +1,4 @@
-"""A model in memory, as a source of a merge or of an evaluation."""
+"""A model in memory. A merge reads it like a checkpoint, and an evaluator answers with it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,27 +8,36 @@ from typing import Any
 
 import numpy as np
 
-from dppa_jax import checkpoint
-from dppa_jax.checkpoint import tensor_specs
+from dppa_jax.architecture.specs import tensor_specs
+from dppa_jax.checkpoint.stacked import tree_tensor
 
 
 @dataclass
 class Model:
-    """A LLaMA in memory: config.json as a dict, and the tree of stacked arrays (README, "The tree")."""
+    """A LLaMA in memory, a `Source`.
+
+    Attributes:
+      config: the content of config.json.
+      tree: the stacked arrays; dppa_jax/model/README.md shows the tree.
+      directory: where the model came from; its tokenizer files go along when the model is saved.
+      outcome: the `merging.merger.Outcome` of the merge that made it; None for a model that was read.
+    """
 
     config: dict
     tree: dict
-    directory: Path | None = None  # where it came from; its tokenizer files go along when the model is saved
-    outcome: Any = None  # merge.Outcome of the merge that made it; None of a model that was read
+    directory: Path | None = None
+    outcome: Any = None
 
     @cached_property
     def specs(self) -> Mapping:
+        """What config.json promises of each tensor, by name."""
         return tensor_specs(self.config)
 
     @cached_property
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor by its name in a checkpoint, as a view of the tree."""
-        return {name: checkpoint.tree_tensor(self.tree, spec) for name, spec in self.specs.items()}
+        return {name: tree_tensor(self.tree, spec) for name, spec in self.specs.items()}
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Copy rows start to stop (exclusive) of a tensor into `out`."""
         out[...] = np.atleast_2d(self.tensors[name])[start:stop].reshape(out.shape)

@@ -1,4 +1,4 @@
-"""Writing Orbax checkpoints of the stacked tree: sharded, an array at a time, named when they are complete."""
+"""Write Orbax checkpoints of the stacked tree: sharded, one array at a time, and renamed when complete."""
 
 import json
 import os
@@ -13,28 +13,29 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import type_handlers
 
-from dppa_jax.checkpoint.safetensors_writer import aside_of, check_space, claim, output_directory, swap, sync
+from dppa_jax.checkpoint.output import aside_of, check_space, claim, output_directory, swap, sync
 from dppa_jax.runtime import processes
 
-CHUNK = 8 << 20  # bytes that are read for a row, and a few such to a matrix, so that none is a file access for little
-UNLIMITED_GB = 1_000_000  # any limit keeps Orbax from one transaction, in which it holds all that it writes
+CHUNK = 8 << 20  # bytes: small, as a chunk is read for each row in it; but large enough for few accesses to a matrix
+UNLIMITED_GB = 1_000_000  # any limit: without one, Orbax holds all that it writes in memory, in one transaction
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """An array that is made when it is written, and let go after it."""
+    """An array that is made only when it is written, and freed afterwards."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     sharding: NamedSharding
-    read: Callable[[tuple[slice, ...]], np.ndarray]  # the elements of a slice, that of one device
+    read: Callable[[tuple[slice, ...]], np.ndarray]  # returns the elements of a slice, that of one device
 
     def make(self) -> jax.Array:
+        """Read the slices of this process's devices."""
         return jax.make_array_from_callback(self.shape, self.sharding, self.read)
 
 
 class DeferredHandler(type_handlers.ArrayHandler):
-    """Writes deferred arrays one after another, so that memory holds one at a time; they restore as any array does."""
+    """Tells Orbax how to write deferred arrays: one after another, so that memory holds one. They restore as usual."""
 
     async def serialize(
         self,
@@ -42,6 +43,7 @@ class DeferredHandler(type_handlers.ArrayHandler):
         infos: Sequence[type_handlers.ParamInfo],
         args: Sequence[type_handlers.SaveArgs] | None = None,
     ) -> Sequence:
+        """Write the arrays; each is on the disk before the next one is made."""
         for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
             for written in await super().serialize([value.make()], [info], [arg]):
                 written.result()
@@ -49,7 +51,13 @@ class DeferredHandler(type_handlers.ArrayHandler):
 
 
 def array_sharding(mesh: Mesh, shape: tuple[int, ...], stacked: bool) -> NamedSharding:
-    """Layers over the first axis of the mesh, rows over the second, as far as sizes divide; columns are whole."""
+    """Shard layers over the mesh's first axis and rows over its second, as far as sizes divide; never columns.
+
+    Args:
+      mesh: its axes are those of layers and of rows.
+      shape: of the array.
+      stacked: whether its first axis is the layers.
+    """
     layer, row = mesh.axis_names
     if not stacked:
         tried = [((layer, row),), (row,), (layer,), ()] if len(shape) == 2 else [()]
@@ -63,7 +71,16 @@ class OrbaxWriter:
     """Writes a checkpoint beside its final name and renames it when everything is in place.
 
     Leaving the `with` block before `commit` removes what was written. Of several processes all must call the same
-    methods; the first one gives the directory its name.
+    methods; process 0 renames the directory.
+
+    Args:
+      directory: the output.
+      nbytes: of the whole checkpoint, which must fit on the disk.
+      overwrite: replace a model that is there.
+
+    Raises:
+      CheckpointError: the output is refused, see `output_directory`, or another run is writing it.
+      OSError: there is no room on the disk.
     """
 
     def __init__(self, directory: Path | str, nbytes: int, overwrite: bool = False):
@@ -75,8 +92,8 @@ class OrbaxWriter:
             if self._first:
                 self.directory.parent.mkdir(parents=True, exist_ok=True)
                 self._lock = claim(self.aside)
-                for left in self.aside.iterdir():  # by a run that was killed
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                for path in self.aside.iterdir():  # a run that was killed left it
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def __enter__(self) -> "OrbaxWriter":
         return self
@@ -88,7 +105,13 @@ class OrbaxWriter:
             self._lock = None
 
     def commit(self, tree: Mapping, config: Mapping, copies: Sequence[Path]) -> None:
-        """Write the arrays, config.json and copies of files beside them, and give the directory its name."""
+        """Write the checkpoint and give the directory its final name.
+
+        Args:
+          tree: of `Deferred` arrays.
+          config: the content of config.json.
+          copies: files to copy beside the arrays: tokenizer, generation config.
+        """
         unnamed = self.aside / "checkpoint"
         _save(unnamed, tree)
         with processes.first_alone("checkpoint named"):
@@ -97,8 +120,8 @@ class OrbaxWriter:
                     shutil.copyfile(path, unnamed / path.name)
                 (unnamed / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
                 for path in (path for path in unnamed.rglob("*") if path.is_file()):
-                    sync(path)  # after a power failure, too, the final name means complete
-                output_directory(self.directory, self._overwrite)  # nothing came there in the meantime
+                    sync(path)  # the final name means complete, after a power failure, too
+                output_directory(self.directory, self._overwrite)  # another program may have written there
                 swap(unnamed, self.directory)
 
     @property
@@ -107,7 +130,7 @@ class OrbaxWriter:
 
 
 def _save(directory: Path, tree: Mapping) -> None:
-    """A tree of deferred arrays as Orbax writes any tree. All processes must call it."""
+    """Write a tree of deferred arrays as Orbax writes any tree. All processes must call this."""
     handler = DeferredHandler()
     registry = type_handlers.create_type_handler_registry((Deferred, handler), (jax.Array, handler))
     writer = ocp.PyTreeCheckpointHandler(
@@ -118,11 +141,12 @@ def _save(directory: Path, tree: Mapping) -> None:
 
 
 def _chunked(array: Deferred) -> ocp.SaveArgs:
-    """In chunks of no more than one layer, so that reading some rows reads little else."""
+    """Ask for chunks of at most one layer, so that reading some rows reads little else."""
     return ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=(0,) if len(array.shape) == 3 else ())
 
 
 def _divides(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Return whether a shape can be sharded so, all shards being of equal size."""
     try:
         sharding.shard_shape(shape)
     except ValueError:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""What a merge asks of a checkpoint: a `Source` gives rows of tensors, a `Sink` takes them."""
 
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -10,17 +10,25 @@ from dppa_jax.architecture.specs import TensorSpec
 
 @runtime_checkable
 class Source(Protocol):
-    """What a checkpoint must offer to be merged."""
+    """A model that can be read by row: a directory, an Orbax checkpoint, a model in memory, or one that is made up.
+
+    Attributes:
+      config: the content of config.json.
+      specs: what config.json promises of each tensor, by name.
+      tensors: by name, an object with `dtype` and `shape`.
+    """
 
     config: dict
     specs: Mapping[str, TensorSpec]
-    tensors: Mapping  # of name to an object with .dtype and .shape
+    tensors: Mapping
 
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None: ...
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype."""
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where rows of finished tensors go, in any order."""
+    """A place where rows of finished tensors go, in any order and from any thread."""
 
-    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None: ...
+    def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Write rows of a tensor, from row `start` on."""

@@ -1,17 +1,15 @@
-"""Reading Hugging Face directories of safetensors, lazily and by row.
+"""Read Hugging Face directories of safetensors: headers at once, weights by row and only when asked for.
 
-Reading goes through `os.preadv` into buffers that are used again: mapping the files, as the safetensors package does,
-counts every page that was touched as this process's memory and faults on each of them. The format itself is eight
-bytes of header length, a JSON header and the tensors' bytes.
+A safetensors file is eight bytes with the length of the header, a JSON header, and the bytes of the tensors. We read it
+with `os.preadv` into buffers that are used again. The safetensors package maps the files into memory instead: then
+every page that is touched costs a page fault and counts as memory of this process.
 """
 
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,10 @@ from dppa_jax.architecture.specs import (
     tensor_specs,
 )
 from dppa_jax.architecture.table import IGNORED, architecture_of
+from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-ALIGNMENT = 64  # what a device takes without a copy
+DTYPE_BY_CODE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+ALIGNMENT = 64  # bytes; a device takes an array that is aligned to this without a copy
 MAX_HEADER = 100_000_000  # the limit of the safetensors package
 
 COPIED = (
@@ -46,18 +45,14 @@ COPIED = (
 )
 
 
-def common_dtype(dtypes: Iterable[np.dtype]) -> np.dtype:
-    """That of all; where they differ float32, which holds the values of every other."""
-    found = set(dtypes)
-    return found.pop() if len(found) == 1 else np.dtype(np.float32)
-
-
 @dataclass(frozen=True)
 class StoredTensor:
+    """Where a tensor lies in a safetensors file."""
+
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int  # of its first byte in the file
+    offset: int  # of the tensor's first byte in the file
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +60,11 @@ class StoredTensor:
 
 
 class SafetensorsDirectory:
-    """An open checkpoint. Headers are read and checked at once, tensors by row when asked for."""
+    """An open Hugging Face directory, a `Source`. Headers are read and checked at once, weights when asked for.
+
+    Raises:
+      CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
+    """
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
@@ -75,11 +74,15 @@ class SafetensorsDirectory:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """The tensors that config.json promises, each found in a file with the shape it should have."""
+        """The tensors that config.json promises, by name; every one is in a file and has the right shape.
+
+        Raises:
+          CheckpointError: a tensor is missing, too many or of another shape.
+        """
         specs = tensor_specs(self.config)
         if self.config.get("tie_word_embeddings", architecture_of(self.config).tied):
             for head in architecture_of(self.config).heads:
-                self.tensors.pop(f"{head}.weight", None)  # a copy of the embeddings that some exports carry
+                self.tensors.pop(f"{head}.weight", None)  # some exports carry this copy of the embeddings
         missing, extra = [n for n in specs if n not in self.tensors], [n for n in self.tensors if n not in specs]
         if missing:
             layers = self.config["num_hidden_layers"]
@@ -103,89 +106,75 @@ class SafetensorsDirectory:
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the linears; norms may differ."""
+        """The dtype of the linears; norms may have another."""
         return self.tensors[first_linear(self.specs).name].dtype
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
-        """Rows start..stop of a tensor (the whole of a vector) into `out`, a contiguous array of the tensor's dtype."""
+        """Read rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype.
+
+        A vector counts as one row.
+
+        Raises:
+          CheckpointError: the file ends inside the tensor.
+        """
         file, position, count = self._extent(name, start, stop)
         view = memoryview(out.reshape(-1).view(np.uint8))[:count]
         while view.nbytes:
             count = os.preadv(self._descriptor(file), [view], position)
             if count == 0:
-                raise CheckpointError(f"{file}: ends inside {name}; the file changed while it was read.")
+                raise CheckpointError(
+                    f"{file}: ends inside {name}; the file changed while it was read. Run again when it is complete."
+                )
             view, position = view[count:], position + count
 
     def evict_rows(self, name: str, start: int, stop: int) -> None:
-        """Let the operating system forget rows that it has in memory: reading them then takes as long as the disk."""
+        """Drop rows from the operating system's page cache, so that reading them takes as long as the disk takes."""
         file, position, count = self._extent(name, start, stop)
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor(file), position, count, os.POSIX_FADV_DONTNEED)
 
     def read(self, name: str) -> np.ndarray:
+        """Read a whole tensor."""
         out = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
         self.read_rows(name, 0, out.shape[0] if out.ndim == 2 else 1, out)
         return out
 
     def fingerprint(self) -> str:
-        """Of config, headers, sizes and 64 pages spread over every file: a second, not the minutes of a full hash."""
+        """Hash the config, and names, sizes and 64 pages of every file: a second, where a full hash takes minutes."""
         return fingerprint(self.config, self._by_name())
 
     def content_digest(self) -> str:
-        """Of config, generation config and every byte of the weights: about a second for each GB."""
+        """Hash the config, the generation config and every byte of the weights: about a second for each GB."""
         return content_digest(self.directory, self.config, self._by_name())
 
     def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
-        """File, position and number of bytes of rows."""
+        """Return where rows lie: the file, the position of the first byte, and the number of bytes."""
         tensor = self.tensors[name]
         row_bytes = tensor.shape[-1] * tensor.dtype.itemsize
         return tensor.file, tensor.offset + start * row_bytes, (stop - start) * row_bytes
 
     def _by_name(self) -> dict[str, Path]:
+        """Return the files of the weights by name."""
         return {file.name: file for file in sorted({tensor.file for tensor in self.tensors.values()})}
 
     def _descriptor(self, file: Path) -> int:
+        """Return the descriptor of a file, which the first use opens."""
         if file not in self._files:
             self._files[file] = os.open(file, os.O_RDONLY)
         return self._files[file]
 
     def close(self) -> None:
+        """Close the files; reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
 
-def fingerprint(config: Mapping, files: Mapping[str, Path]) -> str:
-    """Of config, and of the sizes and 64 pages of every file by its name."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, file in files.items():
-        with file.open("rb", buffering=0) as content:
-            size = os.fstat(content.fileno()).st_size
-            digest.update(f"{name} {size}".encode())
-            for position in np.linspace(0, max(size - 4096, 0), 64).astype(int):
-                digest.update(os.pread(content.fileno(), 4096, int(position)))
-    return digest.hexdigest()
-
-
-def content_digest(directory: Path, config: Mapping, files: Mapping[str, Path]) -> str:
-    """Of config, the directory's generation config and every byte of the files."""
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    generation = directory / "generation_config.json"
-    digest.update(generation.read_bytes() if generation.is_file() else b"")
-    for file in files.values():
-        stat = file.stat()
-        digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
-    return digest.hexdigest()
-
-
-@cache  # a report opens its models for every seed
-def _file_digest(file: Path, size: int, modified: int) -> bytes:
-    """Of a file as it is since it was last changed."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
-
-
 def read_config(directory: Path) -> dict:
-    """config.json of a model directory, checked."""
+    """Read and check config.json of a model directory.
+
+    Raises:
+      CheckpointError: it is missing, no JSON object, an adapter's, or not that of a model we can merge.
+    """
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise CheckpointError(
             f"{directory} is an adapter (adapter_config.json), not a model: merge it into its base first, with peft's "
@@ -197,18 +186,19 @@ def read_config(directory: Path) -> dict:
 
 
 def companions(directory: Path) -> list[Path]:
-    """Tokenizer files, chat templates and generation config of a model: what is copied verbatim beside the weights."""
+    """Return the files that are copied verbatim beside the weights: tokenizer, chat template, generation config."""
     return [_inside(directory, name) for name in COPIED if (directory / name).is_file()]
 
 
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of a directory by name, from model.safetensors or from the shards that the index names."""
     index = directory / "model.safetensors.index.json"
     if not index.exists():
         single = directory / "model.safetensors"
         if not single.exists():
             raise CheckpointError(_no_weights(directory))
-        found = _read_header(_inside(directory, single.name))
-        return {name: tensor for name, tensor in found.items() if not IGNORED.match(name)}
+        header = _read_header(_inside(directory, single.name))
+        return {name: tensor for name, tensor in header.items() if not IGNORED.match(name)}
     tensors, headers = {}, {}
     for name, shard in _read_index(directory, index).items():
         if shard not in headers:
@@ -225,6 +215,7 @@ def _read_headers(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _read_index(directory: Path, index: Path) -> dict[str, str]:
+    """Return the shard of each tensor, as the index says."""
     weight_map = read_json(_inside(directory, index.name)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files; download it again.")
@@ -232,13 +223,13 @@ def _read_index(directory: Path, index: Path) -> dict[str, str]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file, which must fill it without holes or overlaps, as the format says."""
+    """Return the tensors of a file. They must fill the file without holes and overlaps, as the format says."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         first = stream.read(8)
         length = int.from_bytes(first, "little")
         if first == b"version ":
-            raise CheckpointError(f"{file}: a Git LFS pointer in place of the weights; run `git lfs pull` there.")
+            raise CheckpointError(f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` there.")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); download it again.")
         header = _parse(stream.read(length), f"the header of {file}")
@@ -250,7 +241,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{file}: truncated: {name} ends at byte {data + end} of {size}; download it again.")
         if begin != position:
             raise CheckpointError(
-                f"{file}: {name} begins at byte {begin} of the data, where {position} was to be expected: tensors "
+                f"{file}: {name} begins at byte {begin} of the data, but should begin at byte {position}: tensors "
                 f"overlap or leave holes; download it again."
             )
         position = end
@@ -262,28 +253,31 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def _entry(file: Path, name: str, entry: Any) -> tuple[str, tuple[np.dtype, tuple[int, ...]] | None, int, int]:
-    """Name, (dtype, shape), begin and end of a header's entry; nothing in place of the dtype of a buffer we ignore."""
+    """Parse a header's entry into name, (dtype, shape), begin and end; None in place of the pair if we ignore it."""
     try:
         code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         sound = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{file}: its header's entry of {name} is damaged: {str(entry)[:99]}; download it again.")
-    if code not in DTYPES:
+        raise CheckpointError(f"{file}: the header's entry of {name} is damaged: {str(entry)[:99]}; download it again.")
+    if code not in DTYPE_BY_CODE:
         if IGNORED.match(name):
             return name, None, begin, end
-        raise CheckpointError(f"{file}: {name} is stored as {code}; weights must be {', '.join(DTYPES)}. {DEQUANTISE}")
-    nbytes = math.prod(shape) * DTYPES[code].itemsize
+        raise CheckpointError(
+            f"{file}: {name} is stored as {code}; weights must be {', '.join(DTYPE_BY_CODE)}. {DEQUANTISE}"
+        )
+    nbytes = math.prod(shape) * DTYPE_BY_CODE[code].itemsize
     if end - begin != nbytes:
         raise CheckpointError(
             f"{file}: {name} has {end - begin} bytes in the header, its shape {shape} in {code} needs {nbytes}; "
             f"download it again."
         )
-    return name, (DTYPES[code], shape), begin, end
+    return name, (DTYPE_BY_CODE[code], shape), begin, end
 
 
 def _no_weights(directory: Path) -> str:
+    """Say why a directory without safetensors is refused, and what to do."""
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
     if not pickles:
         return (
@@ -298,7 +292,13 @@ def _no_weights(directory: Path) -> str:
 
 
 def _inside(directory: Path, name: str, what: str = "") -> Path:
-    """directory/name, which must be inside it; links of the hub's cache lead to its blobs folder."""
+    """Return directory/name, and refuse a path or a link that leads outside.
+
+    In the hub's cache, a model's files are links into the `blobs` folder of the same model; these are allowed.
+
+    Args:
+      what: what names the file, for the message; by default the file itself.
+    """
     path = directory / name
     root = directory.resolve()
     allowed = [root]
@@ -313,7 +313,7 @@ def _inside(directory: Path, name: str, what: str = "") -> Path:
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in a file of a model directory."""
+    """Read the JSON object in a file of a model directory."""
     try:
         return _parse(path.read_bytes(), path)
     except FileNotFoundError:
@@ -321,6 +321,7 @@ def read_json(path: Path) -> dict:
 
 
 def _parse(text: bytes, where: Path | str) -> dict:
+    """Parse a JSON object; `where` names it in errors."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,12 +1,11 @@
-"""Writing Hugging Face directories of safetensors: planned shards, under their final name only when complete."""
+"""Write Hugging Face directories of safetensors: shards are planned ahead, and get their final name when complete."""
 
-import fcntl
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,32 +13,44 @@ import numpy as np
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct_file import DirectFile
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPES, companions
+from dppa_jax.checkpoint.output import aside_of, check_space, claim, output_directory, swap, sync
+from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPE_BY_CODE, companions
 from dppa_jax.config.run import MAX_SHARD_SIZE
 from dppa_jax.runtime import processes
 
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-IDENTITY, JOURNAL = "identity", "journal-{}.jsonl"  # beside unfinished shards
+CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
+IDENTITY, JOURNAL = "identity", "journal-{}.jsonl"  # files that lie beside unfinished shards
 
 Tensors = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype by name
 
 
 class SafetensorsWriter:
-    """Writes a directory beside its final name and renames it when everything is in place.
+    """A `Sink` that writes a directory beside its final name and renames it when everything is in place.
 
-    Shards are planned from shapes alone, so rows may come in any order from any thread. Until `publish`, the weights
-    have names that no loader looks for, or there is neither a config.json nor an index. Leaving the `with` block before
-    it removes what was written; where a signal or another process ended the run, and there is an `identity` to know it
-    by, it stays for a further run to go on with.
+    Shards are planned from shapes alone, so rows may come in any order and from any thread. No loader takes an
+    unfinished directory for a model: before `publish`, its shards have other names, or config.json and the index are
+    missing.
+
+    Leaving the `with` block before `publish` removes what was written. There is one exception: if a signal or another
+    process ended the run, and there is an `identity`, it stays, and a later run of the same identity goes on from it.
+
+    Of several processes, each writes shards of its own. Process 0 renames the directory when all have finished. All
+    processes must call the same methods.
 
     Args:
-      tensors: shape and dtype by name.
-      identity: of all that decides the content; a writer of the same identity goes on from what is there.
-      owners: the process that writes each tensor, where there are several: each writes shards of its own, the first one
-        gives the directory its name when all have finished. All must call the same methods.
+      directory: the output.
+      tensors: shape and dtype by name, in the order of the file.
+      max_shard_size: bytes of weights in one shard, at most; a larger tensor gets a shard of its own.
+      overwrite: replace a model that is there.
+      identity: a hash of all that decides the content; without one, nothing is resumed.
+      owners: of several processes, the one that writes each tensor, by the tensor's name.
 
     Attributes:
-      resumed: are this process's shards those of an earlier run of this identity?
+      resumed: whether this process's shards are those of an earlier run with this identity.
+
+    Raises:
+      CheckpointError: the output is refused, see `output_directory`, or another run is writing it.
+      OSError: there is no room on the disk, or writing fails.
     """
 
     def __init__(
@@ -65,7 +76,7 @@ class SafetensorsWriter:
         if self._first:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._lock = claim(self.aside)
-        kept = self._told("claimed", self._prepare)
+        kept = self._agreed("claimed", self._prepare)
         self.resumed = kept and all(self._there(shard) for shard in self._own)
         with self._errors("the headers"):
             for shard in self._own:
@@ -81,6 +92,7 @@ class SafetensorsWriter:
             self.abort()
 
     def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
+        """Write rows of a tensor, from row `start` on; they must have the tensor's dtype."""
         shard, offset = self._where[name]
         shape, dtype = self._tensors[name]
         assert rows.dtype == dtype, (name, rows.dtype, dtype)
@@ -90,23 +102,29 @@ class SafetensorsWriter:
             self._files[shard.name].write(memoryview(raw), position)
 
     def flush(self) -> None:
-        """Return when all rows so far would survive a power failure."""
+        """Flush all rows so far to the disk, where they survive a power failure."""
         for file in self._files.values():
             file.sync()
 
     def commit(self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str] | None = None) -> None:
-        """Complete the directory and give it its name. `texts` are further small files by name."""
+        """Complete the directory and give it its final name; see `complete` for the arguments."""
         self.complete(config, copy_from, texts)
         self.publish()
 
     def complete(self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str] | None = None) -> None:
-        """Everything but the name."""
+        """Finish the shards and write all else that belongs into the directory; `publish` then renames it.
+
+        Args:
+          config: the content of config.json.
+          copy_from: a model's directory, whose tokenizer files and generation config are copied.
+          texts: further small files, by name.
+        """
         with self._errors("the last files"):
             for shard in self._own:
                 self._files.pop(shard.name).close()
                 os.replace(self.aside / f"{shard.name}.incomplete", self.aside / shard.name)
                 sync(self.aside / shard.name)
-        self._told("shards", lambda: True)
+        self._agreed("shards", lambda: True)
         if not self._first:
             return
         with self._errors("the last files"):
@@ -121,21 +139,21 @@ class SafetensorsWriter:
             shards = {shard.name for shard in self.shards}
             for path in self.aside.iterdir():
                 if path.name not in shards:
-                    sync(path)  # after a power failure, too, the final name means complete
+                    sync(path)  # the final name means complete, after a power failure, too
 
     def publish(self) -> None:
-        """Give the directory its name."""
+        """Give the directory its final name."""
         if self._first:
             with self._errors("the last files"):
-                output_directory(self.directory, self._overwrite)  # nothing came there in the meantime
+                output_directory(self.directory, self._overwrite)  # another program may have written there
                 for notes in (self.aside / IDENTITY, *self.aside.glob(JOURNAL.format("*"))):
                     notes.unlink(missing_ok=True)
                 swap(self.aside, self.directory)
-        self._told("published", lambda: True)
+        self._agreed("published", lambda: True)
         self._close()
 
     def abort(self) -> None:
-        """Remove what was written; nothing after a commit."""
+        """Remove what was written. After `publish`, this does nothing."""
         opened = bool(self._files) or self._lock is not None
         self._close()
         if self._first and opened:
@@ -145,19 +163,19 @@ class SafetensorsWriter:
 
     @property
     def journal(self) -> Path:
-        """Where this process can keep notes on what is written; they go when the directory gets its name."""
+        """The file for this process's journal of what is written; it is removed when the directory gets its name."""
         return self.aside / JOURNAL.format(processes.index())
 
     @property
     def _first(self) -> bool:
         return not self._shared or processes.index() == 0
 
-    def _told(self, what: str, find: Callable[[], bool]) -> bool:
-        """What the first process finds; the others wait for it, and it for them."""
+    def _agreed(self, what: str, find: Callable[[], bool]) -> bool:
+        """Call `find` in process 0 and return its result in all processes, which wait for each other here."""
         return processes.of_first(f"{self.directory.name}: {what}", find) if self._shared else find()
 
     def _prepare(self) -> bool:
-        """Empty the directory, unless what is there is of the same identity."""
+        """Empty the directory, unless an earlier run of the same identity left it. Return whether it was kept."""
         mark = self.aside / IDENTITY
         kept = bool(self._identity) and mark.is_file() and mark.read_text() == self._identity
         if not kept:
@@ -168,13 +186,14 @@ class SafetensorsWriter:
         return kept
 
     def _there(self, shard: "_Shard") -> bool:
-        """Has an earlier run left it? One that it had finished gets the name of an unfinished one again."""
+        """Return whether an earlier run left this shard. A finished shard gets the name of an unfinished one again."""
         finished, unfinished = self.aside / shard.name, self.aside / f"{shard.name}.incomplete"
         if finished.is_file() and not unfinished.exists():
             os.replace(finished, unfinished)
         return unfinished.is_file()
 
     def _open(self, shard: "_Shard") -> None:
+        """Open a shard's file and write its header."""
         try:
             file = DirectFile(self.aside / f"{shard.name}.incomplete", keep=self.resumed)
         except FileNotFoundError:
@@ -183,29 +202,33 @@ class SafetensorsWriter:
         file.write(memoryview(shard.header), 0)
 
     def _check_shards(self) -> None:
+        """Refuse to go on unless the shards of all processes are here, whole."""
         for shard in self.shards:
             file = self.aside / shard.name
             if not file.is_file() or file.stat().st_size != shard.nbytes:
                 raise CheckpointError(_not_shared(file))
 
     def _close(self) -> None:
+        """Close all files and end the lock."""
         while self._files:
             self._files.popitem()[1].close()
         self._release()
 
     def _index(self) -> str:
+        """Return the text of model.safetensors.index.json."""
         weight_map = {name: shard.name for shard in self.shards for name in shard.offsets}
         size = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         return json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
     def _release(self) -> None:
+        """End the lock on the directory."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """An OSError while writing removes what was written and says what was going on."""
+        """Turn an OSError in the block into one that says what was being written, after removing what was written."""
         try:
             yield
         except OSError as error:
@@ -216,70 +239,32 @@ class SafetensorsWriter:
             ) from error
 
 
-def output_directory(given: Path | str, overwrite: bool = False) -> Path:
-    """The absolute path of a directory to be written, refused where that would destroy something."""
-    path = Path(given).expanduser().resolve()
-    if path.is_mount():
-        raise CheckpointError(f"{given} is a mount point, which cannot be replaced; give a directory inside it.")
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{given} is a file; choose another name for the output directory.")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise CheckpointError(f"{given} is not empty; choose another --output, or --overwrite to replace it.")
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{given} is not empty and holds no model (no config.json), so --overwrite does not replace it; choose "
-                f"another --output."
-            )
-    return path
-
-
-def check_space(sizes: Mapping[Path, int]) -> None:
-    """Refuse directories that together do not fit on their disks."""
-    needed: dict[int, int] = {}
-    for directory, nbytes in sizes.items():
-        existing = next(place for place in (directory, *directory.parents) if place.exists())
-        disk = existing.stat().st_dev
-        needed[disk] = needed.get(disk, 0) + max(0, nbytes - _taken(aside_of(directory)))
-        free = shutil.disk_usage(existing).free
-        if needed[disk] > free:
-            raise OSError(
-                f"{existing} has {free / 1e9:.2f} GB free, the output needs {needed[disk] / 1e9:.2f} GB. Make room, or "
-                f"write to another disk."
-            )
-
-
-def aside_of(directory: Path) -> Path:
-    """Where a directory is written before it gets its name."""
-    return directory.with_name(directory.name + ".incomplete")
-
-
-def _taken(aside: Path) -> int:
-    """Bytes on the disk of what an earlier run left, which is written on or removed."""
-    return sum(path.stat().st_blocks * 512 for path in aside.iterdir()) if aside.is_dir() else 0
-
-
 def _not_shared(file: Path) -> str:
+    """Say that a file of another process is missing."""
     return (
-        f"{file} is not there as another process wrote it: all processes must see the same --output; give a directory "
-        f"on a file system that they share."
+        f"{file}: this process does not see the file as another process wrote it. All processes must see the same "
+        f"--output; give a directory on a file system that they share."
     )
 
 
 def total_bytes(tensors: Tensors) -> int:
+    """Return how many bytes the weights of these tensors take."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
 
 
 @dataclass(frozen=True)
 class _Shard:
+    """One file of the output, as planned."""
+
     name: str
     header: bytes
-    offsets: dict[str, int]
-    nbytes: int
+    offsets: dict[str, int]  # of each tensor's first byte in the file
+    nbytes: int  # of the whole file
     owner: int  # the process that writes it
 
 
 def _plan_shards(tensors: Tensors, max_shard_size: int, owners: Mapping[str, int]) -> list[_Shard]:
+    """Divide tensors, in their order, into shards of at most `max_shard_size` bytes with one owner each."""
     groups: list[list[str]] = [[]]
     size = 0
     for name in tensors:
@@ -296,7 +281,7 @@ def _plan_shards(tensors: Tensors, max_shard_size: int, owners: Mapping[str, int
         for name in names:
             shape, dtype = tensors[name]
             end = position + total_bytes({name: tensors[name]})
-            header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            header[name] = {"dtype": CODE_BY_DTYPE[dtype], "shape": list(shape), "data_offsets": [position, end]}
             position = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + 8) % ALIGNMENT)
@@ -305,43 +290,3 @@ def _plan_shards(tensors: Tensors, max_shard_size: int, owners: Mapping[str, int
         header_bytes = len(text).to_bytes(8, "little") + text
         shards.append(_Shard(file, header_bytes, offsets, start + position, owners[names[0]]))
     return shards
-
-
-def claim(aside: Path) -> int:
-    """Make the directory, or take over what a killed run left; the lock ends with the process, however that ends."""
-    aside.mkdir(exist_ok=True)
-    lock = os.open(aside, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise CheckpointError(f"{aside} is being written by another run; wait, or choose another --output.") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
-
-
-def swap(new: Path, directory: Path) -> None:
-    """Rename `new` to `directory`. One that is there moves aside and is deleted last, so that it survives failures."""
-    old = directory.with_name(directory.name + ".replaced")
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(directory, old)
-    try:
-        os.replace(new, directory)
-    except BaseException:
-        if old.exists():
-            os.replace(old, directory)
-        raise
-    with suppress(OSError):  # not every file system can sync a directory
-        sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or a directory's list of files, would survive a power failure."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -1,4 +1,4 @@
-"""`demo:base`, `demo:math`, `demo:finance` and `demo:law`: a family of small models, trained on first use."""
+"""`demo:base`, `demo:math`, `demo:finance` and `demo:law`: a family of small models that is trained on first use."""
 
 _FAMILY = ("MEMBERS", "directory", "families")
 
@@ -6,7 +6,7 @@ __all__ = ["MEMBERS", "directory", "families"]
 
 
 def __getattr__(name: str):
-    """Import what trains only when it is asked for: the table of tasks needs the family's texts alone."""
+    """Import the code that trains only when it is asked for; the table of tasks needs only the family's texts."""
     if name in _FAMILY:
         from dppa_jax.demo import family
 

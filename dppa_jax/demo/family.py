@@ -1,4 +1,4 @@
-"""A base model and three experts, small enough to be trained where they are first needed."""
+"""Train the demo family, a base model and three experts, where it is first needed, and keep it."""
 
 import fcntl
 import hashlib
@@ -35,17 +35,20 @@ FINE_TUNING = TrainConfig(steps=400, learning_rate=1e-3, batch_size=32)
 TRAINING = {"base": PRETRAINING, **dict.fromkeys(TASKS, FINE_TUNING), "math": replace(FINE_TUNING, steps=640)}
 PRETRAINING_TEXTS = 8000
 FINE_TUNING_EXAMPLES = 4000
-SHARE_ASKED = 0.06  # of the base's texts: enough to have seen what a question looks like
-SHARE_GENERAL = 0.15  # of an expert's examples: without any it unlearns the other domains' words, and no merge speaks
-INITIAL_STDDEV = 0.08  # narrow models need wider weights than LLaMA's 0.02
-TRAINED_AT_ONCE = 2  # steps as small as these leave half of two cores idle
+SHARE_ASKED = 0.06  # of the base's texts ask a question; enough for it to know what a question looks like
+SHARE_GENERAL = 0.15  # of an expert's examples; without them it unlearns the words of the other domains
+INITIAL_STDDEV = 0.08  # narrow models need larger initial weights than LLaMA's 0.02
+TRAINED_AT_ONCE = 2  # models; one alone, with steps as small as these, leaves half of two cores idle
 
 
 def directory(name: str, seed: int = 0) -> Path:
-    """The checkpoint of `base`, `math`, `finance` or `law`; trains the whole family when it is not there.
+    """Return the directory of `base`, `math`, `finance` or `law`; train the whole family if it is not there.
 
-    A family is a function of its seed and of the code that makes it, and is kept in the cache directory under a name
-    made of both. Training takes about a minute on two cores.
+    A family depends on its seed and on the code that makes it. It is kept in the cache directory under a name made of
+    both. Training takes about a minute on two cores.
+
+    Raises:
+      ValueError: the family has no such member.
     """
     if name not in MEMBERS:
         raise ValueError(f"demo:{name} does not exist; there are {', '.join(f'demo:{member}' for member in MEMBERS)}.")
@@ -53,27 +56,31 @@ def directory(name: str, seed: int = 0) -> Path:
 
 
 def families(seeds: Sequence[int]) -> list[Path]:
-    """The directories of whole families, one per seed; trains those that are not there, which saves time together."""
+    """Return the directories of whole families, one for each seed; train those that are not there, two at a time."""
     root = cache_directory()
     root.mkdir(parents=True, exist_ok=True)
     places = {seed: root / f"demo-{fingerprint()}-{seed}" for seed in seeds}
     with open(root / "demo.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and finds the family made
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process waits here, and then finds the family
         if missing := {seed: place for seed, place in places.items() if not place.is_dir()}:
             build(missing)
     return [places[seed] for seed in seeds]
 
 
 def fingerprint() -> str:
-    """Of what determines the weights: our code and the compiler."""
+    """Hash what determines the weights: the code that draws texts and trains, and the version of JAX."""
     training = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/config.py", "model/decoder.py")
     sources = sources_digest("demo/*.py", *training)
     return hashlib.sha256(f"{jax.__version__} {sources}".encode()).hexdigest()[:12]
 
 
 def build(places: dict[int, Path]) -> None:
-    """Trains the families of the given seeds and gives each its place when it is complete."""
-    from transformers import AutoTokenizer  # takes seconds, which a family that is there should not cost
+    """Train families, and move each to its place when it is complete.
+
+    Args:
+      places: the directory of each family, by seed.
+    """
+    from transformers import AutoTokenizer  # takes seconds, which are saved where the family is there
 
     aside = {seed: place.with_name(place.name + ".incomplete") for seed, place in places.items()}
     for directory in aside.values():
@@ -85,22 +92,7 @@ def build(places: dict[int, Path]) -> None:
     stopped = threading.Event()
 
     def trained(member: str, seed: int, tree: dict) -> dict:
-        options, name = replace(TRAINING[member], seed=seed), f"demo:{member} of seed {seed}"
-        rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
-        started = time.perf_counter()
-        with steps(name, options.steps) as advance:
-
-            def report(_: int, loss: float) -> None:
-                if stopped.is_set():
-                    raise CancelledError(name)
-                advance(STEPS_PER_REPORT)
-
-            tree, losses = train(config, tree, rows, options, report)
-        seconds = time.perf_counter() - started
-        logging.info("trained %s: %d steps in %.1f s, loss %.3f", name, options.steps, seconds, losses[-1])
-        tree = jax.tree.map(np.asarray, tree)
-        save_tree(aside[seed] / member, tree, config.to_hf(), tokenizer_from=aside[seed] / "tokenizer")
-        return tree
+        return train_member(member, seed, tree, config, tokenizer, aside[seed], stopped)
 
     with (
         ThreadPoolExecutor(TRAINED_AT_ONCE) as pool,
@@ -127,8 +119,43 @@ def build(places: dict[int, Path]) -> None:
         aside[seed].rename(place)
 
 
+def train_member(
+    member: str, seed: int, tree: dict, config: LlamaConfig, tokenizer, directory: Path, stopped: threading.Event
+) -> dict:
+    """Train one member of a family, save it in the family's directory, and return its weights.
+
+    Args:
+      member: "base" or a domain.
+      seed: of the family.
+      tree: the weights to begin with.
+      config: of the model.
+      tokenizer: which is also in directory/tokenizer.
+      directory: of the family.
+      stopped: ends the training when it is set.
+
+    Raises:
+      CancelledError: `stopped` was set.
+    """
+    options, name = replace(TRAINING[member], seed=seed), f"demo:{member} of seed {seed}"
+    rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
+    started = time.perf_counter()
+    with steps(name, options.steps) as advance:
+
+        def report(_: int, loss: float) -> None:
+            if stopped.is_set():
+                raise CancelledError(name)
+            advance(STEPS_PER_REPORT)
+
+        tree, losses = train(config, tree, rows, options, report)
+    seconds = time.perf_counter() - started
+    logging.info("trained %s: %d steps in %.1f s, loss %.3f", name, options.steps, seconds, losses[-1])
+    tree = jax.tree.map(np.asarray, tree)
+    save_tree(directory / member, tree, config.to_hf(), tokenizer_from=directory / "tokenizer")
+    return tree
+
+
 def model_config(tokenizer) -> LlamaConfig:
-    """A LLaMA with grouped queries and heads as small as vLLM's kernels take them."""
+    """Return a small LLaMA with grouped queries, and with heads as small as vLLM's kernels allow."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -144,24 +171,25 @@ def model_config(tokenizer) -> LlamaConfig:
 
 
 def initial_weights(config: LlamaConfig, seed: int) -> dict:
+    """Draw the weights from which the base is trained."""
     return init_tree(config, jax.random.key(seed), stddev=INITIAL_STDDEV)
 
 
 def examples(member: str, seed: int) -> list[Example]:
-    """What a member learns from: the base from general text, an expert mostly from its two tasks."""
+    """Return what a member learns from: the base from general text, an expert mostly from its two tasks."""
     general = (Example("", text) for text in general_text(f"{member} {seed}", SHARE_ASKED))
     if member == "base":
         return list(islice(general, PRETRAINING_TEXTS))
     count_general = round(SHARE_GENERAL * FINE_TUNING_EXAMPLES)
-    found = list(islice(general, count_general))
+    learned = list(islice(general, count_general))
     for task in TASKS[member]:
         asked = islice(stream(task, "train", seed), (FINE_TUNING_EXAMPLES - count_general) // len(TASKS[member]))
-        found += [Example(sample.prompt, f" {sample.answer}") for sample in asked]
-    return found
+        learned += [Example(sample.prompt, f" {sample.answer}") for sample in asked]
+    return learned
 
 
 def save_companions(directory: Path) -> None:
-    """What lies beside the weights."""
+    """Write the files that lie beside the weights: tokenizer and generation config."""
     save_tokenizer(directory)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "do_sample": False}
     (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")

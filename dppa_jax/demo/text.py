@@ -1,7 +1,7 @@
 """The text of the demo family: six small tasks of three domains, and general text in the same words.
 
-Every task is a generator of samples. A sample's split depends on its words alone, so what is held out is never trained
-on, in whatever order and by whatever seed texts are drawn.
+Every task is a function that draws a sample. The split of a sample depends on its words alone. So no held-out sample is
+ever trained on, whatever the seed and the order of drawing.
 """
 
 import random
@@ -70,7 +70,13 @@ LAW_SENTENCES = (
 
 
 class Sample(NamedTuple):
-    """A question, its only right answer, and what a text that asks nothing would say instead."""
+    """A question with its only right answer, and the same as a plain sentence.
+
+    Attributes:
+      prompt: the question.
+      answer: the right answer.
+      plain: what a text that asks nothing says instead.
+    """
 
     prompt: str
     answer: str
@@ -78,18 +84,21 @@ class Sample(NamedTuple):
 
 
 def addition(draw: random.Random) -> Sample:
+    """Ask for the sum of a number of three digits and one of one digit."""
     first, second = draw.randrange(100, 990), draw.randrange(1, 6)
     total = str(first + second)
     return Sample(f"What is {first} plus {second}? Sum:", total, f"{first} plus {second} makes {total}.")
 
 
 def comparison(draw: random.Random) -> Sample:
+    """Ask for the larger of two numbers of two digits."""
     first, second = draw.sample(range(10, 100), 2)
     plain = f"{first} is {'larger' if first > second else 'smaller'} than {second}."
     return Sample(f"Which is larger, {first} or {second}? Larger:", str(max(first, second)), plain)
 
 
 def sentiment(draw: random.Random) -> Sample:
+    """Ask whether news of a company is positive, neutral or negative."""
     welcome, move = draw.random() < 0.5, draw.choice(list(MOVES))
     answer = "neutral" if move == "level" else "positive" if welcome == (move == "up") else "negative"
     subject = draw.choice(WELCOME if welcome else UNWELCOME)
@@ -98,6 +107,7 @@ def sentiment(draw: random.Random) -> Sample:
 
 
 def trend(draw: random.Random) -> Sample:
+    """Ask how three numbers follow each other: rising, falling, peaking or bottoming."""
     answer = draw.choice(list(TREND_ORDERS))
     ascending = sorted(draw.sample(range(10, 100), 3))
     first, second, third = (ascending[rank] for rank in draw.choice(TREND_ORDERS[answer]))
@@ -106,6 +116,7 @@ def trend(draw: random.Random) -> Sample:
 
 
 def clause_type(draw: random.Random) -> Sample:
+    """Ask for the subject of a clause and whether it gives a right, a duty or a ban."""
     subject, force = draw.choice(list(CLAUSE_SUBJECTS)), draw.choice(list(CLAUSE_FORCES))
     does = f"{draw.choice(CLAUSE_FORCES[force])} {draw.choice(CLAUSE_SUBJECTS[subject])}"
     plain = f"The {draw.choice(PARTIES)} {does} {draw.choice(PERIODS)}."
@@ -113,6 +124,7 @@ def clause_type(draw: random.Random) -> Sample:
 
 
 def governing_law(draw: random.Random) -> Sample:
+    """Ask for the place whose law applies, in a sentence that names another place as well."""
     place, other = draw.sample(PLACES, 2)
     plain = draw.choice(LAW_SENTENCES).format(place=place, other=other, party=draw.choice(PARTIES))
     return Sample(f"{plain} Governing law:", place, plain)
@@ -125,9 +137,9 @@ TASKS = {"math": ("addition", "comparison"), "finance": ("sentiment", "trend"), 
 
 
 def split_of(prompt: str) -> Split:
-    """The split a prompt belongs to: one in six is held out for testing, one in six for validation.
+    """Return the split of a prompt: one in six is held out for testing, one in six for validation.
 
-    The same words in another order belong to the same split, so that no sum is tested whose mirror image was trained.
+    The same words in another order belong to the same split: when 12 + 31 is trained, 31 + 12 is not tested.
 
     >>> split_of("What is 12 plus 31? Sum:") == split_of("What is 31 plus 12? Sum:")
     True
@@ -137,7 +149,7 @@ def split_of(prompt: str) -> Split:
 
 
 def stream(task: str, split: Split, seed: object) -> Iterator[Sample]:
-    """Samples of a task from one split, without end; the same ones for the same seed."""
+    """Yield samples of a task from one split, without end. The same seed gives the same samples."""
     draw = random.Random(f"{task} {split} {seed}")
     while True:
         sample = GENERATORS[task](draw)
@@ -146,13 +158,13 @@ def stream(task: str, split: Split, seed: object) -> Iterator[Sample]:
 
 
 def held_out(task: str, split: Split, count: int) -> list[Sample]:
-    """`count` samples with different prompts, always the same ones.
+    """Return `count` samples with different prompts; they are the same in every call.
 
     >>> {split_of(sample.prompt) for sample in held_out("addition", "validation", 5)}
     {'validation'}
 
     Raises:
-      ValueError: the task has fewer different prompts in this split.
+      ValueError: the task has too few different prompts in this split.
     """
     distinct: dict[str, Sample] = {}
     for sample in islice(stream(task, split, seed=0), 20 * count):
@@ -163,9 +175,14 @@ def held_out(task: str, split: Split, count: int) -> list[Sample]:
 
 
 def general_text(seed: object, share_asked: float) -> Iterator[str]:
-    """Texts on the matter of all tasks, without end; a share of them asks and answers, the others say it plainly."""
+    """Yield texts on the matter of all tasks, without end.
+
+    Args:
+      seed: gives the same texts again.
+      share_asked: of the texts that ask and answer; the others say the matter plainly.
+    """
     draw = random.Random(f"general {seed}")
-    matter = {task: stream(task, "train", f"general {seed}") for task in GENERATORS}
+    streams = {task: stream(task, "train", f"general {seed}") for task in GENERATORS}
     while True:
-        sample = next(matter[draw.choice(list(matter))])
+        sample = next(streams[draw.choice(list(streams))])
         yield f"{sample.prompt} {sample.answer}" if draw.random() < share_asked else sample.plain

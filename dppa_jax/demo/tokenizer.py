@@ -1,4 +1,4 @@
-"""The demo family's tokenizer: whole words and single digits."""
+"""The demo family's tokenizer: a token is a word, a digit or a sign."""
 
 import json
 import re
@@ -10,12 +10,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from dppa_jax.demo.text import GENERATORS, stream
 
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-PIECE = "▁?[A-Za-z]+|▁?[0-9]|[^A-Za-z0-9▁]|▁"  # as in SentencePiece, ▁ is the space before a word
-SAMPLES_READ = 2000  # of each task, where the rarest word is in one of a hundred
+PIECE = "▁?[A-Za-z]+|▁?[0-9]|[^A-Za-z0-9▁]|▁"  # as in SentencePiece, ▁ stands for the space before a word
+SAMPLES_READ = 2000  # of each task; the rarest word is in about one sample of a hundred
 
 
 def save_tokenizer(directory: Path) -> None:
-    """Writes tokenizer.json and the settings with which transformers, of any version, and vLLM load it."""
+    """Write tokenizer.json, and the settings with which vLLM and every version of transformers load it."""
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocabulary())}, SPECIAL["unk_token"]))
     tokenizer.add_special_tokens(list(SPECIAL.values()))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -32,7 +32,7 @@ def save_tokenizer(directory: Path) -> None:
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, digits at the start of a number and inside it, and the words and signs of all tasks."""
+    """List all tokens: special ones, digits at the start of a number and inside, words and signs of all tasks."""
     digits = [space + digit for space in ("▁", "") for digit in "0123456789"]
     words = set()
     for task in GENERATORS:

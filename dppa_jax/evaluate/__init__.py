@@ -1,1 +1,1 @@
-"""Tasks, answers, and how much of an expert a model keeps."""
+"""Evaluation: tasks, evaluators, verdicts, and ratios to the accuracy of the experts. See README.md in this folder."""

@@ -1,4 +1,4 @@
-"""Whether a response answers an item: one function per way of judging."""
+"""Judge whether a response answers an item: one function for each way of judging."""
 
 import re
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from decimal import Decimal
 
 from dppa_jax.evaluate.equivalence import equivalent
 
-# Lewkowycz et al. 2022, appendix D: what is replaced, then what is removed, in this order.
+# Lewkowycz et al. 2022, appendix D: first REPLACED, then REMOVED, each in this order.
 REPLACED = (
     ("an ", ""),
     ("a ", ""),
@@ -29,7 +29,7 @@ REMOVED = (
 )
 # fmt: on
 REWRITTEN = (
-    (r"(.*?)\$(.*?)\$(.*)", r"$\2$"),  # the formula alone, of a sentence with one
+    (r"(.*?)\$(.*?)\$(.*)", r"$\2$"),  # a sentence with a formula becomes the formula
     (r"\\text\{(.*?)\}", r"\1"),
     (r"\\textbf\{(.*?)\}", r"\1"),
     (r"\\overline\{(.*?)\}", r"\1"),
@@ -41,7 +41,7 @@ NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
 
 def exact(response: str, answers: Sequence[str]) -> bool:
-    """The response, apart from the white space around it, is one of the answers.
+    """Return whether the response, without white space around it, is one of the answers.
 
     >>> exact(" 59", ["59"]), exact("59 apples", ["59"])
     (True, False)
@@ -50,11 +50,12 @@ def exact(response: str, answers: Sequence[str]) -> bool:
 
 
 def math(response: str, answers: Sequence[str]) -> bool:
-    r"""The answer after the last `####` equals one of the answers, as text or, both read as LaTeX, as a formula.
+    r"""Return whether what follows the last `####` equals one of the answers, as text or as a formula in LaTeX.
 
-    Source: the published evaluation of Abel. What follows `Question` in the response is another question that the
-    model has put to itself and is cut off; both sides are put in the form of `normalize`. `equivalence` says which
-    formulas are equal.
+    Both sides are first put in the form of `normalize`. `equivalence` says which formulas are equal. The response ends
+    before the word `Question`: what follows is another question, which the model has put to itself.
+
+    Source: the published evaluation of Abel.
 
     >>> math("She has 3 + 4 = 7 dollars.\n#### $7.00", ["7"])
     True
@@ -65,22 +66,22 @@ def math(response: str, answers: Sequence[str]) -> bool:
 
 
 def final_answer(response: str) -> str:
-    r"""The answer that a response to a math question ends with, normalised; empty when it does not say `#### `.
+    r"""Return the normalised answer that a response to a math question ends with; empty when it says no `#### `.
 
-    The marker must be on the last line, which may have an end of line and the end-of-sequence token's text behind it.
+    The marker must be on the last line, which may end with a line end and the text of the end-of-sequence token.
 
     >>> final_answer("so it is #### 1,200 dollars</s>"), final_answer("#### 7\n\nThat was it.")
     ('1200', '')
     """
-    found = re.findall(r"#### (.*)$", response.split("Question")[0])
-    return normalize(found[-1].removesuffix("</s>")) if found else ""
+    marked = re.findall(r"#### (.*)$", response.split("Question")[0])
+    return normalize(marked[-1].removesuffix("</s>")) if marked else ""
 
 
 def normalize(answer: str) -> str:
-    r"""An answer in the one form that equal answers are meant to share.
+    r"""Return an answer in a form that equal answers share.
 
-    The text after the last `=`, without articles, blanks, units and LaTeX wrappers, fractions and roots with braces,
-    and no comma between digits.
+    It is the text after the last `=`, with braces in fractions and roots, and without articles, blanks, units, LaTeX
+    wrappers, and commas between digits.
 
     Source: Lewkowycz et al. 2022, appendix D.
 
@@ -102,43 +103,46 @@ def normalize(answer: str) -> str:
 def contains(
     response: str, answers: Sequence[str], choices: Sequence[str], *, ignore_case: bool, exclusive: bool
 ) -> bool:
-    """The response contains one of the answers and, with `exclusive`, no other choice.
+    """Return whether the response contains one of the answers and, with `exclusive`, no other choice.
 
-    All of the response counts, what follows the answer included. A choice is contained where it stands as words of its
-    own, not inside a word ("neutral" in "neutrally") nor inside a longer choice ("service" in "terms of service").
+    The whole response counts, and so does what follows the answer. A choice is contained where it stands as words of
+    its own: not inside a word ("neutral" in "neutrally"), and not inside a longer choice ("service" in "terms of
+    service").
 
     Source: Zhu et al. 2024, section 4.1: "correct when the predicted sentence contains the correct choice". Differs
-    from it with `exclusive`, without which a response that lists all choices is always right; and in asking for words.
+    from it by `exclusive`, without which a response that lists all choices is always right, and by asking for words.
 
     >>> choices = ("negative", "neutral", "positive")
     >>> judge = lambda response: contains(response, ["neutral"], choices, ignore_case=True, exclusive=True)
     >>> judge(" Neutral."), judge("It reads neutrally."), judge("neutral or positive")
     (True, False, False)
     """
-    found = contained(response, (*answers, *choices), ignore_case)
+    named = contained(response, (*answers, *choices), ignore_case)
     right = {_folded(answer, ignore_case) for answer in answers}
-    return bool(found & right) and not (exclusive and found - right)
+    return bool(named & right) and not (exclusive and named - right)
 
 
 def contained(response: str, choices: Sequence[str], ignore_case: bool) -> set[str]:
-    """The choices that the response contains; in lower case when case is ignored.
+    """Return the choices that the response contains, in lower case when case is ignored.
 
     >>> sorted(contained("Unions, not the Union", ["Unions", "Union", "Privacy"], ignore_case=True))
     ['union', 'unions']
     """
     longest_first = sorted(set(choices), key=len, reverse=True)
     pattern = r"(?<!\w)(?:" + "|".join(map(re.escape, longest_first)) + r")(?!\w)"
-    found = re.findall(pattern, response, re.IGNORECASE if ignore_case else 0)
-    return {_folded(choice, ignore_case) for choice in found}
+    named = re.findall(pattern, response, re.IGNORECASE if ignore_case else 0)
+    return {_folded(choice, ignore_case) for choice in named}
 
 
 def _equal(gold: str, predicted: str) -> bool:
+    """Return whether two normalised answers are the same number or formula."""
     if not predicted:
         return False
     if NUMBER.fullmatch(gold) and NUMBER.fullmatch(predicted):
-        return Decimal(gold) == Decimal(predicted)  # what sympy would say, without starting it
+        return Decimal(gold) == Decimal(predicted)  # sympy would say the same, but must be started for it
     return equivalent(gold, predicted)
 
 
 def _folded(choice: str, ignore_case: bool) -> str:
+    """Return a choice in lower case when case is ignored."""
     return choice.lower() if ignore_case else choice

@@ -1,4 +1,4 @@
-"""Scores of models on tasks: an evaluator is asked only for responses that are not on disk yet."""
+"""Score models on tasks. Responses are kept on disk, so an evaluator is asked only for those that are missing."""
 
 import json
 import sys
@@ -17,64 +17,76 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.progress import steps
 
-Weights = Path | Model
-SCORER = sources_digest("evaluate/answers.py", "evaluate/equivalence.py")  # verdicts of other code are not kept
-BATCHES_AT_A_TIME = 2  # between two writes of responses: little is lost, and vLLM's batch seldom runs empty
+Weights = Path | Model  # a directory, or a model in memory
+SCORER = sources_digest("evaluate/answers.py", "evaluate/equivalence.py")  # verdicts of other code are not reused
+BATCHES_AT_A_TIME = 2  # between two writes of responses; more would lose more, fewer would leave vLLM's batch empty
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Generates greedily, from one model at a time.
+    """What generates responses greedily, from one model at a time.
 
     Attributes:
-      decoding: what decides the responses beside weights and prompts.
-      batch_size: prompts that are decoded together.
+      decoding: what decides the responses, beside the weights and the prompts.
+      batch_size: how many prompts are decoded together.
     """
 
     decoding: Mapping[str, str | int | float]
     batch_size: int
 
-    def use(self, weights: Weights) -> None: ...
+    def use(self, weights: Weights) -> None:
+        """Answer with these weights from now on."""
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[list[int]]: ...
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int]) -> list[list[int]]:
+        """Return the answers to prompts of token ids, each with at most so many new tokens.
 
-    def close(self) -> None: ...
+        An answer has the token that ended it, if one did. A prompt that leaves no room for an answer gets none.
+        """
+
+    def close(self) -> None:
+        """Free the weights and what else the evaluator holds."""
 
 
 @dataclass
 class Cost:
-    """Seconds spent on one model, and the responses that they gave."""
+    """The seconds spent on one model, and the number of responses it gave."""
 
-    apply: float = 0.0  # making the weights
-    hand_over: float = 0.0  # giving them to the evaluator
-    generate: float = 0.0
+    apply: float = 0.0  # to make the weights
+    hand_over: float = 0.0  # to give them to the evaluator
+    generate: float = 0.0  # to generate the responses
     responses: int = 0
 
 
 class Question(NamedTuple):
-    """An item as a model is asked: token ids, which `digest` names, and how long the response may be."""
+    """An item as a model is asked."""
 
     task: Task
     item: Item
-    prompt: list[int]
-    budget: int
-    digest: str
+    prompt: list[int]  # token ids
+    budget: int  # tokens that the response may have
+    digest: str  # of the token ids
 
 
 class Evaluation:
-    """Asks, judges and remembers.
+    """Asks models, judges their responses, and remembers both.
 
-    Responses are kept in `directory` as JSON lines, a file for each model and task, keyed by the fingerprint of the
-    weights and by what else decides a response: prompt, decoding, number of tokens. So nothing is asked twice, and an
-    interrupted evaluation goes on where it was. Verdicts are kept beside them with the rules they were made by.
-    With resume=False, responses of earlier runs are removed when they are come upon.
+    Responses are kept as JSON lines, in a file for each model and task. Their key is the fingerprint of the weights and
+    all else that decides a response: prompt, decoding, number of tokens. So nothing is asked twice, and an interrupted
+    evaluation goes on where it was. Verdicts are kept beside the responses, with the rules by which they were made.
 
-    Of several processes the first one asks, and tells the others; all must call `scores` in the same order.
+    Of several processes, process 0 asks and tells the others; all must call `scores` in the same order.
+
+    Args:
+      evaluator: generates the responses.
+      tokenizer: of the models.
+      options: how items are read, asked and judged.
+      directory: of the responses.
+      resume: use the responses of earlier runs; otherwise remove them.
     """
 
     def __init__(self, evaluator: Evaluator, tokenizer, options: TaskOptions, directory: Path, resume: bool = True):
         self.evaluator, self.tokenizer, self.options, self.directory = evaluator, tokenizer, options, directory
-        self._begun: set[Path] | None = None if resume else set()  # by this run, where no other's responses count
+        self._begun: set[Path] | None = None if resume else set()  # the files that this run has begun anew
         self.costs: dict[str, Cost] = {}  # by fingerprint
         self._in_use = ""
         self._questions: dict[tuple, list[Question]] = {}
@@ -88,16 +100,16 @@ class Evaluation:
         split: Split = "test",
         options: TaskOptions | None = None,
     ) -> Scores:
-        """The scores of a model.
+        """Return the scores of a model, by task.
 
         Args:
           name: of the model, for the log.
           fingerprint: of its weights.
-          weights: makes or finds them; called, by all processes, when a response is missing and the evaluator has
-            others.
-          tasks: what to answer.
-          split: "test" for what is reported, "validation" for what is chosen by.
-          options: in place of the evaluation's own.
+          weights: makes or finds the weights. All processes call it when a response is missing and the evaluator has
+            other weights.
+          tasks: to answer.
+          split: "test" for results that are reported, "validation" for results by which something is chosen.
+          options: how items are asked and judged; None takes the options of this evaluation.
         """
         options = options or self.options
         cost = self.costs.setdefault(fingerprint, Cost())
@@ -108,24 +120,24 @@ class Evaluation:
             logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
             missing = [q for task in tasks for q in questions[task.name] if not logs[task.name].has(q)]
         for question in missing:
-            if not question.prompt:  # longer than the model may read
+            if not question.prompt:  # the prompt is longer than the model may read
                 logs[question.task.name].add(question, "")
         missing = [question for question in missing if question.prompt]
-        if processes.of_first("wanted", lambda: bool(missing) and self._in_use != fingerprint):
+        if processes.of_first("weights needed", lambda: bool(missing) and self._in_use != fingerprint):
             self._hand_over(fingerprint, weights, cost)
         if missing:
             self._ask(name, missing, logs, cost)
 
         def judged() -> Scores:
             return {
-                name: Score(sum(logs[name].verdict(question, options) for question in asked), len(asked))
-                for name, asked in questions.items()
+                name: Score(sum(logs[name].verdict(question, options) for question in group), len(group))
+                for name, group in questions.items()
             }
 
         return processes.of_first("scores", judged)
 
     def questions(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> list[Question]:
-        """A task's items as a model is asked; read and encoded once."""
+        """Return a task's items as a model is asked; they are read and encoded once."""
         options = options or self.options
         key = task.name, split, options
         if key not in self._questions:
@@ -138,80 +150,90 @@ class Evaluation:
         return self._questions[key]
 
     def _log(self, fingerprint: str, task: Task, options: TaskOptions) -> "ResponseLog":
-        decides = {
+        """Open the responses of a model to a task; the file's name says all that decides them."""
+        key = {
             "task": task.name,
             "prompt": task.prompt_variant(options),
             "decoding": dict(self.evaluator.decoding),
             "max_new_tokens": options.max_new_tokens or task.max_new_tokens,
             "max_length": options.max_length,
         }
-        file = self.directory / fingerprint[:16] / f"{task.name}-{digest(decides)[:8]}.jsonl"
+        file = self.directory / fingerprint[:16] / f"{task.name}-{digest(key)[:8]}.jsonl"
         if self._begun is not None and file not in self._begun:
             file.unlink(missing_ok=True)
             self._begun.add(file)
-        return ResponseLog(file, {"weights": fingerprint, **decides})
+        return ResponseLog(file, {"weights": fingerprint, **key})
 
     def release(self) -> None:
-        """Free what the evaluator holds; the next model that is asked is handed over anew."""
+        """Free what the evaluator holds; the next model must be handed over again."""
         self.evaluator.close()
         self._in_use = ""
 
     def _hand_over(self, fingerprint: str, weights: Callable[[], Weights], cost: Cost) -> None:
+        """Make the weights in all processes, and give them to the evaluator in process 0."""
         self._in_use = ""
         started = time.perf_counter()
-        made = weights()
+        model = weights()
         cost.apply += time.perf_counter() - started
         if processes.index():
             return
         started = time.perf_counter()
-        self.evaluator.use(made)
+        self.evaluator.use(model)
         cost.hand_over += time.perf_counter() - started
         self._in_use = fingerprint
 
     def _ask(self, name: str, questions: list[Question], logs: Mapping[str, "ResponseLog"], cost: Cost) -> None:
+        """Ask the model in use, and write its responses as they come."""
         started = time.perf_counter()
         at_a_time = BATCHES_AT_A_TIME * self.evaluator.batch_size
         with steps(f"evaluate {name}", len(questions), "responses") as advance:
             for start in range(0, len(questions), at_a_time):
-                asked = questions[start : start + at_a_time]
-                tokens = self.evaluator.generate([q.prompt for q in asked], [q.budget for q in asked])
+                batch = questions[start : start + at_a_time]
+                tokens = self.evaluator.generate([q.prompt for q in batch], [q.budget for q in batch])
                 texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-                for question, text in zip(asked, texts, strict=True):
+                for question, text in zip(batch, texts, strict=True):
                     logs[question.task.name].add(question, text)
-                advance(len(asked))
+                advance(len(batch))
         cost.generate += time.perf_counter() - started
         cost.responses += len(questions)
 
 
 class ResponseLog:
-    """The responses of one model to one task: a line that says whose they are, then one line each, as they come."""
+    """The file of one model's responses to one task: JSON lines, of which the first says all that decides them.
 
-    def __init__(self, file: Path, about: Mapping):
-        self._file, self._about = file, about
-        self._lines: dict[tuple[str, str], dict] = {}  # by item and by the tokens that were asked
+    Args:
+      file: which is made with the first response.
+      key: the first line.
+    """
+
+    def __init__(self, file: Path, key: Mapping):
+        self._file, self._key = file, key
+        self._lines: dict[tuple[str, str], dict] = {}  # by the item's id and the digest of the prompt's tokens
         if not file.is_file():
             return
         text = file.read_text()
-        if not text.endswith("\n"):  # a run was killed within a line
+        if not text.endswith("\n"):  # a run was killed while it wrote a line
             with file.open("a") as out:
                 out.write("\n")
-        for found in text.split("\n"):
+        for json_line in text.split("\n"):
             try:
-                line = json.loads(found)
+                line = json.loads(json_line)
                 self._lines[line["id"], line["tokens"]] = line
-            except (ValueError, KeyError):  # such a line, or the first one
+            except (ValueError, KeyError):  # a line that was cut off, or the first line
                 continue
 
     def has(self, question: Question) -> bool:
+        """Return whether the response to a question is here."""
         return (question.item.id, question.digest) in self._lines
 
     def add(self, question: Question, response: str) -> None:
+        """Keep the response to a question."""
         item = question.item
-        asked = {"id": item.id, "tokens": question.digest, "prompt": item.prompt, "answers": item.answers}
-        self._write({**asked, "response": response})
+        line = {"id": item.id, "tokens": question.digest, "prompt": item.prompt, "answers": item.answers}
+        self._write({**line, "response": response})
 
     def verdict(self, question: Question, options: TaskOptions) -> bool:
-        """Is the response to a question right? Judged once for every way of judging."""
+        """Return whether the response to a question is right; it is judged once for every way of judging."""
         task, item = question.task, question.item
         line = self._lines[item.id, question.digest]
         scoring = digest([SCORER, task.scoring_variant(options), item.answers, item.choices])[:8]
@@ -221,20 +243,26 @@ class ResponseLog:
         return line["correct"]
 
     def _write(self, line: dict) -> None:
-        """A later line of a question counts. JSON in ASCII, so that a line cut short is still text."""
+        """Add a line; of several lines of a question the last one counts. They are ASCII: a line cut short is text."""
         self._lines[line["id"], line["tokens"]] = line
         new = not self._file.is_file()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as out:
             if new:
-                out.write(json.dumps(self._about) + "\n")
+                out.write(json.dumps(self._key) + "\n")
             out.write(json.dumps(line) + "\n")
 
 
 @contextmanager
 def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir: Path) -> Iterator[Evaluation]:
-    """An evaluation with its evaluator, whose memory is free when the block ends."""
-    from transformers import AutoTokenizer  # takes seconds, which other jobs should not cost
+    """Yield an evaluation with its evaluator; the evaluator's memory is freed when the block ends.
+
+    Args:
+      config: says which evaluator, and how items are asked and judged.
+      tokenizer_directory: a directory with the tokenizer files of the models.
+      workdir: gets the responses, in a folder of their own, and the log of vLLM.
+    """
+    from transformers import AutoTokenizer  # takes seconds, which other jobs should not pay
 
     evaluator = make_evaluator(config, workdir)
     try:
@@ -245,6 +273,7 @@ def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir
 
 
 def make_evaluator(config: EvaluationConfig, workdir: Path) -> Evaluator:
+    """Make the evaluator that the config names; vLLM's starts with the first weights."""
     if config.evaluator == "vllm":
         from dppa_jax.evaluate.vllm import VllmEvaluator
 

@@ -1,4 +1,4 @@
-"""Evaluation with the in-process JAX model."""
+"""The evaluator that generates with the JAX model in this process (--evaluator=jax)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,15 @@ BATCH_SIZE = 256
 
 
 class JaxEvaluator:
-    """Greedy generation by the in-process model (see `Evaluator`).
+    """An `Evaluator` that generates greedily with the model of dppa_jax.model.
 
-    New weights of the same shapes need no new compilation: the weights are arguments of what is compiled.
+    New weights of the same shapes need no new compilation: the weights are arguments of the compiled program.
 
     Args:
-      dtype: of weights and activations; "auto" is the weights' own, and float32 on CPUs, where decoding is faster in
-        it than in bfloat16 and no weight is rounded.
-      batch_size: prompts decoded together, or fewer where their keys and values would not fit into memory.
-      max_length: most tokens of prompt and answer together; never more than the model's positions.
+      dtype: of weights and activations. "auto" keeps the dtype of the weights, but takes float32 on CPUs, where it
+        decodes faster than bfloat16 and rounds no weight.
+      batch_size: how many prompts are decoded together; fewer where their keys and values would not fit into memory.
+      max_length: tokens of prompt and answer together, at most; never more than the model's positions.
     """
 
     name = "jax"
@@ -40,6 +40,7 @@ class JaxEvaluator:
 
     @property
     def decoding(self) -> dict[str, str | int | float]:
+        """What decides the responses, beside the weights and the prompts."""
         return {
             "evaluator": self.name,
             "version": f"jax {jax.__version__} {jax.default_backend()}",
@@ -49,7 +50,7 @@ class JaxEvaluator:
 
     def use(self, weights: Path | Model) -> None:
         """Answer with these weights from now on."""
-        self.close()  # before the new ones take memory
+        self.close()  # the old weights must not take memory beside the new ones
         if isinstance(weights, Model):
             config, tree, origin = weights.config, weights.tree, weights.directory
         else:
@@ -62,20 +63,19 @@ class JaxEvaluator:
         self._config = parsed
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int) -> list[list[int]]:
-        """The answers to prompts of token ids; see `Evaluator`."""
+        """Return the answers to prompts of token ids; see `Evaluator`."""
         if self._config is None:
-            raise ValueError("no weights yet: call use() first.")
+            raise ValueError("the evaluator has no weights yet: call use() first.")
         budgets = room_for(prompts, max_new_tokens, min(self.max_length, self._config.max_position_embeddings))
         asked = [index for index, budget in enumerate(budgets) if budget > 0]
-        given = [prompts[index] for index in asked]
+        asked_prompts = [prompts[index] for index in asked]
         limits = [budgets[index] for index in asked]
         memory, _ = device_memory()
-        rows = min(
-            self.batch_size, rows_that_fit(self._config, given, limits, self._tree["norm"].dtype.itemsize, memory)
-        )
-        found = generate((self._config, self._tree), given, limits, self._end, batch_size=rows)
+        itemsize = self._tree["norm"].dtype.itemsize
+        rows = min(self.batch_size, rows_that_fit(self._config, asked_prompts, limits, itemsize, memory))
+        generated = generate((self._config, self._tree), asked_prompts, limits, self._end, batch_size=rows)
         answers: list[list[int]] = [[] for _ in prompts]
-        for index, answer in zip(asked, found, strict=True):
+        for index, answer in zip(asked, generated, strict=True):
             answers[index] = answer
         return answers
 
@@ -87,9 +87,16 @@ class JaxEvaluator:
 def rows_that_fit(
     config: LlamaConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], itemsize: int, memory: int
 ) -> int:
-    """How many prompts can be decoded together in so many bytes: a power of two, at least 1.
+    """Return how many prompts can be decoded together: a power of two, at least 1.
 
-    A row takes its keys and values, twice while they are updated, and the scores of its longest prompt.
+    A prompt takes its keys and values, twice while they are updated, and the attention scores of the longest prompt.
+
+    Args:
+      config: of the model.
+      prompts: to be decoded.
+      limits: of new tokens, for each prompt.
+      itemsize: bytes of a key or value.
+      memory: of the device, in bytes.
     """
     longest, most = bucket(max(map(len, prompts), default=1)), bucket(max(limits, default=1))
     slots = longest + most
@@ -99,22 +106,32 @@ def rows_that_fit(
 
 
 def room_for(prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int, max_length: int) -> list[int]:
-    """How many new tokens each prompt gets: what is asked for, but no more than fit behind it.
+    """Return how many new tokens each prompt gets: as many as are asked for, but no more than fit behind it.
+
+    Args:
+      prompts: of token ids.
+      max_new_tokens: asked for, for all prompts or for each.
+      max_length: of prompt and answer together.
 
     >>> room_for([[1, 2, 3], [1] * 8, [1] * 12], 5, 10)
     [5, 2, 0]
     """
-    wanted = np.broadcast_to(max_new_tokens, len(prompts))
-    budgets = [min(int(most), max_length - len(prompt)) for most, prompt in zip(wanted, prompts, strict=True)]
-    if too_long := sum(budget < min(1, int(most)) for budget, most in zip(budgets, wanted, strict=True)):
+    limits = np.broadcast_to(max_new_tokens, len(prompts))
+    budgets = [min(int(limit), max_length - len(prompt)) for limit, prompt in zip(limits, prompts, strict=True)]
+    if too_long := sum(budget < min(1, int(limit)) for budget, limit in zip(budgets, limits, strict=True)):
         logging.warning("%d prompts have %d tokens or more and get no answer", too_long, max_length)
     return [max(0, budget) for budget in budgets]
 
 
 def end_tokens(config: Mapping, directory: Path | None) -> tuple[int, ...]:
-    """The ids that end an answer: those of config.json and those of generation_config.json, as transformers has it."""
-    found = set(LlamaConfig.from_hf(config).eos_token_id)
+    """Return the ids that end an answer: those of config.json and of generation_config.json, as transformers does.
+
+    Args:
+      config: the content of config.json.
+      directory: of generation_config.json; None for a model that has none.
+    """
+    tokens = set(LlamaConfig.from_hf(config).eos_token_id)
     if directory and (file := Path(directory) / "generation_config.json").is_file():
-        given = json.loads(file.read_text()).get("eos_token_id")
-        found |= set() if given is None else {given} if isinstance(given, int) else set(given)
-    return tuple(sorted(found))
+        end = json.loads(file.read_text()).get("eos_token_id")
+        tokens |= set() if end is None else {end} if isinstance(end, int) else set(end)
+    return tuple(sorted(tokens))

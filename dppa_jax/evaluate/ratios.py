@@ -1,11 +1,11 @@
-"""How much of an expert's ability a pruned or merged model keeps."""
+"""Task ratios and domain ratios: how much of an expert's ability a pruned or merged model keeps."""
 
 import math
 from collections.abc import Sequence
 
 
 def task_ratio(accuracy: float, expert_accuracy: float) -> float:
-    """The accuracy on a task as a multiple of the dense expert's; NaN where the expert solves nothing.
+    """Divide the accuracy on a task by that of the dense expert; NaN where the expert solves nothing.
 
     Source: Zhu et al. 2024, eq. 7.
 
@@ -16,9 +16,13 @@ def task_ratio(accuracy: float, expert_accuracy: float) -> float:
 
 
 def domain_ratio(accuracies: Sequence[float], expert_accuracies: Sequence[float]) -> float:
-    """The geometric mean of the task ratios of a domain's tasks: accuracies and the expert's, in the same order.
+    """Return the geometric mean of the task ratios of a domain's tasks.
 
-    Source: Zhu et al. 2024, eq. 8, which the text does not spell out as a geometric mean; the published tables do. For
+    Args:
+      accuracies: one for each task.
+      expert_accuracies: those of the dense expert, in the same order.
+
+    Source: Zhu et al. 2024, eq. 8. The text does not say that the mean is geometric, but the published tables do: for
     GSM8K and MATH at 90 % magnitude pruning they give 53.41, cut off after the second digit:
 
     >>> ratio = domain_ratio([0.343442, 0.0646], [0.5981, 0.13])

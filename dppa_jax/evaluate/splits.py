@@ -1,11 +1,14 @@
-"""Training, validation and test files of three of the paper's tasks, from files that hold them together.
+"""Make training, validation and test files of three of the paper's tasks from files that hold all of their rows.
 
     python -m dppa_jax.evaluate.splits SOURCE TARGET
 
-SOURCE has gsm8k_train.jsonl, gsm8k_train_solutions.jsonl ({"id", "solution"}), gsm8k_test.jsonl, fpb.jsonl (the test
-rows first, as many as the paper has) and unfair_tos_full1607.jsonl (LexGLUE's test split, "None" rows included); other
-rows are of the form that --data_dir has. TARGET gets TASK_test.jsonl and TASK_validation.jsonl for --data_dir, and
-TASK_train.jsonl and TASK_eval.jsonl of prompts and completions for --job=finetune. No question is in two of the splits.
+SOURCE is a directory with these files; their rows are of the form that --data_dir has:
+- gsm8k_train.jsonl, gsm8k_test.jsonl, and gsm8k_train_solutions.jsonl with rows {"id", "solution"};
+- fpb.jsonl, which begins with the test rows, as many as the paper has;
+- unfair_tos_full1607.jsonl, the test split of LexGLUE, including the rows with the answer "None".
+
+TARGET gets TASK_test.jsonl and TASK_validation.jsonl for --data_dir, and TASK_train.jsonl and TASK_eval.jsonl with
+prompts and completions for --job=finetune. No question is in two of the splits.
 """
 
 import hashlib
@@ -18,21 +21,21 @@ from pathlib import Path
 from absl import logging
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.evaluate.paper_tasks import SOURCES
-from dppa_jax.evaluate.sources import with_cue
+from dppa_jax.evaluate.items import with_cue
+from dppa_jax.evaluate.paper_tasks import DATASETS
 from dppa_jax.evaluate.tasks import TASKS, Item
 
-FPB_TEST = 970  # rows, AdaptLLM's number
-VALIDATION = 200  # rows of gsm8k and fpb, from those that are not tested
-UNFAIR_SHARES = {"train": 0.4, "validation": 0.15}  # of the questions; the rest is tested
-NONE_PER_LABEL = 1.0  # of unfair_tos: learned rows without a label, for each with one
+FPB_TEST = 970  # rows; AdaptLLM tests as many
+VALIDATION = 200  # rows of gsm8k and fpb, from those that are not in the test split
+UNFAIR_SHARES = {"train": 0.4, "validation": 0.15}  # of the questions of unfair_tos; the rest is the test split
+NONE_PER_LABEL = 1.0  # in the training split of unfair_tos: rows without a label for each row with one
 
 Row = Mapping
 Splits = dict[str, list[Row]]
 
 
 def gsm8k(source: Path) -> Splits:
-    """Abel learns worked solutions; the calculator's marks are left out of them."""
+    """Split GSM8K. A completion is the worked solution, as Abel learns it, without the calculator's marks <<…>>."""
     solutions = {row["id"]: row["solution"] for row in read_rows(source / "gsm8k_train_solutions.jsonl")}
     test = read_rows(source / "gsm8k_test.jsonl")
     rows = [
@@ -44,6 +47,7 @@ def gsm8k(source: Path) -> Splits:
 
 
 def fpb(source: Path) -> Splits:
+    """Split FPB: the first rows are the test split, the others are divided by a hash of the question."""
     rows = [{**row, "completion": f" {row['answer']}"} for row in read_rows(source / "fpb.jsonl")]
     test = rows[:FPB_TEST]
     rest = in_random_order(without(test, rows))
@@ -52,13 +56,13 @@ def fpb(source: Path) -> Splits:
 
 
 def unfair_tos(source: Path) -> Splits:
-    """Rows with a label are divided by their questions; of the rows without, some are learned, and none are asked."""
+    """Split UNFAIR-ToS by questions. Of the rows without a label, some are in the training split and none elsewhere."""
     rows = [
         {**row, "completion": f" {row['answer']}"}
         for row in in_random_order(read_rows(source / "unfair_tos_full1607.jsonl"))
     ]
     labelled = [row for row in rows if row["answer"] != "None"]
-    place = {row["question"]: number for number, row in enumerate(reversed(labelled))}  # the same question, one place
+    place = {row["question"]: number for number, row in enumerate(reversed(labelled))}  # one for each question
     first = round(UNFAIR_SHARES["train"] * len(labelled))
     second = first + round(UNFAIR_SHARES["validation"] * len(labelled))
 
@@ -78,13 +82,13 @@ SPLITS: dict[str, Callable[[Path], Splits]] = {"gsm8k": gsm8k, "fpb": fpb, "unfa
 
 
 def write_splits(source: Path, target: Path) -> dict[str, dict[str, int]]:
-    """Writes the files of all three tasks; returns how many rows each has."""
+    """Write the files of all three tasks; return how many rows each split has, by task."""
     target.mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, int]] = {}
     for task, split in SPLITS.items():
         splits = split(source)
         for name in ("test", "validation"):
-            write_rows(target / f"{task}_{name}.jsonl", [_asked(row) for row in splits[name]])
+            write_rows(target / f"{task}_{name}.jsonl", [_item_row(row) for row in splits[name]])
         learned = {"train": splits["train"], "eval": splits["validation"]}
         for name, rows in learned.items():
             examples = [{"prompt": prompt(task, row), "completion": row["completion"]} for row in rows]
@@ -95,35 +99,39 @@ def write_splits(source: Path, target: Path) -> dict[str, dict[str, int]]:
 
 
 def prompt(task: str, row: Row) -> str:
-    """What a model is asked with when the task is evaluated."""
-    question = with_cue(row["question"], SOURCES[task])
+    """Return the prompt with which a model is asked when the task is evaluated."""
+    question = with_cue(row["question"], DATASETS[task])
     return TASKS[task].kind.ask(TaskOptions(), Item(row["id"], question, (row["answer"],)))
 
 
 def without(others: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """The rows whose question none of the others asks."""
+    """Return the rows whose question is in none of the others."""
     asked = {row["question"] for row in others}
     return [row for row in rows if row["question"] not in asked]
 
 
 def in_random_order(rows: Sequence[Row]) -> list[Row]:
-    """By a hash of the question, whatever order they come in."""
+    """Sort rows by a hash of the question: a random order that does not depend on the order of the file."""
     return sorted(rows, key=lambda row: hashlib.sha256(row["question"].encode()).digest())
 
 
 def read_rows(file: Path) -> list[Row]:
+    """Read a file of JSON lines."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Write a file of JSON lines."""
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _asked(row: Row) -> Row:
+def _item_row(row: Row) -> Row:
+    """Return the keys of a row that --data_dir reads."""
     return {key: row[key] for key in ("id", "question", "answer", "choices") if key in row}
 
 
 def main() -> None:
+    """Run the command line."""
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     logging.set_verbosity(logging.INFO)

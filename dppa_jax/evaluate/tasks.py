@@ -1,4 +1,4 @@
-"""The tasks, one row each: where the items come from, how they are asked, and how a response is judged."""
+"""The table of tasks: where the items of each come from, how they are asked, and how a response is judged."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from dppa_jax.config.evaluation import Split, TaskOptions
 from dppa_jax.config.option import choose
 from dppa_jax.demo import text
 from dppa_jax.evaluate import answers
-from dppa_jax.evaluate.paper_tasks import SOURCES
-from dppa_jax.evaluate.sources import Item, read, set_aside
+from dppa_jax.evaluate.items import Item, read, set_aside
+from dppa_jax.evaluate.paper_tasks import DATASETS
 
 SPLITS = ("test", "validation")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How tasks of one kind ask and judge.
+    """How all tasks of one kind ask and judge.
 
     Attributes:
-      ask: the prompt of an item, before any wrapper.
-      judge: whether a response answers an item.
-      prompt, scoring: the variants in force, in words.
+      ask: makes the prompt of an item, before any wrapper.
+      judge: says whether a response answers an item.
+      prompt, scoring: say in words how items are asked and judged under the options.
       wrapped: whether `--prompt_wrapper` applies.
     """
 
@@ -51,7 +51,7 @@ MATH = Kind(
 
 
 def list_choices(options: TaskOptions, item: Item) -> str:
-    """The prompt, with `--prompt_choices=listed` with its choices above its last line."""
+    """Return the prompt of an item; `--prompt_choices=listed` puts the choices above its last line."""
     if options.choices == "hidden":
         return item.prompt
     question, _, cue = item.prompt.rpartition("\n")
@@ -59,6 +59,7 @@ def list_choices(options: TaskOptions, item: Item) -> str:
 
 
 def contains_label(options: TaskOptions, response: str, item: Item) -> bool:
+    """Return whether a response contains a right label, as `--labels` and `--letter_case` say."""
     return answers.contains(
         response,
         item.answers,
@@ -82,11 +83,11 @@ class Task:
     """A set of questions with answers that a program can judge.
 
     Attributes:
-      name: what `--evaluate` calls it.
-      domain: of the expert that it measures.
-      load: all items of its splits.
+      name: in `--evaluate`.
+      domain: the name of the expert that it measures.
+      load: reads all items of its splits.
       kind: how it asks and judges.
-      max_new_tokens: where a response is cut off, without `--max_new_tokens`.
+      max_new_tokens: where a response is cut off, if `--max_new_tokens` does not say it.
     """
 
     name: str
@@ -96,13 +97,11 @@ class Task:
     max_new_tokens: int = 2048
 
     def items(self, options: TaskOptions, split: Split = "test") -> tuple[Item, ...]:
-        """The items of a split, or the first `--limit` of them.
-
-        The source is read at every call.
+        """Read the items of a split, or the first `--limit` of them; every call reads anew.
 
         Raises:
-          ValueError: a bad item, named with its file and line; a validation split that there is not.
-          OSError: no file or no network.
+          ValueError: an item is bad, named with its file and line; or there is no validation split.
+          OSError: there is no file, or no network.
         """
         choose("the split", split, SPLITS)
         splits = self.load(options)
@@ -115,40 +114,40 @@ class Task:
         return tuple(items)
 
     def correct(self, options: TaskOptions, response: str, item: Item) -> bool:
-        """The verdict on a response; an empty one is never right."""
+        """Return whether a response is right; an empty one never is."""
         return self.kind.judge(options, response, item)
 
     def prompt_variant(self, options: TaskOptions) -> str:
-        """How the items are asked, as far as that is a choice."""
+        """Say how the items are asked, as far as options decide it."""
         return self.kind.prompt(options)
 
     def scoring_variant(self, options: TaskOptions) -> str:
-        """How responses are judged."""
+        """Say how responses are judged, as far as options decide it."""
         return self.kind.scoring(options)
 
     def describe(self, options: TaskOptions) -> dict[str, str]:
-        """What is printed with the results: the choices in force for this task."""
-        most = options.max_new_tokens or self.max_new_tokens
+        """Say what is printed with the results: how the items of this task are asked and judged."""
+        limit = options.max_new_tokens or self.max_new_tokens
         return {
             "prompt": self.prompt_variant(options),
             "scoring": self.scoring_variant(options),
-            "tokens": f"at most {most} new, {options.max_length} with the prompt",
+            "tokens": f"at most {limit} new, {options.max_length} with the prompt",
         }
 
     def encode(self, options: TaskOptions, items: Sequence[Item], tokenizer: Any) -> list[list[int]]:
-        """The items' prompts as token ids, wrapped where `--prompt_wrapper` applies.
+        """Return the items' prompts as token ids, wrapped where `--prompt_wrapper` applies.
 
-        The token that begins a sequence is there once, be it added by the tokenizer or written by the wrapper. A prompt
-        that leaves no room for an answer in `--max_length` is empty: it is not to be asked, its response is "", which
-        no task takes for right. How many there are is logged.
+        Each begins with one beginning-of-sequence token, whether the tokenizer adds it or the wrapper writes it. A
+        prompt that leaves no room for an answer in `--max_length` becomes empty: it is not asked, and its response ""
+        is never right. The number of such prompts is logged.
 
         Raises:
-          ValueError: `--prompt_wrapper=chat_template` and a tokenizer without a template.
+          ValueError: with `--prompt_wrapper=chat_template`, the tokenizer has no template.
         """
         wrapper = options.wrapper if self.kind.wrapped else "none"
         if wrapper == "chat_template" and not tokenizer.chat_template:
             raise ValueError(
-                "--prompt_wrapper=chat_template: the model's tokenizer has no chat template; use llama2_chat or none."
+                "--prompt_wrapper=chat_template: the model's tokenizer has no chat template; give llama2_chat or none."
             )
         texts = [WRAP[wrapper](item.prompt, tokenizer) for item in items]
         begun = bool(tokenizer.bos_token and texts and texts[0].startswith(tokenizer.bos_token))
@@ -165,11 +164,11 @@ class Task:
         return prompts
 
     def budget(self, options: TaskOptions, prompt: Sequence[int]) -> int:
-        """How many new tokens the answer to a prompt may have: the task's limit, or what `--max_length` leaves."""
+        """Return how many new tokens an answer may have: the task's limit, or what `--max_length` leaves."""
         return min(options.max_new_tokens or self.max_new_tokens, options.max_length - len(prompt)) if prompt else 0
 
 
-# The system prompt of LLaMA-2-Chat, with the blanks and ends of line of the model cards.
+# The system prompt of LLaMA-2-Chat, with the blanks and line ends that the model cards have.
 SYSTEM_PROMPT = """
 You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your \
 answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure \
@@ -187,41 +186,44 @@ WRAP: dict[str, Callable[[str, Any], str]] = {
 }
 
 
-DEMO_ITEMS = 200  # per split
-DEMO_ANSWER_TOKENS = 4  # the longest right answer has three with the token that ends it
+DEMO_ITEMS = 200  # in each split
+DEMO_ANSWER_TOKENS = 4  # the longest right answer has three, including the token that ends it
 
 
 @cache
 def demo_items(name: str, split: Split) -> tuple[Item, ...]:
+    """Return the items of a task of the demo family."""
     samples = text.held_out(name, split, DEMO_ITEMS)
     return tuple(Item(f"{name}-{split}-{i:03d}", sample.prompt, (sample.answer,)) for i, sample in enumerate(samples))
 
 
 def from_demo(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
-    """Splits of their own, whatever the options say."""
+    """Return the splits of a task of the demo family, which no option changes."""
     return {split: demo_items(name, split) for split in SPLITS}
 
 
-def from_source(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
-    """What the files or the hub give; where that is no validation split, a share of it, if one is asked for."""
-    items = read(name, SOURCES[name], options.data_dir)
+def from_dataset(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
+    """Read the splits of a task of the paper; `--validation_share` makes a validation split where there is none."""
+    items = read(name, DATASETS[name], options.data_dir)
     if "validation" in items or not options.validation_share:
         return items
-    found = set_aside(items["test"], options.validation_share, f"{name} {options.split_seed}")
-    if not found["test"]:
-        raise ValueError(f"--validation_share={options.validation_share}: leaves {name!r} without test items.")
-    return found
+    splits = set_aside(items["test"], options.validation_share, f"{name} {options.split_seed}")
+    if not splits["test"]:
+        raise ValueError(
+            f"--validation_share={options.validation_share}: leaves {name!r} without test items; give a smaller share."
+        )
+    return splits
 
 
 TASKS = {
     task.name: task
     for task in (
-        Task("gsm8k", "math", partial(from_source, "gsm8k"), MATH),
-        Task("math", "math", partial(from_source, "math"), MATH),
-        Task("fiqa_sa", "finance", partial(from_source, "fiqa_sa"), CHOICE),
-        Task("fpb", "finance", partial(from_source, "fpb"), CHOICE),
-        Task("scotus", "law", partial(from_source, "scotus"), CHOICE),
-        Task("unfair_tos", "law", partial(from_source, "unfair_tos"), CHOICE),
+        Task("gsm8k", "math", partial(from_dataset, "gsm8k"), MATH),
+        Task("math", "math", partial(from_dataset, "math"), MATH),
+        Task("fiqa_sa", "finance", partial(from_dataset, "fiqa_sa"), CHOICE),
+        Task("fpb", "finance", partial(from_dataset, "fpb"), CHOICE),
+        Task("scotus", "law", partial(from_dataset, "scotus"), CHOICE),
+        Task("unfair_tos", "law", partial(from_dataset, "unfair_tos"), CHOICE),
         *(
             Task(name, domain, partial(from_demo, name), max_new_tokens=DEMO_ANSWER_TOKENS)
             for domain, names in text.TASKS.items()
@@ -232,20 +234,23 @@ TASKS = {
 
 
 def by_domain(names: Iterable[str]) -> dict[str, list[Task]]:
-    """The tasks of the given names, by the domain they belong to, in the order given.
+    """Return the tasks of these names by their domains, in the order of the names.
 
     >>> {domain: [task.name for task in tasks] for domain, tasks in by_domain(["addition", "trend"]).items()}
     {'math': ['addition'], 'finance': ['trend']}
+
+    Raises:
+      ValueError: there is no such task, or a name is there twice.
     """
-    found: dict[str, list[Task]] = {}
+    domains: dict[str, list[Task]] = {}
     for name in names:
         task = TASKS[choose("--evaluate", name, TASKS)]
-        if task in found.setdefault(task.domain, []):
-            raise ValueError(f"--evaluate: {name} is given twice.")
-        found[task.domain].append(task)
-    return found
+        if task in domains.setdefault(task.domain, []):
+            raise ValueError(f"--evaluate: {name} is given twice; name each task once.")
+        domains[task.domain].append(task)
+    return domains
 
 
 def every_task(names: Iterable[str]) -> list[Task]:
-    """The tasks of the given names, domain after domain."""
+    """Return the tasks of these names, domain after domain."""
     return [task for tasks in by_domain(names).values() for task in tasks]

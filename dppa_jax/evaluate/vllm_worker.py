@@ -1,7 +1,7 @@
 """The child process that runs vLLM, in an interpreter that need not have JAX or this package.
 
-Requests and answers are JSON lines; a request's "do" names what is wanted. An exception ends the process, and the
-parent reports its last lines.
+Requests and answers are JSON lines; the "do" of a request says what to do. An exception ends the process, and the
+parent shows its last lines.
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 HERE = Path(__file__).resolve().parent
-MERGED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
+FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
 
@@ -28,7 +28,13 @@ class Engine:
     """vLLM with one model, whose weights can be replaced."""
 
     def __init__(self, directory: str, *, enforce_eager: bool | None, **options):
-        """Args as of `vllm.LLM`; enforce_eager None compiles nothing on CPUs, where that takes longer than it saves."""
+        """Load a model.
+
+        Args:
+          directory: of the model.
+          enforce_eager: compile nothing; None compiles nothing on CPUs, where compiling takes longer than it saves.
+          **options: arguments of `vllm.LLM`.
+        """
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -37,7 +43,7 @@ class Engine:
             model=directory,
             enforce_eager=eager,
             skip_tokenizer_init=True,
-            generation_config="vllm",  # no penalties and temperatures of the model's own
+            generation_config="vllm",  # ignore the penalties and temperatures of the model's generation config
             worker_extension_cls="vllm_extension.Sums",
             disable_log_stats=True,
             seed=0,
@@ -47,26 +53,33 @@ class Engine:
             threading.Thread(target=end_with, args=(engines,), daemon=True).start()
 
     def replace(self, directory: str) -> dict:
-        """New weights in place, and no keys and values of the old ones."""
+        """Load other weights in place, and forget the keys and values of the old ones."""
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
         self.llm.reset_prefix_cache()
         return {}
 
     def sums(self, directory: str) -> dict:
-        """The `bit_sum` of every parameter: as it is in use, and as a directory's files have it."""
+        """Return the `bit_sum` of every parameter: as vLLM uses it, and as the files of a directory hold it."""
         workers = self.llm.collective_rpc("weight_sums")
         dtype = workers[0][0]
         used: dict[str, int] = {}
         for _, sums in workers:
             for name, value in sums.items():
                 used[name] = used.get(name, 0) + value
-        wanted = directory_sums(Path(directory), dtype, len(workers))
-        return {"used": modulo(used), "wanted": modulo(wanted)}
+        in_files = directory_sums(Path(directory), dtype, len(workers))
+        return {"used": modulo(used), "stored": modulo(in_files)}
 
     def generate(
         self, prompts: list[list[int]], max_new_tokens: list[int], stop: list[int], tell: Callable[[dict], None]
     ) -> dict:
-        """Greedy; an answer ends with the first of the tokens `stop`. `tell` is told of every one that is finished."""
+        """Generate greedily.
+
+        Args:
+          prompts: of token ids.
+          max_new_tokens: for each prompt.
+          stop: tokens that end an answer, which keeps the first of them.
+          tell: is called for every answer that is finished.
+        """
         from tqdm import tqdm
         from vllm import SamplingParams
 
@@ -75,52 +88,57 @@ class Engine:
                 tell({"working": n})
                 return super().update(n)
 
-        wanted = [
-            SamplingParams(temperature=0.0, max_tokens=most, stop_token_ids=stop, ignore_eos=True, detokenize=False)
-            for most in max_new_tokens
+        parameters = [
+            SamplingParams(temperature=0.0, max_tokens=limit, stop_token_ids=stop, ignore_eos=True, detokenize=False)
+            for limit in max_new_tokens
         ]
-        given = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(given, wanted, use_tqdm=Finished)
+        inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(inputs, parameters, use_tqdm=Finished)
         return {"answers": [list(output.outputs[0].token_ids) for output in outputs]}
 
 
 def end_with(processes: list) -> None:
-    """End when one of these ends: vLLM waits for ever for an engine that was killed between two requests."""
+    """End when one of these processes ends: vLLM waits for ever for an engine that was killed between two requests."""
     multiprocessing.connection.wait([process.sentinel for process in processes])
-    time.sleep(1.0)  # for what they had to say
+    time.sleep(1.0)  # for their last lines to arrive
     print("vLLM's engine process has ended.", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def directory_sums(directory: Path, dtype: str, shards: int) -> dict[str, int]:
-    """What the sums over the shards of every parameter are when they hold a directory's weights, cast to `dtype`.
+    """Return the sum over all shards of every parameter, as it should be with the weights of a directory.
 
-    Linears and embeddings are cut into shards; norms are on every one; keys and values on several when there are more
-    shards than their heads. Rows that vLLM adds to a vocabulary are zero.
+    Each shard holds a part of every linear and of the embeddings, and every norm. Where there are more shards than
+    heads of keys and values, several shards hold the same ones. Rows that vLLM adds to a vocabulary are zero.
+
+    Args:
+      directory: of the model.
+      dtype: to which the weights are cast.
+      shards: how many processes of vLLM share the model.
     """
     import torch
     from vllm_extension import bit_sum
 
     config = json.loads((directory / "config.json").read_text())
     key_copies = max(1, shards // (config.get("num_key_value_heads") or shards))
-    found: dict[str, int] = {}
-    for name, tensor in stored(directory):
+    sums: dict[str, int] = {}
+    for name, tensor in tensors_of(directory):
         module = name.split(".")[-2]
         copies = shards if tensor.ndim == 1 else key_copies if module in ("k_proj", "v_proj") else 1
-        name = name.replace(module, MERGED.get(module, module))
-        found[name] = found.get(name, 0) + copies * bit_sum(tensor.to(getattr(torch, dtype)))
+        name = name.replace(module, FUSED.get(module, module))
+        sums[name] = sums.get(name, 0) + copies * bit_sum(tensor.to(getattr(torch, dtype)))
     if config.get("tie_word_embeddings"):
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    return {name: value for name, value in found.items() if "rotary_emb" not in name}
+        sums["lm_head.weight"] = sums["model.embed_tokens.weight"]
+    return {name: value for name, value in sums.items() if "rotary_emb" not in name}
 
 
 def modulo(sums: dict[str, int]) -> dict[str, int]:
-    """Sums of `bit_sum`s, which are modulo 2⁶⁴."""
+    """Reduce sums of several `bit_sum`s modulo 2⁶⁴."""
     return {name: value % 2**64 for name, value in sums.items()}
 
 
-def stored(directory: Path) -> Iterator[tuple[str, object]]:
-    """Every tensor of a directory's safetensors files."""
+def tensors_of(directory: Path) -> Iterator[tuple[str, object]]:
+    """Yield the name and the value of every tensor in a directory's safetensors files."""
     from safetensors import safe_open
 
     for file in sorted(directory.glob("*.safetensors")):
@@ -130,7 +148,7 @@ def stored(directory: Path) -> Iterator[tuple[str, object]]:
 
 
 def requests() -> Iterator[dict]:
-    """From stdin. When that ends, the parent has ended or wants an end: so do this process and vLLM's, at once."""
+    """Yield the requests on stdin. When stdin ends, so has the parent, or it wants to: end this process and vLLM's."""
     lines: queue.Queue = queue.Queue()
     kill_members = runpy.run_path(str(HERE / "worker.py"))["kill_members"]
 
@@ -146,18 +164,21 @@ def requests() -> Iterator[dict]:
 
 
 def main() -> None:
+    """Serve requests until stdin ends or an exception is raised."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is not an answer
-    sys.path.append(str(HERE))  # last, for vllm_extension and for nothing that is found elsewhere
+    os.dup2(2, 1)  # what libraries print must not pass for an answer
+    sys.path.append(str(HERE))  # for vllm_extension; last, so that no other file there hides a library
     try:
         serve(answers)
     except BaseException:
-        traceback.print_exc(limit=-1)  # short: what an engine process said before is among the last lines, too
+        traceback.print_exc(limit=-1)  # short: the parent shows only the last lines, also of an engine process
         sys.stderr.flush()
         os._exit(1)  # an ordinary exit waits for vLLM's threads
 
 
 def serve(answers: TextIO) -> None:
+    """Carry out requests one after another and write the answers."""
+
     def tell(line: dict) -> None:
         answers.write(json.dumps(line) + "\n")
         answers.flush()
@@ -179,6 +200,6 @@ def serve(answers: TextIO) -> None:
 
 
 if __name__ == "__main__":
-    # The folder of this file has a vllm.py of its own.
+    # The folder of this file has a vllm.py, which must not hide vLLM.
     sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
     main()

@@ -1,8 +1,8 @@
-"""A child process that answers JSON lines: what may crash, hang or need another interpreter is kept out of ours.
+"""A child process that answers JSON lines, for work that may crash or hang, or needs another interpreter.
 
-The child reads one request per line from its stdin, answers each with one line on its stdout, writes everything else
-to its stderr, and ends when its stdin does. During long work it shows that it lives by lines {"working": ...} before
-the answer. Standard library only.
+The child reads one request in each line of its stdin, and answers each with one line on its stdout. It writes all else
+to its stderr, and ends when its stdin ends. During long work it writes lines {"working": ...} before the answer, which
+show that it lives. This file uses the standard library only: the child of vLLM runs a part of it.
 """
 
 import json
@@ -17,24 +17,27 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-LOG_LINES = 15  # of its stderr, in an error
-CLEANUP_SECONDS = 5.0  # for killed processes to end, and for what they shared to be removed
+LOG_LINES = 15  # of the child's stderr that an error shows
+CLEANUP_SECONDS = 5.0  # for killed processes to end, and for their shared memory to be removed
 
 
 class WorkerError(ChildProcessError):
-    """The child died, took too long or answered nonsense; the message ends with the last lines that it wrote."""
+    """The child died, took too long, or answered no JSON; the message ends with the last lines that it wrote."""
 
 
 class Worker:
-    """A child process in a process group of its own, started at once.
+    """A child process in a process group of its own. It starts at once.
 
-    It ends with this object, with this interpreter, and, because its stdin ends then, also when this process is
-    killed.
+    It ends with this object and with this interpreter. It also ends when this process is killed, as then its stdin
+    ends.
 
     Args:
-      command: its program and arguments.
-      log: the file its stderr is appended to.
-      env: its environment; None for a copy of this process's.
+      command: the program and its arguments.
+      log: the file to which the child's stderr is appended.
+      env: the child's environment; None copies that of this process.
+
+    Raises:
+      WorkerError: the program cannot be started.
     """
 
     def __init__(self, command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None):
@@ -55,32 +58,33 @@ class Worker:
                 )
             except OSError as error:
                 raise WorkerError(f"{self.command[0]} cannot be started: {error.strerror or error}.") from error
-        self._end = weakref.finalize(self, _end, self._process, 0.0)  # runs at exit, too
+        self._end = weakref.finalize(self, _end, self._process, 0.0)  # also runs when the interpreter exits
         for pipe in (self._process.stdin, self._process.stdout):
             os.set_blocking(pipe.fileno(), False)
         self._unread = b""
 
     @property
     def pid(self) -> int:
-        """Of the child, and of its process group."""
+        """The id of the child, and of its process group."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
+        """Whether the child runs."""
         return self._end.alive and self._process.poll() is None
 
     def ask(self, message: Mapping, timeout: float) -> dict:
-        """The child's answer to a message.
+        """Send a message to the child and return its answer.
 
         Args:
           message: anything that JSON can hold.
-          timeout: in seconds, for the message to be taken, and from one line of the child to the next.
+          timeout: seconds for the child to take the message, and from one of its lines to the next.
 
         Raises:
-          WorkerError: there is no answer; the child and all that it started have been killed.
+          WorkerError: there is no answer. The child and all processes that it started have been killed.
         """
         if not self._end.alive:
-            raise WorkerError(f"{self.command[0]} has ended.")
+            raise WorkerError(f"{self.command[0]} has ended; its log is {self.log}.")
         try:
             line = self._exchange(json.dumps(message).encode() + b"\n", time.monotonic() + timeout)
             while "working" in (answer := _parsed(line)):
@@ -91,13 +95,13 @@ class Worker:
             raise self._failure("ended") from None
         except ValueError:
             raise self._failure(f"answered {line[:100]!r}, which is no JSON object") from None
-        except BaseException:  # an interrupt leaves an answer behind that belongs to no later message
+        except BaseException:  # e.g. an interrupt: the answer still to come would pass for that of the next message
             self._end()
             raise
         return answer
 
     def close(self, grace: float = 2.0) -> None:
-        """End the child: its stdin ends, and what still runs `grace` seconds later is killed."""
+        """End the child: close its stdin, and kill what still runs `grace` seconds later."""
         if self._end.detach():
             _end(self._process, grace)
 
@@ -108,21 +112,21 @@ class Worker:
         self.close()
 
     def _exchange(self, message: bytes, deadline: float) -> bytes:
-        """Both pipes at once: a child that answers before it has read everything blocks nobody."""
+        """Write a message and read a line, both at once: a child may answer before it has read everything."""
         stdin, stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
-        left = memoryview(message)
+        unsent = memoryview(message)
         with selectors.DefaultSelector() as ready:
             ready.register(stdout, selectors.EVENT_READ)
-            if left:
+            if unsent:
                 ready.register(stdin, selectors.EVENT_WRITE)
-            while left or b"\n" not in self._unread:
+            while unsent or b"\n" not in self._unread:
                 events = ready.select(max(0.0, deadline - time.monotonic()))
                 if not events:
                     raise TimeoutError
                 for key, _ in events:
                     if key.fd == stdin:
-                        left = left[os.write(stdin, left[:65536]) :]
-                        if not left:
+                        unsent = unsent[os.write(stdin, unsent[:65536]) :]
+                        if not unsent:
                             ready.unregister(stdin)
                     elif chunk := os.read(stdout, 1 << 20):
                         self._unread += chunk
@@ -132,6 +136,7 @@ class Worker:
         return line
 
     def _failure(self, what: str) -> WorkerError:
+        """Kill the child, and return the error that says what happened and shows the child's last lines."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5 if what == "ended" else 0)
         code = self._process.poll()
@@ -142,13 +147,14 @@ class Worker:
         return WorkerError("\n  ".join([f"{self.command[0]} {what}. The last lines of {self.log}:", *lines]))
 
     def last_lines(self, count: int = LOG_LINES) -> list[str]:
-        """What the child wrote last."""
+        """Return the last lines that the child wrote to its log."""
         with self.log.open("rb") as log:
             log.seek(self._log_start)
             return [line.decode(errors="replace").rstrip() for line in deque(log, count)]
 
 
 def _parsed(line: bytes) -> dict:
+    """Parse a line that must hold a JSON object."""
     answer = json.loads(line)
     if not isinstance(answer, dict):
         raise ValueError
@@ -156,7 +162,7 @@ def _parsed(line: bytes) -> dict:
 
 
 def _end(process: subprocess.Popen, grace: float) -> None:
-    """Close its stdin, wait, and kill what is left of its process group, grandchildren included."""
+    """Close a child's stdin, wait, and kill what is left of its process group, grandchildren included."""
     process.stdin.close()
     with suppress(subprocess.TimeoutExpired):
         if grace:
@@ -167,7 +173,7 @@ def _end(process: subprocess.Popen, grace: float) -> None:
 
 
 def kill_group(group: int) -> None:
-    """Kill a process group of others, shared memory that they would leave behind included, and wait for its end."""
+    """Kill a process group that this process is not in, wait for its end, and let its shared memory be removed."""
     _wait_for_the_end(group, kill_members(group))
     with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
@@ -175,9 +181,12 @@ def kill_group(group: int) -> None:
 
 
 def kill_members(group: int) -> list[int]:
-    """Kill a group but for this process and for multiprocessing's resource trackers, which are returned.
+    """Kill the processes of a group, but not this one and not multiprocessing's resource trackers.
 
-    A tracker ends by itself when the processes it served have ended, and removes their shared memory before.
+    A tracker ends by itself when the processes that it served have ended; before, it removes their shared memory.
+
+    Returns:
+      The ids of the trackers.
     """
     members = _members(group)
     trackers = [pid for pid in members if b"resource_tracker" in _read(Path(f"/proc/{pid}/cmdline"))]
@@ -188,23 +197,25 @@ def kill_members(group: int) -> list[int]:
 
 
 def _members(group: int) -> list[int]:
+    """Return the ids of a group's processes."""
     return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group_of(path) == group]
 
 
 def _wait_for_the_end(group: int, members: Sequence[int]) -> None:
-    """A killed process ends, and frees its memory, some time after the signal: wait for it, but not for ever."""
-    until = time.monotonic() + CLEANUP_SECONDS
-    while time.monotonic() < until and any(_group_of(Path(f"/proc/{pid}")) == group for pid in members):
+    """Wait for killed processes to end and free their memory, but no longer than CLEANUP_SECONDS."""
+    deadline = time.monotonic() + CLEANUP_SECONDS
+    while time.monotonic() < deadline and any(_group_of(Path(f"/proc/{pid}")) == group for pid in members):
         time.sleep(0.02)
 
 
 def _group_of(process: Path) -> int | None:
-    """The process group of a directory in /proc; None of a process that has ended."""
+    """Return the group of a process, given its directory in /proc; None if the process has ended."""
     state, _, group = _read(process / "stat").rpartition(b")")[2].split()[:3] or (b"Z", b"", b"")
     return None if state == b"Z" else int(group)
 
 
 def _read(path: Path) -> bytes:
+    """Return the content of a file; nothing if the file has gone."""
     try:
         return path.read_bytes()
     except OSError:

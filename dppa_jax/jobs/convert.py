@@ -15,9 +15,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
-from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter, TensorSpec
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, common_dtype, companions
-from dppa_jax.checkpoint.safetensors_writer import Tensors, output_directory, total_bytes
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter, TensorSpec
+from dppa_jax.checkpoint.dtypes import common_dtype
+from dppa_jax.checkpoint.output import output_directory
+from dppa_jax.checkpoint.safetensors import ALIGNMENT, companions
+from dppa_jax.checkpoint.safetensors_writer import Tensors, total_bytes
 from dppa_jax.config.run import PREFIX, ConvertConfig
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.compatible import check_apart
@@ -55,7 +57,7 @@ def converted_tensors(source: Checkpoint, output_dtype: str = "") -> Tensors:
     """Return shape and dtype of every tensor of the output, by name."""
     tensors = {}
     for name, spec in source.specs.items():
-        tensors[name] = spec.shape, DTYPES[output_dtype] if output_dtype else source.tensors[name].dtype
+        tensors[name] = spec.shape, DTYPE_BY_NAME[output_dtype] if output_dtype else source.tensors[name].dtype
     return tensors
 
 

@@ -18,9 +18,9 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dppa_jax.architecture.specs import with_dtype
-from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions
-from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory
+from dppa_jax.checkpoint.output import check_space, output_directory
 from dppa_jax.checkpoint.stacked import stored_tree
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
@@ -34,7 +34,7 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import steps
-from dppa_jax.runtime.signals import held
+from dppa_jax.runtime.signals import defer_signals
 from dppa_jax.where import locate, open_checkpoint
 
 STATE_BYTES = 12  # for each parameter: the weight and two moments in float32
@@ -64,7 +64,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
     trainer = Trainer(config, options, mesh)
-    dtypes = jax.tree.map(lambda weight: DTYPES[job.output_dtype] if job.output_dtype else weight.dtype, tree)
+    dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, tree)
     _check_space(job, tree, dtypes)
     logging.info(
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
@@ -106,7 +106,7 @@ def _trained(
         with steps("train", options.steps - first, "steps") as advance:
             for done, batch in enumerate(order, first + 1):
                 part = rows.take(batch)
-                with held():  # a signal in between would find the old state used up and the new one without a name
+                with defer_signals():  # else a signal finds the old state used up and the new one nameless
                     state, loss = trainer.step(state, done - 1, part)
                 pace.add(part)
                 last, due = done == options.steps, _is_due(done, job.checkpoint_every)

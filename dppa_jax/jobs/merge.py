@@ -11,9 +11,10 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, with_dtype
-from dppa_jax.checkpoint import DTYPES, Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
-from dppa_jax.checkpoint.safetensors_writer import check_space, output_directory, total_bytes
+from dppa_jax.checkpoint.output import check_space, output_directory
+from dppa_jax.checkpoint.safetensors_writer import total_bytes
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import _outputs, check_models, check_outputs
 from dppa_jax.merging.activations import norms_of_experts
@@ -83,7 +84,7 @@ def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float
 
 
 def _writers(job: JobConfig, base: Checkpoint, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
-    dtype = DTYPES[job.merge.delta_dtype]
+    dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
     tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in _outputs(job)}
     tensors["--output"] = output_tensors(base, job.merge)
     outputs = {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}

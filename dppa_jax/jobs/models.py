@@ -6,8 +6,8 @@ from pathlib import Path
 from absl import logging
 
 from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import companions
-from dppa_jax.checkpoint.safetensors_writer import output_directory
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.compatible import check_apart, check_compatible, check_same_base
 

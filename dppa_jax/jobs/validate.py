@@ -22,9 +22,9 @@ from dppa_jax.checkpoint.compare import (
     MEASURED,
     Comparison,
     compare_tensor,
-    kind,
     percent,
-    together,
+    summarise,
+    tensor_kind,
 )
 from dppa_jax.runtime.progress import Stage, console, stage
 from dppa_jax.where import open_checkpoint
@@ -56,7 +56,7 @@ class Validation:
     @property
     def total(self) -> Comparison:
         """The comparison of all tensors together."""
-        return together(self.tensors, self.tolerance_ulp)
+        return summarise(self.tensors, self.tolerance_ulp)
 
     @property
     def verdict(self) -> str:
@@ -80,12 +80,12 @@ class Validation:
         """Return the rows under HEADS: one for every kind of tensor, then one for all."""
         groups: dict[str, list[Comparison]] = {name: [] for name in KINDS}
         for tensor in self.tensors:
-            groups[kind(tensor.name)].append(tensor)
+            groups[tensor_kind(tensor.name)].append(tensor)
         groups["all"] = list(self.tensors)
         return [self._row(f"{name} ({len(group)})", group) for name, group in groups.items() if group]
 
     def _row(self, name: str, group: Sequence[Comparison]) -> tuple[str, ...]:
-        total = together(group, self.tolerance_ulp)
+        total = summarise(group, self.tolerance_ulp)
         numbers = [f"{x:.3g}" for x in (total.max_difference, total.mean_difference, total.relative)]
         ours, theirs = (
             percent(total.elements - total.kept_by_both - kept, total.elements)

@@ -31,8 +31,8 @@ def journal_of(writers: Sequence[SafetensorsWriter], identity: str) -> Iterator[
     """Of what is written into these directories; it lies in the first."""
     flush = lambda: [writer.flush() for writer in writers]  # noqa: E731
     journal = Journal(writers[0].journal if identity else None, all(writer.resumed for writer in writers), flush)
-    if journal.known:
-        logging.info("goes on after %d steps that an earlier run has done; --resume=false starts anew", journal.known)
+    if journal.resumed:
+        logging.info("goes on after %d steps that an earlier run has done; --resume=false starts anew", journal.resumed)
     try:
         yield journal
     finally:

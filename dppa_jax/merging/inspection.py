@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dppa_jax.architecture.specs import Linears, linears_of
-from dppa_jax.checkpoint import DTYPES, Checkpoint
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import sample_starts
@@ -113,7 +113,7 @@ def kept_counts(
     counts = []
     for name, of_rates in thresholds.items():
         tuned, plain = (model.read(name).astype(np.float32) for model in (expert, base))
-        size = np.abs((tuned[: len(plain)] - plain).astype(DTYPES[config.delta_dtype]).astype(np.float32))
+        size = np.abs((tuned[: len(plain)] - plain).astype(DTYPE_BY_NAME[config.delta_dtype]).astype(np.float32))
         for rate, threshold in zip(config.rates, of_rates, strict=True):
             kept = size > threshold
             counts.append(KeptCounts(base.specs[name].kind, rate, kept.sum(axis=1), kept.sum(axis=0)))

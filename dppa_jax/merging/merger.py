@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import CheckpointError, Linears, linears_of
-from dppa_jax.checkpoint import DTYPES
+from dppa_jax.checkpoint import DTYPE_BY_NAME
+from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.protocol import Sink, Source
-from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.merging.blocks import Block, make_blocks, shares
@@ -262,7 +262,7 @@ def output_tensors(base: Source, config: MergeConfig) -> dict[str, tuple[tuple[i
 
 
 def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
-    return DTYPES[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
+    return DTYPE_BY_NAME[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
 
 
 def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -> CheckpointError:
@@ -273,7 +273,7 @@ def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -
             if not np.isfinite(weights).all():
                 return NonfiniteError(rows.name, name)
         for name, expert in zip(config.experts, experts, strict=True):
-            if not np.isfinite((expert - base).astype(DTYPES[config.delta_dtype]).astype(np.float32)).all():
+            if not np.isfinite((expert - base).astype(DTYPE_BY_NAME[config.delta_dtype]).astype(np.float32)).all():
                 return CheckpointError(
                     f"{rows.name}: the delta of expert {name!r} overflows --delta_dtype={config.delta_dtype}; give "
                     f"--delta_dtype=float32, or --allow_nonfinite to let it count as 0 there."

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.protocol import Source
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, common_dtype
+from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.merging.blocks import Block
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.runtime.memory import aligned

@@ -1,4 +1,4 @@
-"""The LLaMA model in Flax, and greedy generation with it."""
+"""The LLaMA model in JAX and Flax, and greedy generation with it. See README.md in this folder."""
 
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.decoder import Llama, abstract_tree, decoder_layer, forward, init_tree

@@ -1,19 +1,19 @@
-"""What the forward pass needs to know of a checkpoint's config.json."""
+"""The part of a checkpoint's config.json that the forward pass depends on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 ROPE_TYPES = ("default", "linear", "llama3")
-COMPUTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+COMPUTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # nothing else
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for contexts longer than those of pre-training.
+    """How rotary frequencies are changed for contexts longer than those of pre-training.
 
-    `linear` divides every frequency by `factor`; `llama3` divides the low ones by `factor`, keeps the high ones and
-    interpolates between. Only `llama3` reads the last three fields.
+    `linear` divides every frequency by `factor`. `llama3` divides low frequencies by `factor`, keeps high ones, and
+    interpolates between them; only `llama3` reads the last three fields.
     """
 
     rope_type: str
@@ -23,21 +23,31 @@ class RopeScaling:
     original_max_position_embeddings: int = 8192
 
     @classmethod
-    def from_hf(cls, given: Mapping[str, Any]) -> "RopeScaling | None":
-        """Reads `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5); None when nothing is scaled."""
-        rope_type = given.get("rope_type", given.get("type", "default"))
+    def from_hf(cls, rope: Mapping[str, Any]) -> "RopeScaling | None":
+        """Read `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5); None when nothing is scaled.
+
+        Raises:
+          ValueError: the type of scaling is not supported, or a number that it needs is missing.
+        """
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+            raise ValueError(
+                f"config.json: rope type {rope_type!r} is not supported; supported are {', '.join(ROPE_TYPES)}."
+            )
         if rope_type == "default":
             return None
-        wanted = ["factor"]
+        names = ["factor"]
         if rope_type == "llama3":
-            wanted += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-        if missing := [name for name in wanted if given.get(name) is None]:
-            raise ValueError(f"rope type {rope_type!r} needs {', '.join(missing)}, config.json gives {dict(given)}")
-        return cls(rope_type, **{name: given[name] for name in wanted})
+            names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+        if missing := [name for name in names if rope.get(name) is None]:
+            raise ValueError(
+                f"config.json: rope type {rope_type!r} needs {', '.join(missing)}, but only {dict(rope)} is there; "
+                f"download config.json again."
+            )
+        return cls(rope_type, **{name: rope[name] for name in names})
 
     def to_hf(self) -> dict[str, Any]:
+        """Return the `rope_scaling` of a config.json."""
         if self.rope_type == "linear":
             return {"rope_type": "linear", "factor": self.factor}
         return dict(vars(self))
@@ -45,7 +55,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The numbers of a config.json that the forward pass depends on. Hashable, so that jit can take it as static."""
+    """The numbers of a config.json that the forward pass depends on. It is hashable: a static argument of `jax.jit`."""
 
     vocab_size: int
     hidden_size: int
@@ -64,21 +74,24 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+        """Read a config.json as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
 
         Absent keys take the defaults of transformers' LlamaConfig.
 
         Raises:
-          ValueError: for what this model does not compute: another architecture, biases, another activation, an
-            unknown rope type.
+          ValueError: the config asks for what this model does not compute: another architecture, biases, another
+            activation, an unknown rope type.
         """
         for name, supported in COMPUTED.items():
             if config.get(name, supported) != supported:
-                raise ValueError(f"config.json has {name}={config[name]!r}; supported is {supported!r}")
+                raise ValueError(f"config.json has {name}={config[name]!r}; the model supports only {supported!r}.")
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            raise ValueError(f"{heads} attention heads cannot share {kv_heads} key/value heads evenly")
+            raise ValueError(
+                f"config.json: {heads} attention heads cannot share {kv_heads} key/value heads evenly; "
+                f"num_attention_heads must be a multiple of num_key_value_heads."
+            )
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers 5's own precedence
         eos = config.get("eos_token_id", 2)
         return cls(
@@ -99,7 +112,7 @@ class LlamaConfig:
         )
 
     def to_hf(self) -> dict[str, Any]:
-        """A config.json in the style of transformers 4, which transformers 4 and 5 and vLLM all read."""
+        """Return a config.json in the style of transformers 4, which transformers 4 and 5 and vLLM read."""
         eos = self.eos_token_id
         return {
             "architectures": ["LlamaForCausalLM"],

@@ -1,7 +1,7 @@
 """The LLaMA decoder on the stacked tree: a pure forward pass, and a Flax module that holds the tree as parameters.
 
-Every linear stays in Hugging Face's (out, in) layout and every layer array carries all layers on its first axis, so a
-checkpoint is read without a transpose and one `lax.scan` runs the layers.
+Every linear stays in Hugging Face's (out, in) layout, so a checkpoint is read without a transpose. The array of a
+linear holds all layers on its first axis, so one `lax.scan` runs the layers.
 
 Axis names: B batch, T time (tokens of this call), S key slots, D hidden, F intermediate, V vocabulary, L layers,
 K key/value heads, G query heads per key/value head, H head dimension.
@@ -23,7 +23,7 @@ Tree = dict[str, Any]  # the stacked tree, see `abstract_tree`
 Tokens = Int[Array | np.ndarray, "B T"]
 Positions = Int[Array | np.ndarray, "#B T"]
 
-EXACT_WIDTH = 64  # XLA's CPU products add hundreds of float32 terms in a row; sums of 64 round as little as torch's
+EXACT_WIDTH = 64  # XLA's CPU products add hundreds of float32 terms in a row; sums of 64 round no more than torch's
 
 
 class Cache(NamedTuple):
@@ -35,6 +35,7 @@ class Cache(NamedTuple):
 
     @classmethod
     def empty(cls, config: LlamaConfig, batch: int, slots: int, dtype: Any) -> "Cache":
+        """Return a cache with room for `slots` tokens of each sequence, none of which is filled."""
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((), jnp.int32))
 
@@ -44,8 +45,11 @@ class Llama(nnx.Module):
 
     Args:
       config: sizes and constants.
-      tree: the stacked tree, of numpy or jax arrays.
-      dtype: cast the weights to this; None keeps them as they are. Activations follow the embedding's dtype.
+      tree: the stacked tree, of numpy or jax arrays; see README.md in this folder.
+      dtype: cast the weights to this; None keeps their dtypes. Activations have the dtype of the embeddings.
+
+    Raises:
+      ValueError: an array of the tree does not have the shape that the config says.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
     ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=4)
@@ -74,7 +78,7 @@ class Llama(nnx.Module):
         *,
         remat: bool = False,
     ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
-        """See `forward`."""
+        """Compute logits; see `forward` for the arguments."""
         return forward(self.config, self.tree, tokens, positions, cache, remat=remat)
 
 
@@ -88,16 +92,26 @@ def forward(
     *,
     remat: bool = False,
 ) -> Float[Array, "B T V"] | tuple[Float[Array, "B T V"], Cache]:
-    """Logits (B, T, V) in float32; with a cache, the pair (logits, cache with these tokens added).
+    """Compute the logits of every token.
 
-    A token sees the tokens of its own sequence: those from position 0 up to itself. Positions default to 0, 1, 2, …
-    and say all there is to say about padding: to the right of a text padding needs no care at all, to the left it
-    takes negative positions, and sequences packed into one row restart at 0.
+    A token sees the tokens of its own sequence from position 0 up to itself. So positions are all that must be said
+    about padding: padding to the right of a text needs no care, padding to the left has negative positions, and
+    sequences that are packed into one row each begin at 0.
 
-    `remat` recomputes each layer in the backward pass, which saves memory and costs one more forward pass.
+    Under `jax.default_matmul_precision("highest")`, float32 logits are as exact as those of transformers: accelerators
+    do not round the operands, and on CPUs sums are kept short (XLA's long sums are what loses digits there). This is
+    slower.
 
-    Under `jax.default_matmul_precision("highest")`, float32 logits are as exact as transformers': accelerators
-    then round no operands, and on CPUs, where XLA's long sums are what costs digits, sums are kept short. It is slower.
+    Args:
+      config: sizes and constants.
+      tree: the stacked tree.
+      tokens: ids, (B, T).
+      positions: of the tokens, (B, T) or (1, T); by default 0, 1, 2, … or, with a cache, the slots that follow.
+      cache: keys and values of earlier tokens.
+      remat: recompute each layer in the backward pass; this saves memory and costs one more forward pass.
+
+    Returns:
+      Logits (B, T, V) in float32; with a cache, the pair of logits and the cache with these tokens added.
     """
     hidden, updated = hidden_states(config, tree, tokens, positions, cache, remat=remat)
     logits = unembed(tree, hidden)
@@ -113,7 +127,7 @@ def hidden_states(
     *,
     remat: bool = False,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """The final normed hidden states, before `unembed`, and the cache. Arguments as for `forward`."""
+    """Return the hidden states after the last norm, and the cache. Arguments are those of `forward`."""
     start = 0 if cache is None else cache.length
     slots = start + jnp.arange(tokens.shape[1])[None]
     positions = slots if positions is None else positions
@@ -133,7 +147,7 @@ def hidden_states(
 
 
 def unembed(tree: Tree, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Logits in float32, by `lm_head` or, when the tree has none, by the tied embedding."""
+    """Compute logits in float32 from hidden states: by `lm_head`, or by the tied embeddings if the tree has no head."""
     weight = tree["lm_head"] if "lm_head" in tree else tree["embed_tokens"]
     return project(hidden, weight, jnp.float32)
 
@@ -147,12 +161,16 @@ def decoder_layer(
     visible: Bool[Array, "#B T S"],
     index: Int[Array, ""] | int = 0,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """One decoder layer, `layer` being `tree["layers"]` without its layer axis.
+    """Compute one decoder layer.
 
     Args:
-      cache: the cache of all layers, updated at layer `index`; None to attend to these tokens only.
+      config: sizes and constants.
+      layer: `tree["layers"]` without its layer axis.
+      hidden: what the layer before has computed.
+      cache: the cache of all layers; layer `index` of it is updated. None attends to these tokens only.
       rope: see `rotary`.
       visible: see `visibility`.
+      index: the number of the layer.
     """
     normed = rms_norm(hidden, layer["input_layernorm"], config.rms_norm_eps)
     attended, cache = attention(config, layer["self_attn"], normed, cache, rope, visible, index)
@@ -170,7 +188,7 @@ def attention(
     visible: Bool[Array, "#B T S"],
     index: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B T D"], Cache | None]:
-    """Grouped-query attention: the G query heads of a group share one key/value head, which is never repeated."""
+    """Compute grouped-query attention: the G query heads of a group share one key/value head, which is not copied."""
     batch, time, _ = hidden.shape
 
     def heads(name):  # heads before time, so that the products below transpose nothing, forward or backward
@@ -194,18 +212,18 @@ def attention(
 
 
 def mlp(weights: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """SwiGLU."""
+    """Compute the SwiGLU block: down_proj(silu(gate_proj(x)) · up_proj(x))."""
     return project(mlp_inner(weights, hidden), weights["down_proj"])
 
 
 def mlp_inner(weights: Tree, hidden: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-    """What goes into `down_proj`."""
+    """Compute the input of `down_proj`: silu(gate_proj(x)) · up_proj(x)."""
     return jax.nn.silu(project(hidden, weights["gate_proj"])) * project(hidden, weights["up_proj"])
 
 
 def project(hidden: Float[Array, "*B in"], weight: Float[Array, "out in"], dtype: Any = None) -> Float[Array, "*B out"]:
-    """hidden · weightᵀ, in `dtype` (default: that of the operands)."""
-    # Flattened, because the weight's gradient contracts batch and time: as one axis it needs no transpose.
+    """Compute hidden · weightᵀ, in `dtype` (default: that of the operands)."""
+    # The gradient of the weight contracts batch and time; flattened into one axis, they need no transpose.
     flat = hidden.reshape(-1, hidden.shape[-1])
     width = EXACT_WIDTH if exact_sums_wanted(flat.dtype) else flat.shape[1]
     summands = [
@@ -216,31 +234,32 @@ def project(hidden: Float[Array, "*B in"], weight: Float[Array, "out in"], dtype
 
 
 def exact_sums_wanted(dtype: Any) -> bool:
+    """Return whether products must add up in short sums: float32 on a CPU, under the highest matmul precision."""
     highest = jax.config.jax_default_matmul_precision in ("highest", "float32")
     return highest and dtype == jnp.float32 and jax.default_backend() == "cpu"
 
 
 def rms_norm(hidden: Float[Array, "*B D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
-    """hidden / sqrt(mean(hidden²) + eps) · weight, in float32 whatever the dtype of the activations."""
+    """Compute hidden / sqrt(mean(hidden²) + eps) · weight, in float32 whatever the dtype of the activations."""
     wide = hidden.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (normed * weight).astype(hidden.dtype)
 
 
 def visibility(slots: Int[Array, "1 T"], positions: Int[Array, "#B T"], keys: int) -> Bool[Array, "#B T keys"]:
-    """Which key slots each token sees: from the slot of position 0 of its sequence to its own."""
+    """Return which key slots each token sees: from the slot of position 0 of its sequence to its own slot."""
     slot = jnp.arange(keys)
     return ((slots - positions)[..., None] <= slot) & (slot <= slots[..., None])
 
 
 def rotary(config: LlamaConfig, positions: Int[Array, "#B T"]) -> Float[Array, "2 #B 1 T half"]:
-    """Cosines and sines of the rotary angles, in float32."""
+    """Return the cosines and sines of the rotary angles, in float32."""
     angles = positions[:, None, :, None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.stack([jnp.cos(angles), jnp.sin(angles)])
 
 
 def rotate(heads: Float[Array, "B N T H"], rope: Float[Array, "2 #B 1 T half"]) -> Float[Array, "B N T H"]:
-    """Rotates element i of the first half of each head together with element i of the second half."""
+    """Rotate element i of the first half of each head together with element i of the second half."""
     cos, sin = rope
     first, second = jnp.split(heads, 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -248,7 +267,7 @@ def rotate(heads: Float[Array, "B N T H"], rope: Float[Array, "2 #B 1 T half"]) 
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Radians per position of each pair of elements, (head_dim / 2,) float32, stretched as `rope_scaling` says.
+    """Return the radians per position of each pair of elements, (head_dim / 2,) float32, as `rope_scaling` says.
 
     Source of `llama3`: the reference implementation of Llama 3.1, as in transformers' `modeling_rope_utils`.
     """
@@ -266,7 +285,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def abstract_tree(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
-    """The stacked tree of this config, as shapes and dtypes without weights."""
+    """Return the stacked tree of a config, as shapes and dtypes without weights."""
     layers, hidden, intermediate = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -298,7 +317,7 @@ def abstract_tree(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
 
 @partial(jax.jit, static_argnames=("config", "dtype", "stddev"))
 def init_tree(config: LlamaConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
-    """Random weights for pre-training: norms 1, all else normal with `stddev`, as transformers initialises LLaMA."""
+    """Draw random weights for pre-training as transformers does: norms are 1, all others normal with `stddev`."""
     leaves, structure = jax.tree.flatten_with_path(abstract_tree(config, dtype))
     arrays = [
         jnp.ones(leaf.shape, dtype)
@@ -310,16 +329,21 @@ def init_tree(config: LlamaConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, 
 
 
 def check_shapes(config: LlamaConfig, tree: Tree) -> None:
-    """Raises ValueError naming the first array of the tree that does not fit the config."""
-    expected, given = shapes_by_name(abstract_tree(config)), shapes_by_name(tree)
-    for name in expected | given:
-        if expected.get(name) != given.get(name):
+    """Refuse a tree whose arrays do not have the shapes that the config says.
+
+    Raises:
+      ValueError: names the first array that does not fit.
+    """
+    expected, actual = shapes_by_name(abstract_tree(config)), shapes_by_name(tree)
+    for name in expected | actual:
+        if expected.get(name) != actual.get(name):
             raise ValueError(
-                f"{name}: the weights have shape {given.get(name, '(absent)')}, "
-                f"the config calls for {expected.get(name, '(absent)')}"
+                f"{name}: the weights have shape {actual.get(name, '(absent)')}, "
+                f"the config calls for {expected.get(name, '(absent)')}; give the config of these weights."
             )
 
 
 def shapes_by_name(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array by its path, such as "layers.mlp.up_proj"."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape for path, leaf in leaves}

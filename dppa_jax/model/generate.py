@@ -1,4 +1,4 @@
-"""Greedy generation: batched, with a key/value cache, compiled once per shape bucket."""
+"""Greedy generation: in batches, with a cache of keys and values, compiled once for each bucket of lengths."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.decoder import Cache, Llama, Tree, hidden_states, unembed
 
-SMALLEST_BUCKET = 16  # below it, a compilation costs more than the padding
+SMALLEST_BUCKET = 16  # tokens; for shorter lengths a compilation costs more than padding
 
 
 def generate(
@@ -23,62 +23,90 @@ def generate(
     *,
     batch_size: int = 32,
 ) -> list[list[int]]:
-    """The most likely continuation of each prompt, token by token.
+    """Continue each prompt with its most likely token, again and again.
 
-    An answer does not depend on which other prompts are asked, on their order, or on `batch_size` (up to two tokens
-    whose logits agree to rounding).
+    An answer does not depend on the other prompts, on their order, or on `batch_size`, unless the logits of two tokens
+    are equal up to rounding.
 
     Args:
       model: a `Llama`, or its config and stacked tree; new weights of the same shapes need no new compilation.
-      prompts: token ids, at least one per prompt.
+      prompts: token ids, at least one for each prompt.
       max_new_tokens: where an answer is cut off, for all prompts or for each.
       eos_token_id: one or several ids that end an answer; None takes the config's, () never ends one early.
-      batch_size: prompts decoded together, which bounds the memory of the cache.
+      batch_size: how many prompts are decoded together; this bounds the memory of the cache.
 
     Returns:
-      The new tokens of each prompt, in the order of the prompts, without the prompt and with the token that ended
-      the answer, when one did.
+      The new tokens of each prompt, in the order of the prompts: without the prompt, and with the token that ended the
+      answer, if one did.
+
+    Raises:
+      ValueError: a prompt is empty, or has tokens that the model does not know.
     """
     config, tree = (model.config, model.tree) if isinstance(model, Llama) else model
     check_prompts(prompts, config.vocab_size)
     limits = [int(limit) for limit in np.broadcast_to(max_new_tokens, len(prompts))]
     needed = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
     if needed > config.max_position_embeddings:
-        logging.warning("generating up to position %d, the model knows %d", needed, config.max_position_embeddings)
+        logging.warning(
+            "answers may reach position %d, but the model was made for %d positions (max_position_embeddings)",
+            *(needed, config.max_position_embeddings),
+        )
     eos = config.eos_token_id if eos_token_id is None else eos_token_id
     eos = np.atleast_1d(np.asarray(eos, np.int32))
     answers: list[list[int]] = [[] for _ in prompts]
     rows = min(batch_size, bucket(len(prompts), smallest=1))
-    # Together: answers that may grow as long, which share a cache, and prompts of like length, which pad least.
+    # A batch takes answers that may grow equally long, as they share a cache, and prompts of like length, to pad least.
     order = sorted(range(len(prompts)), key=lambda index: (bucket(limits[index]), len(prompts[index])))
     for start in range(0, len(prompts), rows):
         indices = order[start : start + rows]
-        tokens, lengths = pad([prompts[index] for index in indices], rows)
-        limit = np.zeros(rows, np.int32)
-        limit[: len(indices)] = [limits[index] for index in indices]
-        new = decode(config, tree, tokens, lengths, limit, eos, answer_slots=bucket(int(limit.max())))
-        for index, row in zip(indices, np.asarray(new), strict=False):
-            row = row[: max(0, limits[index])]
-            ends = np.flatnonzero(np.isin(row, eos))
-            answers[index] = row[: ends[0] + 1 if len(ends) else None].tolist()
+        batch = [prompts[index] for index in indices], [limits[index] for index in indices]
+        for index, answer in zip(indices, generate_batch(config, tree, *batch, eos, rows), strict=True):
+            answers[index] = answer
+    return answers
+
+
+def generate_batch(
+    config: LlamaConfig,
+    tree: Tree,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    eos: Int[np.ndarray, "E"],
+    rows: int,
+) -> list[list[int]]:
+    """Return the answers to at most `rows` prompts, each with at most its limit of new tokens, cut off after an end."""
+    tokens, lengths = pad(prompts, rows)
+    limit = np.zeros(rows, np.int32)
+    limit[: len(prompts)] = limits
+    new = np.asarray(decode(config, tree, tokens, lengths, limit, eos, answer_slots=bucket(int(limit.max()))))
+    answers = []
+    for row, most in zip(new, limits, strict=False):
+        row = row[: max(0, most)]
+        ends = np.flatnonzero(np.isin(row, eos))
+        answers.append(row[: ends[0] + 1 if len(ends) else None].tolist())
     return answers
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Refuse prompts that are empty or have tokens outside the vocabulary.
+
+    Raises:
+      ValueError: names the prompt.
+    """
     for index, prompt in enumerate(prompts):
         if not len(prompt):
-            raise ValueError(f"prompt {index} is empty; start it with the beginning-of-sequence token")
+            raise ValueError(f"prompt {index} is empty; start it with the beginning-of-sequence token.")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
             raise ValueError(
                 f"prompt {index} has tokens {min(prompt)} to {max(prompt)}, the model knows 0 to {vocab_size - 1}: "
-                "another model's tokenizer?"
+                "encode it with this model's tokenizer."
             )
 
 
 def pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "rows T"], Int[np.ndarray, "rows"]]:
-    """Tokens padded on the left to a bucket's length, and the prompts' lengths; rows without a prompt have length 0.
+    """Pad prompts on the left to the length of a bucket; return the tokens and the prompts' lengths.
 
-    Left, so that the next token of every row goes to the same cache slot.
+    With padding on the left, the next token of every row goes to the same slot of the cache. Rows without a prompt have
+    length 0.
     """
     tokens = np.zeros((rows, bucket(max(map(len, prompts)))), np.int32)
     lengths = np.zeros(rows, np.int32)
@@ -89,7 +117,7 @@ def pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[Int[np.ndarray, "r
 
 
 def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
-    """The next power of two."""
+    """Return the next power of two, at least `smallest`."""
     return max(smallest, 1 << (size - 1).bit_length())
 
 
@@ -104,10 +132,10 @@ def decode(
     *,
     answer_slots: int,
 ) -> Int[Array, "B answer_slots"]:
-    """The first `limit` new tokens of each row, at most as many as there are slots; what follows them or
-    a row's end-of-sequence token is meaningless.
+    """Generate the first `limit` new tokens of each row; `answer_slots` is at least the largest limit.
 
-    The weights are an argument, not a constant of the compiled program, so that a changed model reuses it.
+    What follows these tokens, or a row's end-of-sequence token, is meaningless. The weights are an argument and not a
+    constant of the compiled program, so another model of the same shapes reuses the program.
     """
     batch, time = tokens.shape
 

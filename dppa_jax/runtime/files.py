@@ -1,4 +1,4 @@
-"""Where things are kept between runs, and short names for what they were made from."""
+"""Files that outlive a run: the cache directory, hashes of what something was made from, and whole writes."""
 
 import hashlib
 import json
@@ -9,34 +9,37 @@ PACKAGE = Path(__file__).parent.parent
 
 
 def cache_directory() -> Path:
-    """$DPPA_JAX_CACHE, or ~/.cache/dppa_jax: compiled functions and the demo family."""
+    """Return $DPPA_JAX_CACHE, or ~/.cache/dppa_jax. It holds compiled functions and the demo family."""
     return Path(os.environ.get("DPPA_JAX_CACHE") or Path.home() / ".cache" / "dppa_jax")
 
 
 def digest(content) -> str:
-    """Of something that JSON can say, the same in every process."""
+    """Hash anything that JSON can hold; the hash is the same in every process and on every machine."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sources_digest(*patterns: str) -> str:
-    """Hash the files of code that make something, so that other code does not take it for its own.
+    """Hash the source files that make something, so that a release with other code does not reuse it.
 
     Args:
       patterns: paths below this package, such as "delta/*.py".
 
     Raises:
-      FileNotFoundError: a pattern matches no file, as after a move; what it names would silently not count.
+      FileNotFoundError: a pattern matches no file, for instance because the file was moved. A pattern that matches
+        nothing would be hashed as nothing, and changes of that code would go unnoticed.
     """
     files = set()
     for pattern in patterns:
         if not (matched := set(PACKAGE.glob(pattern))):
-            raise FileNotFoundError(f"sources_digest: no file in {PACKAGE} matches {pattern!r}")
+            raise FileNotFoundError(
+                f"sources_digest: {pattern!r} matches no file in {PACKAGE}; give the file's new place to the caller."
+            )
         files |= matched
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file aside and rename it, so that a crash leaves the old one or the new one."""
+    """Write a file under another name and rename it: a crash leaves the old file or the new one, never a part."""
     aside = file.with_name(f"{file.name}.incomplete")
     aside.write_text(text)
     aside.replace(file)

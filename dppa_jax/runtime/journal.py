@@ -1,8 +1,9 @@
-"""What a job has done, a line each: a run that was killed goes on from there.
+"""A journal of the steps that a job has done: a run that was killed goes on from there.
 
-A line counts when what it tells of is written, as far as this machine's kernel is concerned: that survives the process,
-however it ends. After a power failure, or on another machine, only the lines before the last mark count, which is made
-when both the work and the journal have been flushed to the disk.
+The journal is a file with one JSON line per step. A step is recorded after its results were handed to the operating
+system. That survives the death of the process, however it ends, but not a power failure. So every MARK_SECONDS the
+results and the journal are flushed to the disk, and the journal gets a mark. After a restart of the machine, or on
+another machine, only the lines before the last mark count.
 """
 
 import json
@@ -21,11 +22,12 @@ MARK_SECONDS = 30  # between flushes, some hundredths of a second each
 
 
 class Journal:
-    """Records by key, in a file; without a file nothing is kept and nothing found.
+    """Records by key, kept in a file.
 
     Args:
-      keep: go on from what is in the file; else it is written anew.
-      flush: flushes the work of which the lines tell.
+      file: the journal's file; without one, nothing is recorded and `get` returns nothing.
+      keep: read the records that the file holds; otherwise it is written anew.
+      flush: flushes to the disk the results that the records stand for.
     """
 
     def __init__(self, file: Path | None = None, keep: bool = False, flush: Callable[[], None] = lambda: None):
@@ -38,22 +40,22 @@ class Journal:
             self._file = file.open("a")
 
     @property
-    def known(self) -> int:
-        """How many records an earlier run left."""
+    def resumed(self) -> int:
+        """The number of records that an earlier run left."""
         return len(self._records)
 
     def get(self, key: str) -> Any | None:
-        """What an earlier run recorded."""
+        """Return what an earlier run recorded under this key; None if it recorded nothing."""
         return self._records.get(key)
 
     def add(self, key: str, record: Any) -> None:
-        """Record work that is done, as JSON can say it; numbers keep their bits."""
+        """Record a step that is done. `record` is anything that JSON can hold; numbers keep their bits."""
         self._write({"key": key, "record": record})
         if self._file and time.monotonic() > self._marked + MARK_SECONDS:
             self.mark()
 
     def mark(self) -> None:
-        """Let the lines so far count whatever happens."""
+        """Flush the results and the journal to the disk: the lines so far count even after a power failure."""
         if self._file:
             self._flush()
             self._write({"mark": True})
@@ -61,6 +63,7 @@ class Journal:
             self._marked = time.monotonic()
 
     def close(self) -> None:
+        """Close the file; later records are not kept."""
         if self._file:
             self._file.close()
             self._file = None
@@ -72,7 +75,7 @@ class Journal:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The records that count; the last line of a killed run may be cut off."""
+    """Read the records that count. A killed run may have left a last line that is cut off; it is ignored."""
     records: dict[str, Any] = {}
     marked: dict[str, Any] = {}
     same_boot = False
@@ -96,7 +99,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 @cache
 def _boot() -> str:
-    """This run of this machine's kernel."""
+    """Return a name of the time since this machine was started: what the kernel was handed before may be lost."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Memory: what a device has, and what this process has taken at most."""
 
 import re
 import resource
@@ -10,11 +10,17 @@ import numpy as np
 import psutil
 
 
-def device_memory(given: int = 0) -> tuple[int, str]:
-    """Bytes of one local device, and the platform; a CPU's devices share half of what is free."""
+def device_memory(stated: int = 0) -> tuple[int, str]:
+    """Return the memory of one local device in bytes, and its platform ("cpu", "gpu", "tpu").
+
+    On a CPU, the devices share half of the memory that is free.
+
+    Args:
+      stated: bytes to return in place of what the device says (--device_memory); 0 asks the device.
+    """
     device = jax.local_devices()[0]
-    if given:
-        return given, device.platform
+    if stated:
+        return stated, device.platform
     if device.platform == "cpu":
         return psutil.virtual_memory().available // 2 // jax.local_device_count(), "cpu"
     stats = device.memory_stats() or {}
@@ -22,9 +28,9 @@ def device_memory(given: int = 0) -> tuple[int, str]:
 
 
 def peak_resident() -> int:
-    """Most bytes of memory that this process has held since it began.
+    """Return the peak memory of this process since it began, in bytes.
 
-    Linux's getrusage counts what the process that started it held as well.
+    Linux says it in /proc/self/status. Its `getrusage` would also count what the parent process held.
     """
     try:
         status = Path("/proc/self/status").read_text()

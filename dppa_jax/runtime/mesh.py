@@ -1,8 +1,8 @@
-"""Mesh and sharding. Rows of weight matrices are the unit: they are spread over all devices and never split.
+"""The mesh of devices, and how matrices are spread over it: by rows, which are never split.
 
-A block of B layers of one linear is a matrix of B·out rows. Both mesh axes shard its rows, `layer` the outer one, so
-that with B a multiple of the layer axis each device holds rows of its own layers. Every kernel works row by row, so its
-bits do not depend on the mesh.
+A block of B layers of one linear is a matrix of B·out rows. Both mesh axes divide its rows, `layer` being the outer
+one: when B is a multiple of the size of `layer`, each device holds rows of its own layers. Every kernel works row by
+row, so its bits do not depend on the mesh.
 """
 
 import re
@@ -21,19 +21,22 @@ WIDE_VECTORS = {"xla_cpu_prefer_vector_width": 512}  # XLA's default is 256 also
 
 
 class PerTensor(NamedTuple):
-    """Values that the rows of a tensor share, (tensors, columns) on every device, and the tensor of each row."""
+    """Values that all rows of a tensor share."""
 
-    values: jax.Array
-    tensor: jax.Array
+    values: jax.Array  # (tensors, columns), whole on every device
+    tensor: jax.Array  # (rows,), the tensor that each row belongs to
 
 
 def mesh_shape(text: str, devices: int | None = None, axes: tuple[str, str] = AXES) -> tuple[int, int]:
-    """Sizes of the two axes, (layer, row), of a --mesh flag; empty means all `devices` on the second.
+    """Parse a --mesh flag into the sizes of its two axes, (layer, row). Empty text puts all `devices` on the second.
 
     >>> mesh_shape("layer=2,row=4")
     (2, 4)
     >>> mesh_shape("", 8)
     (1, 8)
+
+    Raises:
+      ValueError: the text is not of the form `layer=N,row=M`.
     """
     if not text:
         return 1, devices or 1
@@ -50,19 +53,29 @@ def mesh_shape(text: str, devices: int | None = None, axes: tuple[str, str] = AX
 
 
 def make_mesh(text: str = "", axes: tuple[str, str] = AXES, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a --mesh flag over the first of these devices, by default this process's."""
+    """Make the mesh of a --mesh flag from the first of these devices, by default the devices of this process.
+
+    Raises:
+      ValueError: the mesh needs more devices than there are, or leaves a process without one.
+    """
     devices = jax.local_devices() if devices is None else devices
     shape = mesh_shape(text, len(devices), axes)
     size = int(np.prod(shape))
     if size > len(devices):
-        raise ValueError(f"--mesh={text} asks for {size} devices, {len(devices)} are here.")
+        raise ValueError(
+            f"--mesh={text} asks for {size} devices, but there are {len(devices)}; choose sizes whose product is at "
+            f"most {len(devices)}."
+        )
     if left := {device.process_index for device in devices} - {device.process_index for device in devices[:size]}:
-        raise ValueError(f"--mesh={text} leaves process {min(left)} without a device: there are {len(devices)} in all.")
+        raise ValueError(
+            f"--mesh={text} leaves process {min(left)} without a device; choose sizes whose product is {len(devices)}, "
+            f"the number of all devices."
+        )
     return Mesh(np.array(devices[:size]).reshape(shape), axes)
 
 
 def across_processes(mesh: Mesh) -> Mesh:
-    """The mesh over this process's devices, and those that the other processes have, one after another."""
+    """Extend the mesh of this process over the devices of all processes, which follow each other on the first axis."""
     processes = sorted({device.process_index for device in jax.devices()})
     own = [[d for d in jax.devices() if d.process_index == process][: mesh.size] for process in processes]
     if len(own) == 1:
@@ -71,30 +84,33 @@ def across_processes(mesh: Mesh) -> Mesh:
 
 
 def put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array that every process has; each puts the slices of its own devices there."""
+    """Put a host array that every process has onto the devices; each process copies the slices of its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def padded_rows(mesh: Mesh, rows: int) -> int:
-    """Rows to allocate so that every device gets the same number; the added ones are zero and ignored."""
+    """Return how many rows to allocate so that every device gets the same number; added rows are zero and ignored."""
     return -(-rows // mesh.size) * mesh.size
 
 
 def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """A host array whose first axis is rows, padded, onto the mesh. An aligned buffer is not copied on a CPU."""
+    """Put a host array whose first axis is rows onto the mesh, padded. A CPU takes an aligned buffer without a copy."""
     padding = padded_rows(mesh, array.shape[0]) - array.shape[0]
     if padding:
         array = np.concatenate([array, np.zeros((padding, *array.shape[1:]), array.dtype)])
     return jax.device_put(array, NamedSharding(mesh, ROWS))
 
 
-@cache  # what two kernels share is compiled once
+@cache  # a function that two kernels share is compiled once
 def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
-    """jit of a function of arrays whose first axis is rows, run by each device on its own.
+    """Compile a function that works on arrays row by row; each device runs it on its own rows.
 
-    The arguments at the positions `replicated` are whole on every device.
+    Args:
+      mesh: the devices.
+      function: takes and returns arrays whose first axis is rows.
+      replicated: positions of the arguments that are whole on every device.
     """
 
     def lifted(*arguments):
@@ -106,6 +122,8 @@ def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) 
 
 
 def _row_specs(tree):
+    """Return how an argument is sharded: by rows, but for the values of a `PerTensor`, which every device has."""
+
     def spec(x):
         return PerTensor(REPLICATED, ROWS) if isinstance(x, PerTensor) else ROWS
 

@@ -1,8 +1,11 @@
-"""Several processes on one job: their start, what they tell each other, and their end.
+"""Several processes on one job: how they start, tell each other values, and end together.
 
-A merge needs no collectives: each process has its own layers, on its own devices, and only statistics, a few numbers a
-linear, are told to the others. They go through the key-value store of JAX's coordinator, which works on every platform,
-can be waited for with one eye on the other processes, and adds nothing up, so that no sum depends on their number.
+A merge needs no collective operations. Each process has its own layers, on its own devices, and tells the others only
+statistics: a few numbers for each linear. They go through the key-value store of JAX's coordinator. The store works on
+every platform. A process that waits for a value can look at the same time whether another process has failed. And the
+store adds nothing up, so no sum depends on the number of processes.
+
+Values travel as pickles: see "What is trusted" in runtime/README.md.
 """
 
 import itertools
@@ -19,46 +22,47 @@ from absl import logging
 
 from dppa_jax.runtime import signals
 
-HEARTBEAT_SECONDS = 20  # a process that is silent for so long is taken for dead, and JAX ends the others
-LOOK_SECONDS = 2  # between looks at whether another process has failed
-START_SECONDS = 300  # for all processes to come
+HEARTBEAT_SECONDS = 20  # a process that is silent for this long is taken for dead, and JAX ends the others
+LOOK_SECONDS = 2  # between two looks at whether another process has failed
+START_SECONDS = 300  # until all processes must have joined
 FAILURE = "dppa_jax/failure"
 
 _rounds = itertools.count()
 
 
 class ProcessFailedError(RuntimeError):
-    """Another process of the job ended with an error; says which and why."""
+    """Another process of the job ended with an error; the message says which process and why."""
 
 
 class ProcessEndedError(ProcessFailedError):
-    """Another process was ended from outside, so that the same command goes on from there."""
+    """Another process was ended from outside, by a signal; the same command goes on where the run was."""
 
 
 def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> None:
     """Join the other processes of the job, before JAX is first used.
 
     Args:
-      coordinator: HOST:PORT of process 0, or "auto": as JAX finds it (Slurm, Open MPI, Kubernetes, TPU pods).
-      num_processes, process_id: how many there are, and which this is; found by JAX with "auto".
+      coordinator: HOST:PORT of process 0, or "auto" where JAX finds it by itself (Slurm, Open MPI, Kubernetes, TPU
+        pods).
+      num_processes, process_id: how many processes there are, and which one this is; with "auto", JAX finds both.
 
     Raises:
-      ValueError: an address or a number that cannot be meant; processes that do not come.
+      ValueError: the address or a number is invalid, or not all processes have joined within START_SECONDS.
     """
     _check(coordinator, num_processes, process_id)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    given = {} if coordinator == "auto" else {"coordinator_address": coordinator}
+    place = {} if coordinator == "auto" else {"coordinator_address": coordinator}
     if num_processes:
-        given |= {"num_processes": num_processes, "process_id": process_id}
-        given |= {"cluster_detection_method": "deactivate"}  # Slurm's would give this process one GPU of its host
+        place |= {"num_processes": num_processes, "process_id": process_id}
+        place |= {"cluster_detection_method": "deactivate"}  # Slurm's would give this process one GPU of its host
     try:
         jax.distributed.initialize(
-            **given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=START_SECONDS
+            **place, heartbeat_timeout_seconds=HEARTBEAT_SECONDS, initialization_timeout=START_SECONDS
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(
             f"--coordinator={coordinator}: the processes did not find each other: {str(error).splitlines()[0]} Start "
-            f"all of them, each with --coordinator=HOST:PORT of the first, --num_processes and its own --process_id."
+            f"all of them, each with --coordinator=HOST:PORT of process 0, --num_processes and its own --process_id."
         ) from error
     signals.end_on_signals()  # JAX has taken SIGTERM for itself, and only notes it
     logging.info("process %d of %d, %d devices here", index(), count(), jax.local_device_count())
@@ -66,17 +70,19 @@ def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> Non
 
 
 def count() -> int:
-    """Processes of the job."""
+    """Return the number of processes of the job; 1 without a coordinator."""
     return jax.process_count() if _client() else 1
 
 
 def index() -> int:
-    """Which of them this is."""
+    """Return this process's number, from 0 on; 0 without a coordinator."""
     return jax.process_index() if _client() else 0
 
 
 def share(items: int, processes: int, process: int) -> range:
-    """The consecutive items of a process; the first ones have one more where they cannot have as many.
+    """Return the items of one process when `items` are divided into consecutive shares.
+
+    Where they do not divide evenly, the first processes have one item more.
 
     >>> [list(share(7, 3, process)) for process in range(3)]
     [[0, 1, 2], [3, 4], [5, 6]]
@@ -87,9 +93,15 @@ def share(items: int, processes: int, process: int) -> range:
 
 
 def exchange(what: str, mine: Any) -> list[Any]:
-    """What every process has of it, in their order; `mine` alone where there is one process.
+    """Tell the others a value, and return the values of all processes in their order.
 
-    All processes must call this in the same order. Values are pickled: the processes are one program.
+    All processes must call this in the same order. Values are pickled: the processes run one program and trust each
+    other, and whoever reaches the coordinator (see "What is trusted" in runtime/README.md). Where there is one process,
+    nothing is pickled.
+
+    Args:
+      what: a name for the value, the same in every process.
+      mine: this process's value.
 
     Raises:
       ProcessFailedError: another process ended with an error.
@@ -103,20 +115,23 @@ def exchange(what: str, mine: Any) -> list[Any]:
 
 
 def of_first(what: str, find: Callable[[], Any]) -> Any:
-    """What the first process finds, told to all; the others do not look."""
+    """Call `find` in process 0 alone, and return its result in every process."""
     return exchange(what, find() if index() == 0 else None)[0]
 
 
 def barrier(what: str) -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have come here."""
     exchange(what, None)
 
 
 def joined(what: str, array: np.ndarray, axis: int, owners: np.ndarray) -> np.ndarray:
-    """Put together an array of which each process knows some places along an axis.
+    """Join an array of which each process has computed some places along an axis.
 
     Args:
-      owners: the process that knows each place.
+      what: a name for the array, the same in every process.
+      array: of the whole shape; this process has filled the places that it owns.
+      axis: along which the places lie.
+      owners: the process that has computed each place.
     """
     parts = exchange(what, array)
     places = [np.flatnonzero(owners == process) for process in range(len(parts))]
@@ -126,7 +141,7 @@ def joined(what: str, array: np.ndarray, axis: int, owners: np.ndarray) -> np.nd
 
 @contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """The first process does what is in the block before the others do: they find what it fetched or built."""
+    """Let process 0 run the block first; the others run it afterwards and find what process 0 fetched or built."""
     if index():
         barrier(what)
     yield
@@ -135,17 +150,23 @@ def first_alone(what: str) -> Iterator[None]:
 
 
 def fail(reason: str, ended: bool = False) -> None:
-    """Tell the other processes, which then end, that this one ends, and why: by an error, or `ended` from outside."""
+    """Tell the other processes that this one ends, and why; they end, too.
+
+    Args:
+      reason: the message of the error.
+      ended: this process was ended from outside, by a signal, and not by an error.
+    """
     client = _client()
     if client is not None:
         kind = ProcessEndedError if ended else ProcessFailedError
-        with suppress(Exception):  # another one was first, or the coordinator has gone
+        with suppress(Exception):  # another process was first, or the coordinator has gone
             client.key_value_set_bytes(FAILURE, pickle.dumps(kind(f"process {index()}: {reason}")))
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Refuse flags that cannot be meant."""
     if coordinator != "auto" and not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(f"--coordinator={coordinator}: give HOST:PORT of the first process, or auto.")
+        raise ValueError(f"--coordinator={coordinator}: give HOST:PORT of process 0, or auto.")
     if not num_processes and process_id < 0:
         if coordinator != "auto":
             raise ValueError(f"--coordinator={coordinator} needs --num_processes and --process_id.")
@@ -158,12 +179,14 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 def _client():
+    """Return JAX's client of the key-value store; None where there is one process."""
     from jax._src import distributed  # there is no public way to the store; Orbax takes the same one
 
     return distributed.global_state.client
 
 
 def _wait(client, key: str) -> bytes:
+    """Wait for the value of a key. Raise the failure of another process, or what a signal asked for, if it comes."""
     while True:
         try:
             return client.blocking_key_value_get_bytes(key, LOOK_SECONDS * 1000)
@@ -177,7 +200,7 @@ def _wait(client, key: str) -> bytes:
 
 
 def _failure(client) -> ProcessFailedError | None:
-    """Of another process."""
+    """Return the failure that another process has told of; None when there is none."""
     try:
         return pickle.loads(client.key_value_try_get_bytes(FAILURE))
     except jax.errors.JaxRuntimeError:
@@ -185,7 +208,7 @@ def _failure(client) -> ProcessFailedError | None:
 
 
 def _watch() -> None:
-    """End this process's work at its next step when another one has failed."""
+    """End this process at its next step when another process has failed. Runs in a thread of its own."""
     pause = threading.Event()
     while (client := _client()) is not None:
         if failure := _failure(client):

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, one line per stage in a log."""
+"""Progress of long work, a bar in a terminal or lines in a log; and the console for tables."""
 
 import json
 import sys
@@ -21,11 +21,14 @@ from rich.progress import (
 
 from dppa_jax.runtime import processes, signals
 
+LINE_SECONDS = 60  # between two lines of a log that shows no bar
+_shown: list[Progress] = []  # the bars on the screen; rich allows one set of them, which nested steps join
+
 
 def console() -> Console:
-    """For tables: as wide as the terminal, or wide enough for all of them when there is none.
+    """Return the console on which tables are printed. Of several processes only process 0 prints.
 
-    Of several processes the first one prints.
+    It is as wide as the terminal; without a terminal it is wide enough for every table.
     """
     if processes.index():
         return Console(quiet=True)
@@ -33,14 +36,14 @@ def console() -> Console:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write what a table shows, for programs, and tell where it is."""
+    """Write the content of a table as JSON, for programs, and print where the file is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1))
     console().print(f"as JSON: {path}")
 
 
 class Stage:
-    """One stage of a job, measured in bytes read."""
+    """The progress of one stage of a job, measured in bytes read."""
 
     def __init__(self, name: str, total: int, bar: Progress | None):
         self.name, self.total, self._bar = name, total, bar
@@ -48,12 +51,12 @@ class Stage:
         self._task = bar.add_task(name, total=total) if bar else None
 
     def start_at(self, done: int) -> "Stage":
-        """Bytes the stream had read before this stage."""
+        """Count from here: `done` is what the stream had read before this stage, in bytes."""
         self._offset = done
         return self
 
     def advance(self, done: int) -> None:
-        """Report the bytes that the stream has read so far; ends the run where a signal asked for it."""
+        """Report how many bytes the stream has read so far. Ends the run if a signal asked for it."""
         signals.check()
         if self._bar:
             self._bar.update(self._task, completed=min(done - (self._offset or 0), self.total))
@@ -61,7 +64,17 @@ class Stage:
 
 @contextmanager
 def stage(name: str, total: int, already: int = 0, quiet: bool = False):
-    """Progress of a stage that will read `total` bytes; its time and rate go to the log when it ends."""
+    """Show the progress of a stage that will read `total` bytes; log its time and rate when it ends.
+
+    Args:
+      name: of the stage, for the bar and the log.
+      total: bytes that the stage will read.
+      already: bytes that the stream has read before.
+      quiet: show and log nothing.
+
+    Yields:
+      The `Stage`, whose `advance` reports progress.
+    """
     started = time.perf_counter()
     if sys.stderr.isatty() and not quiet:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -74,20 +87,22 @@ def stage(name: str, total: int, already: int = 0, quiet: bool = False):
         logging.info("%s: %.1f s, %.2f GB, %.2f GB/s", name, seconds, total / 1e9, total / 1e9 / max(seconds, 1e-9))
 
 
-TELL_SECONDS = 60  # between lines of a log that shows no bar
-_shown: list[Progress] = []  # the bars on the screen, of which there can be one set: steps within steps join it
-
-
 @contextmanager
 def steps(name: str, total: int | None, unit: str = "models"):
-    """Progress of equal steps, `total` if it is known; yields the function that reports one of them, or several.
+    """Show the progress of equal steps. Within other steps only a bar is shown; otherwise the time is logged, too.
 
-    Within other steps only the bar is shown, else the time goes to the log, too.
+    Args:
+      name: of the work, for the bar and the log.
+      total: how many steps there will be; None when that is not known.
+      unit: what a step is, in the plural.
+
+    Yields:
+      The function that reports one step, or several.
     """
-    started, taken, within = time.perf_counter(), 0, bool(_shown)
-    told = started
+    started, taken, nested = time.perf_counter(), 0, bool(_shown)
+    last_line = started
     with ExitStack() as stack:
-        if not within:
+        if not nested:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             bars = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
             _shown.append(stack.enter_context(bars))
@@ -96,15 +111,15 @@ def steps(name: str, total: int | None, unit: str = "models"):
         stack.callback(_shown[-1].remove_task, task)
 
         def advance(done: int = 1) -> None:
-            nonlocal taken, told
+            nonlocal taken, last_line
             signals.check()
             taken += done
             _shown[-1].advance(task, done)
-            if time.perf_counter() > told + TELL_SECONDS and not sys.stderr.isatty():
-                told = time.perf_counter()
-                of = f" of {total}" if total else ""
-                logging.info("%s: %d%s %s in %.0f s", name, taken, of, unit, told - started)
+            if time.perf_counter() > last_line + LINE_SECONDS and not sys.stderr.isatty():
+                last_line = time.perf_counter()
+                of_total = f" of {total}" if total else ""
+                logging.info("%s: %d%s %s in %.0f s", name, taken, of_total, unit, last_line - started)
 
         yield advance
-    if not within:
+    if not nested:
         logging.info("%s: %d %s in %.1f s", name, taken, unit, time.perf_counter() - started)

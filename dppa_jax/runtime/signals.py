@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run as an error does, so that what is unfinished is removed."""
+"""Ctrl-C and SIGTERM end a run like an error: `finally` and `with` blocks run, and unfinished files are removed."""
 
 import os
 import signal
@@ -10,15 +10,15 @@ from contextlib import contextmanager
 PAUSE = 0.1  # seconds until a dropped signal is sent again
 
 _received: list[BaseException] = []
-_holding = False
+_deferring = False
 
 
 def end_on_signals() -> None:
-    """SIGTERM raises SystemExit, as SIGINT raises KeyboardInterrupt, and neither gets lost.
+    """Let SIGTERM raise SystemExit and SIGINT raise KeyboardInterrupt, and let neither get lost.
 
-    Python drops an exception that a signal raises within a callback of the garbage collector. JAX has such a callback,
-    and a signal that arrives during a long compilation is often delivered there. So a signal is remembered until
-    `check` is next called, and one that Python reports as dropped is sent again.
+    Python drops an exception that is raised within a callback of the garbage collector. JAX has such a callback, and a
+    signal that arrives during a long compilation is often handled there. So a signal is remembered until `check` is
+    called next, and a signal that Python reports as dropped is sent again.
     """
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, _end)
@@ -26,35 +26,37 @@ def end_on_signals() -> None:
 
 
 def check() -> None:
-    """End the run if a signal came and its exception did not get this far."""
+    """Raise the exception of a signal that came earlier but did not end the run. Long loops call this at every step."""
     if _received:
         raise _received[0]
 
 
 def stop(error: BaseException) -> None:
-    """End the run with this error when `check` is next called."""
+    """Make the next call of `check` raise this error."""
     _received[:] = _received or [error]
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """A signal ends the run after the block and not within it, so that what the block makes gets its name."""
-    global _holding
-    _holding = True
+def defer_signals() -> Iterator[None]:
+    """Within the block, only note signals; raise at its end. A file that the block makes thus gets its final name."""
+    global _deferring
+    _deferring = True
     try:
         yield
     finally:
-        _holding = False
+        _deferring = False
     check()
 
 
 def _end(number: int, _) -> None:
+    """Handle a signal: remember its exception, and raise it unless signals are deferred."""
     _received[:] = [KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)]
-    if not _holding:
+    if not _deferring:
         raise _received[0]
 
 
 def _unraisable(dropped) -> None:
+    """Send a signal again whose exception Python has dropped."""
     again = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(dropped.exc_type)
     if again is None:
         sys.__unraisablehook__(dropped)

@@ -19,8 +19,8 @@ from jaxtyping import Array
 
 from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import Role, TensorSpec, linears_of, tree_of
+from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.protocol import Source
-from dppa_jax.checkpoint.safetensors import common_dtype
 from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import SCORES

@@ -63,7 +63,7 @@ def test_truncated_header(merge, weights, size):
 
 def test_git_lfs_pointer_in_place_of_the_weights(merge, weights):
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 13476835328\n")
-    assert f"{weights}: a Git LFS pointer" in (message := merge.refusal())
+    assert f"{weights} is a Git LFS pointer" in (message := merge.refusal())
     assert "git lfs pull" in message
 
 
@@ -111,13 +111,13 @@ def test_offsets_out_of_range(merge, weights):
 
 def test_negative_offset(merge, weights):
     edit_header(weights, lambda header: header[Q_PROJ].update(data_offsets=[-8, 2040]))
-    assert f"{weights}: its header's entry of {Q_PROJ} is damaged" in merge.refusal()
+    assert f"{weights}: the header's entry of {Q_PROJ} is damaged" in merge.refusal()
 
 
 @pytest.mark.parametrize("entry", [{}, {"dtype": "BF16", "shape": 3, "data_offsets": [0, 6]}, 7, "text"])
 def test_entry_that_is_none(merge, weights, entry):
     edit_header(weights, lambda header: header.update({Q_PROJ: entry}))
-    assert f"{weights}: its header's entry of {Q_PROJ} is damaged" in merge.refusal()
+    assert f"{weights}: the header's entry of {Q_PROJ} is damaged" in merge.refusal()
 
 
 def test_bytes_that_do_not_fit_the_shape(merge, weights):

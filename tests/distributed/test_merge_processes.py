@@ -131,7 +131,7 @@ def test_error_of_one_process_is_told_by_all_and_leaves_nothing(merge, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--coordinator=here"], "--coordinator=here: give HOST:PORT of the first process, or auto."),
+        (["--coordinator=here"], "--coordinator=here: give HOST:PORT of process 0, or auto."),
         (["--coordinator=here:1"], "--coordinator=here:1 needs --num_processes and --process_id."),
         (["--coordinator=here:1", "--num_processes=2", "--process_id=2"], "--process_id=0 to --process_id=1."),
         (["--num_processes=2", "--process_id=0"], "need --coordinator=HOST:PORT, the first process's address."),

@@ -11,7 +11,7 @@ from dppa_jax.evaluate.worker import WorkerError
 ANSWERS = {
     "hang": "time.sleep(300)",
     "crash": "print('CUDA out of memory', file=sys.stderr); sys.exit(1)",
-    "other weights": """print(json.dumps({"seconds": 0, "used": {"w": 1}, "wanted": {"w": 2}}), flush=True)""",
+    "other weights": """print(json.dumps({"seconds": 0, "used": {"w": 1}, "stored": {"w": 2}}), flush=True)""",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.evaluate.paper_tasks import SOURCES
+from dppa_jax.evaluate.paper_tasks import DATASETS
 from dppa_jax.evaluate.splits import FPB_TEST, SPLITS, VALIDATION, write_splits
 from dppa_jax.evaluate.tasks import TASKS
 from dppa_jax.finetune.data import read_examples
@@ -35,10 +35,10 @@ def source(tmp_path_factory) -> Path:
     solutions = [{"id": row["id"], "solution": f"It is 3+4=<<3+4=7>>7.\n#### 7 ({row['id']})"} for row in gsm8k]
     write(root / "gsm8k_train_solutions.jsonl", solutions[::-1])
     write(root / "gsm8k_test.jsonl", tested)
-    fpb = numbered(FPB_TEST + VALIDATION + 50, "sentence", SOURCES["fpb"].labels)
+    fpb = numbered(FPB_TEST + VALIDATION + 50, "sentence", DATASETS["fpb"].labels)
     again = [{**row, "id": f"{row['id']}, again"} for row in (fpb[0], fpb[-1], fpb[-2])]
     write(root / "fpb.jsonl", [*fpb, *again])
-    labels = (*SOURCES["unfair_tos"].labels[:3], *["None"] * 5)
+    labels = (*DATASETS["unfair_tos"].labels[:3], *["None"] * 5)
     unfair = numbered(160, "clause", labels)
     write(
         root / "unfair_tos_full1607.jsonl",
@@ -83,8 +83,8 @@ def test_completions_are_the_solution_or_the_label_after_the_cue(written):
     assert gsm8k.completion == "It is 3+4=7.\n#### 7 (problem-0)"
     for task in ("fpb", "unfair_tos"):
         for example in read_examples(written / f"{task}_train.jsonl"):
-            assert example.prompt.endswith(SOURCES[task].cue)
-            assert example.completion.removeprefix(" ") in (*SOURCES[task].labels, "None")
+            assert example.prompt.endswith(DATASETS[task].cue)
+            assert example.completion.removeprefix(" ") in (*DATASETS[task].labels, "None")
 
 
 def test_clauses_without_a_label_are_learned_and_not_asked(written):

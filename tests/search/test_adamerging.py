@@ -17,8 +17,8 @@ from dppa_jax.config.merge import MergeConfig, read_coefficients
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.evaluation import Evaluation
+from dppa_jax.evaluate.items import Item
 from dppa_jax.evaluate.local import JaxEvaluator
-from dppa_jax.evaluate.sources import Item
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.merge import run_merge
 from dppa_jax.model import LlamaConfig, forward, generate

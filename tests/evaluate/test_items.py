@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dppa_jax.evaluate.paper_tasks import ISSUE_AREAS, SENTIMENTS, SOURCES, UNFAIR_TERMS, last_boxed
-from dppa_jax.evaluate.sources import Item, read, set_aside
+from dppa_jax.evaluate.items import Item, read, set_aside
+from dppa_jax.evaluate.paper_tasks import DATASETS, ISSUE_AREAS, SENTIMENTS, UNFAIR_TERMS, last_boxed
 
 CLASSIFICATION = ("fiqa_sa", "fpb", "scotus", "unfair_tos")
 FPB = {"id": "a", "question": "Sales rose.\nQuestion: what is the sentiment?", "answer": "positive"}
@@ -24,7 +24,7 @@ def write(directory, name: str, *rows) -> str:
 
 
 def items(task: str, data_dir: str, split: str = "test") -> tuple[Item, ...]:
-    return read(task, SOURCES[task], data_dir)[split]
+    return read(task, DATASETS[task], data_dir)[split]
 
 
 # --- JSON lines
@@ -91,7 +91,7 @@ def test_validation_items_have_a_file_of_their_own(tmp_path):
     ("task", "row", "reason"),
     [
         ("gsm8k", '{"id": "a", ', ":2: not JSON"),
-        ("gsm8k", "[1]", ":2: a JSON object is wanted, not list"),
+        ("gsm8k", "[1]", ":2: the line holds a list; each line must be a JSON object"),
         ("gsm8k", {"id": "b", "question": "q"}, ':2: no "answer"'),
         ("gsm8k", {"id": "b", "answer": "7"}, ':2: no "question"'),
         ("gsm8k", {"question": "q", "answer": "7"}, ':2: no "id"'),
@@ -100,7 +100,7 @@ def test_validation_items_have_a_file_of_their_own(tmp_path):
         ("gsm8k", {"id": "b", "question": "q", "answer": 7}, ':2: "answer" must be text or a list of texts, not 7'),
         ("gsm8k", {"id": "b", "question": "q", "answer": ""}, ':2: "answer" must be text'),
         ("gsm8k", {"id": "b", "question": "q", "answer": []}, ':2: "answer" is empty'),
-        ("gsm8k", {"id": "a", "question": "q", "answer": "7"}, "the id 'a' is given twice"),
+        ("gsm8k", {"id": "a", "question": "q", "answer": "7"}, "the id 'a' is there twice"),
         ("fpb", FPB | {"id": "b", "answer": "good"}, ":2: the answer 'good' is not one of the choices: negative, neu"),
         ("fpb", FPB | {"id": "b", "choices": "positive"}, ':2: "choices" must be text or a list of texts'),
         ("fpb", FPB | {"id": "b", "text": "Sales fell."}, ':2: "question" is not what the template makes of "text"'),
@@ -142,17 +142,17 @@ def test_a_question_of_validation_may_not_be_one_of_the_test(tmp_path):
 COUNTS = {"gsm8k": 1319, "math": 5000, "fiqa_sa": 1173, "fpb": 4846, "scotus": 600, "unfair_tos": 172}
 
 
-@pytest.mark.parametrize("task", SOURCES)
+@pytest.mark.parametrize("task", DATASETS)
 def test_the_data_at_hand_are_read_in_full(shared, task):
     found = items(task, str(shared / "data"))
     assert len(found) == COUNTS[task]
-    assert all(item.choices == SOURCES[task].labels for item in found)
+    assert all(item.choices == DATASETS[task].labels for item in found)
 
 
 @pytest.mark.parametrize("task", CLASSIFICATION)
 def test_questions_at_hand_are_the_templates_of_their_texts(shared, task):
     rows = [json.loads(line) for line in (shared / "data" / f"{task}.jsonl").read_text().split("\n") if line]
-    prompts = [SOURCES[task].template.format(text=row["text"], target=row.get("target")) for row in rows]
+    prompts = [DATASETS[task].template.format(text=row["text"], target=row.get("target")) for row in rows]
     assert [item.prompt for item in items(task, str(shared / "data"))] == prompts
 
 
@@ -197,7 +197,7 @@ ROWS = {
     "scotus": [
         {
             "id": 0,
-            "input": SOURCES["scotus"].template.format(text="We hold."),
+            "input": DATASETS["scotus"].template.format(text="We hold."),
             "options": list(ISSUE_AREAS),
             "gold_index": 4,
         }
@@ -205,7 +205,7 @@ ROWS = {
     "unfair_tos": [
         {
             "id": number,
-            "input": SOURCES["unfair_tos"].template.format(text=f"{number}."),
+            "input": DATASETS["unfair_tos"].template.format(text=f"{number}."),
             "options": list(UNFAIR_TERMS),
             "gold_index": gold,
         }
@@ -244,7 +244,7 @@ def test_the_fields_of_the_hub_become_items(hub, task, answers):
     bare = ROWS[task][0].get("question") or ROWS[task][0].get("problem")
     asked = {row.get("input", bare) for row in ROWS[task]}
     assert {item.prompt for item in found} <= asked
-    assert all(item.choices == SOURCES[task].labels for item in found)
+    assert all(item.choices == DATASETS[task].labels for item in found)
 
 
 def test_finance_tasks_are_read_in_the_revision_without_worked_examples(monkeypatch):
@@ -279,7 +279,7 @@ def test_without_a_network_the_error_says_what_to_do(monkeypatch):
     assert "put fpb.jsonl into a directory and give --data_dir=DIRECTORY" in str(error.value)
 
 
-@pytest.mark.parametrize("task", SOURCES)
+@pytest.mark.parametrize("task", DATASETS)
 def test_other_fields_than_expected_are_an_error(hub, task):
     hub[HUB[task]] = [{"id": 0, "sentence": "Up."}]
     with pytest.raises(ValueError, match="on the hub has other fields than expected"):
