@@ -1,6 +1,6 @@
 """Merge fine-tuned LLaMA models by pruning and amplifying their delta parameters.
 
-For notebooks: `load`, `merge`, `save`, `methods`. The command line is `python -m dppa_jax.launch`.
+For notebooks: `load`, `merge`, `save`, `methods`. The command line is `dppa_jax`, or `python -m dppa_jax.launch`.
 """
 
 from dppa_jax.delta.presets import METHODS as methods

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.merge import MergeConfig, rate_of_density
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.runtime.mesh import make_mesh
@@ -14,13 +15,22 @@ from dppa_jax.where import load
 __all__ = ["Model", "load", "merge", "save"]
 
 
-def merge(base: Model, experts: Mapping[str, Model], method: str = "dppa", *, mesh: str = "", **options) -> Model:
+def merge(
+    base: Model,
+    experts: Mapping[str, Model],
+    method: str,
+    *,
+    density: float | None = None,
+    mesh: str = "",
+    **options: Any,
+) -> Model:
     """Merge models in memory; the result has the bits that the command line would write.
 
     Args:
       base: the model that the experts were fine-tuned from.
       experts: the fine-tuned models by name, in the order in which their deltas are added.
       method: a preset, a key of `dppa_jax.methods`.
+      density: the share of each delta that is kept, in place of rate = 1 − density.
       mesh: devices as --mesh takes them, "layer=2,row=4"; by default, all local devices are on the row axis.
       **options: fields of `MergeConfig`: rate, factors, coefficients, allocate, seed, ...
 
@@ -38,11 +48,15 @@ def merge(base: Model, experts: Mapping[str, Model], method: str = "dppa", *, me
     >>> import jax
     >>> base, expert = (dppa_jax.Model(config, jax.tree.map(np.asarray, init_tree(
     ...     LlamaConfig.from_hf(config), jax.random.key(k), "float32"))) for k in (0, 1))
-    >>> merged = dppa_jax.merge(base, {"math": expert}, "magnitude", rate=0.9, mesh="layer=1,row=1")
+    >>> merged = dppa_jax.merge(base, {"math": expert}, "magnitude", density=0.1, mesh="layer=1,row=1")
     >>> kept = merged.tensors["model.layers.0.mlp.up_proj.weight"] != base.tensors["model.layers.0.mlp.up_proj.weight"]
     >>> int(kept.sum()), kept.size
     (38, 384)
     """
+    if density is not None:
+        if "rate" in options:
+            raise ValueError("rate and density are both given, and rate = 1 − density: give one of them.")
+        options["rate"] = rate_of_density("density", density)
     config = MergeConfig(experts=tuple(experts), method=method, **options)
     return merged_model(Merger(base, experts, config, make_mesh(mesh), Layout(), quiet=True), base.directory)
 

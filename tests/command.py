@@ -20,7 +20,7 @@ def launch(*given: str) -> None:
 
 
 class Merge:
-    """merge(*flags) merges root/math and root/law into root/out; later flags override these."""
+    """merge(*flags) merges root/math and root/law into root/out by DPPA; later flags override these."""
 
     def __init__(self, root: Path, run: Callable[..., None] = launch):
         self.root, self._run = root, run
@@ -33,7 +33,7 @@ class Merge:
 
     def flags(self) -> list[str]:
         models = [f"--base={self.base}", f"--expert=math={self.math}", f"--expert=law={self.law}"]
-        return [*models, f"--output={self.output}"]
+        return [*models, f"--output={self.output}", "--method=dppa"]
 
     def refusal(self, *given: str, of: list[str] | None = None) -> str:
         """The error message, of the whole command line `of` when given; nothing may have been written."""

@@ -88,6 +88,13 @@ def test_some_experts_may_have_given_factors_beside_a_search(family, tmp_path):
 )
 def test_what_cannot_be_found_is_refused_before_anything_is_written(family, tmp_path, flags, said):
     with pytest.raises(SystemExit) as error:
-        launch(*family, "--rate=0.8", f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}", *flags)
+        launch(
+            *family,
+            "--method=dppa",
+            "--rate=0.8",
+            f"--output={tmp_path / 'out'}",
+            f"--workdir={tmp_path / 'work'}",
+            *flags,
+        )
     assert said in error.value.code
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from dppa_jax import from_flags
+from dppa_jax.flags import read_flags
+from dppa_jax.jobs import JOBS
 
 FLAGS = flags.FLAGS
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.cfg"))
@@ -25,10 +26,12 @@ def parsed(request):
 
 
 def resolved() -> dict:
+    config = JOBS[FLAGS.job].config(read_flags())
     if FLAGS.job == "finetune":
-        return {"finetune": asdict(from_flags.finetune_config())}
-    found = {"run": asdict(from_flags.job_config())}
-    return found | ({"sweep": asdict(from_flags.sweep())} if FLAGS.job == "report" else {})
+        return {"finetune": asdict(config)}
+    if FLAGS.job == "report":
+        return {"run": asdict(config.run), "sweep": asdict(config.sweep)}
+    return {"run": asdict(config)}
 
 
 @pytest.mark.parametrize("parsed", CONFIGS, ids=lambda path: path.stem, indirect=True)
@@ -38,5 +41,6 @@ def test_a_flagfile_resolves_to_what_it_did(parsed):
         if isinstance(config, dict):
             config.pop("flags", None)
             config.pop("command", None)
+            assert not config.get("merge", config).pop("method_options", {}), "none has options of its own"
     text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
     assert text == (RESOLVED / f"{parsed.stem}.json").read_text()

@@ -12,8 +12,9 @@ from families import DTYPES, llama_config, random_weights, read_json, write_mode
 from processes import LAUNCH, check_success, run_processes
 
 from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax.config.run import ValidateConfig
 from dppa_jax.evaluate.local import JaxEvaluator
-from dppa_jax.jobs.validate import run_validate
+from dppa_jax.jobs.validate import validate
 from dppa_jax.where import load_tree, open_checkpoint
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -86,8 +87,9 @@ def test_plan_and_inspect_take_orbax_checkpoints(merge: Merge, capsys):
 
 def test_validate_compares_both_formats(pristine, tmp_path):
     convert(pristine / "base", f"orbax:{tmp_path / 'orbax'}")
-    assert run_validate(f"orbax:{tmp_path / 'orbax'}", str(pristine / "base"), workdir=str(tmp_path)).passed
-    assert not run_validate(f"orbax:{tmp_path / 'orbax'}", str(pristine / "math"), workdir=str(tmp_path)).passed
+    for name, same in (("base", True), ("math", False)):
+        config = ValidateConfig(f"orbax:{tmp_path / 'orbax'}", str(pristine / name), workdir=str(tmp_path))
+        assert validate(config).passed == same
 
 
 def test_trees_are_the_same(pristine, tmp_path):

@@ -18,10 +18,10 @@ EXPERTS = ("math", "finance", "law")
 
 @pytest.fixture
 def job(family, tmp_path):
-    """Runs the command line over the family; its --workdir."""
+    """Runs the command line over the family, with DPPA unless flags say otherwise; its --workdir."""
 
     def job(*flags: str, workdir: str = "work") -> Path:
-        launch(*family, f"--workdir={tmp_path / workdir}", *flags)
+        launch(*family, "--method=dppa", f"--workdir={tmp_path / workdir}", *flags)
         return tmp_path / workdir
 
     return job
@@ -169,7 +169,7 @@ def test_items_that_a_search_chose_by_are_not_reported(job, tmp_path):
     ]
     (tmp_path / "fpb.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = ("--evaluate=fpb", f"--data_dir={tmp_path}", "--max_new_tokens=4", "--search_evaluations=2", "--rate=0.8")
-    launched = ("--expert=finance=demo:finance", "--factors=search", f"--output={tmp_path / 'out'}")
+    launched = ("--expert=finance=demo:finance", "--method=dppa", "--factors=search", f"--output={tmp_path / 'out'}")
     launch("--base=demo:base", *launched, f"--workdir={tmp_path / 'work'}", *flags)
     asked = {}
     for file in (tmp_path / "work/responses").rglob("fpb-*.jsonl"):
@@ -210,7 +210,13 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(refusal, tmp_
 
 def test_a_task_needs_the_expert_of_its_domain(family, tmp_path):
     with pytest.raises(SystemExit) as error:
-        launch(*family[:2], "--evaluate=sentiment", f"--output={tmp_path / 'out'}", f"--workdir={tmp_path}")
+        launch(
+            *family[:2],
+            "--method=dppa",
+            "--evaluate=sentiment",
+            f"--output={tmp_path / 'out'}",
+            f"--workdir={tmp_path}",
+        )
     assert "give --expert=finance=WHERE" in error.value.code
 
 

@@ -18,7 +18,13 @@ def inspected(tmp_path_factory):
     """inspect.json, what was printed is not looked at, and the deltas."""
     root = write_family(tmp_path_factory.mktemp("inspect"), EXPERTS)
     experts = [f"--expert={name}={root / name}" for name in EXPERTS]
-    flags = ("--rate=0.8", f"--significance_multiple={MULTIPLE}", f"--workdir={root}", "--mesh=layer=1,row=1")
+    flags = (
+        "--method=dppa",
+        "--rate=0.8",
+        f"--significance_multiple={MULTIPLE}",
+        f"--workdir={root}",
+        "--mesh=layer=1,row=1",
+    )
     launch("--job=inspect", f"--base={root / 'base'}", *experts, *flags)
     base = {name: array.astype(np.float32) for name, array in load_file(root / "base" / "model.safetensors").items()}
     deltas = {}
@@ -72,6 +78,6 @@ def test_rates_of_every_partition_average_near_the_nominal_rate(inspected):
 def test_models_may_be_anywhere_under_the_working_directory(tmp_path, monkeypatch):
     root = write_family(tmp_path / "models", ("math",))
     monkeypatch.chdir(tmp_path)
-    launch("--job=inspect", "--base=models/base", "--expert=math=models/math", "--mesh=layer=1,row=1")
+    launch("--job=inspect", "--base=models/base", "--expert=math=models/math", "--method=dppa", "--mesh=layer=1,row=1")
     assert (tmp_path / "runs" / "inspect.json").is_file()
     assert root.is_dir()

@@ -1,39 +1,133 @@
-"""The command line: help, flagfiles, spelling, and what the process says when it ends."""
+"""The command line: the first word, help, flagfiles, densities, spelling, and what the process says when it ends."""
 
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
+import grain  # noqa: F401  defines flags, which flagsaver would take back
 import pytest
 from absl import flags
+from absl.testing import flagsaver
 from command import launch, tree
 
 from dppa_jax import launch as program
-from dppa_jax.flags import GROUPS
-from dppa_jax.from_flags import finetune_config, job_config
+from dppa_jax.flags import GROUPS, command, read_flags
+from dppa_jax.jobs import JOBS
 
 METHOD_FLAGS = ("--method=dare", "--rate=0.7", "--seed=3", "--coefficient=math=0.5")
 
 
-def usage(monkeypatch, capsys, flag: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["dppa_jax.launch", flag])
+MODELS = ("--base=demo:base", "--expert=math=demo:math", "--expert=law=demo:law")
+
+
+def printed_by(monkeypatch, capsys, *given: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["dppa_jax", *given])
     program.run()
     return capsys.readouterr().out
 
 
+def parsed(*given: str) -> dict:
+    """The values of all flags after these arguments."""
+    with flagsaver.flagsaver():
+        assert len(flags.FLAGS(["dppa_jax", *program.arguments(given)])) == 1
+        return read_flags()
+
+
+# ---- the first word, and none
+
+
+def script(*given: str) -> list[str]:
+    """What pip's script `dppa_jax` does."""
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["dppa_jax"].split(":")
+    return [sys.executable, "-c", f"import sys; from {module} import {function}; sys.exit({function}())", *given]
+
+
+def module(*given: str) -> list[str]:
+    return [sys.executable, "-m", "dppa_jax.launch", *given]
+
+
+@pytest.mark.parametrize("program", [script, module])
+def test_the_first_word_is_the_job(program, merge):
+    given = program("plan", *merge.flags(), f"--workdir={merge.root / 'runs'}")
+    run = subprocess.run(given, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "base + 2 experts" in run.stdout
+    assert (merge.root / "runs" / "plan.json").is_file()
+    assert not merge.output.exists()
+
+
+@pytest.mark.parametrize("program", [script, module])
+@pytest.mark.parametrize(("word", "meant"), [("mrege", "merge"), ("evalute", "evaluate"), ("planning", "plan")])
+def test_a_mistyped_job_gets_the_nearest(program, word, meant):
+    run = subprocess.run(program(word, "--base=x"), capture_output=True, text=True)
+    assert run.returncode == 1
+    assert run.stderr.startswith(f"error: --job={word}: not one of {', '.join(JOBS)}.")
+    assert run.stderr.endswith(f"Did you mean '{meant}'?\n")
+
+
+def test_the_first_word_counts_also_beside_a_flagfile_with_a_job(tmp_path):
+    (tmp_path / "report.cfg").write_text("--job=report\n")
+    assert parsed("plan", f"--flagfile={tmp_path}/report.cfg")["job"] == "plan"
+    assert parsed(f"--flagfile={tmp_path}/report.cfg")["job"] == "report"
+
+
+def test_without_arguments_a_screen_says_what_to_type_first(monkeypatch, capsys):
+    printed = printed_by(monkeypatch, capsys)
+    assert len(printed.splitlines()) <= 30
+    assert max(map(len, printed.splitlines())) <= 120
+    commands = [shlex.split(line) for line in printed.replace("\\\n", "").splitlines() if line.startswith("  dppa_jax")]
+    assert len(commands) == 2
+    for name, *given in commands:
+        assert name == "dppa_jax"
+        assert JOBS["merge"].config(parsed(*given)).output
+    assert all(re.search(rf"^  {job} ", printed, re.MULTILINE) for job in JOBS)
+    assert "--helpshort" in printed
+
+
+def test_every_job_can_be_imported():
+    for job in JOBS.values():
+        found, _, name = job.function.partition(":")
+        assert callable(getattr(__import__(found, fromlist=[name]), name))
+
+
+# ---- help
+
+
 @pytest.mark.parametrize("flag", ["--helpshort", "-h"])
 def test_short_help_names_every_flag_on_one_screen(monkeypatch, capsys, flag):
-    printed = usage(monkeypatch, capsys, flag)
+    printed = printed_by(monkeypatch, capsys, flag)
     assert len(printed.splitlines()) <= 60
     assert max(map(len, printed.splitlines())) <= 120
     assert all(f"--{flag.name}" in printed for flag in defined())
+    assert all(job in printed for job in JOBS)
+
+
+@pytest.mark.parametrize("flag", ["--helpshort", "--help"])
+def test_help_shows_defaults(monkeypatch, capsys, flag):
+    printed = printed_by(monkeypatch, capsys, flag)
+    for name, value in (("rate", "0.9"), ("seed", "0"), ("resume", "true"), ("evaluator", "jax"), ("shape", "0.3b")):
+        assert f"--{name}={value}" in printed
+    assert "--method " in printed, "it has no default"
 
 
 def test_help_explains_every_flag_in_a_group(monkeypatch, capsys):
-    printed = usage(monkeypatch, capsys, "--help")
-    assert set(re.findall(r"^  --(\w+) +\w", printed, re.MULTILINE)) == {flag.name for flag in defined()}
+    printed = printed_by(monkeypatch, capsys, "--help")
+    assert set(re.findall(r"^  --(\w+)(?:=\S+)? +\w", printed, re.MULTILINE)) == {flag.name for flag in defined()}
     assert re.findall(r"^\w.*$", printed, re.MULTILINE)[1:] == list(GROUPS)
     assert max(map(len, printed.splitlines())) <= 120
+    one_line = re.sub(r"\s+", " ", printed)
+    for choices in ("[magnitude, random, wanda, row, column", "[task_arithmetic, magnitude, owl", "[auto, resident"):
+        assert choices in one_line
+
+
+def test_short_help_does_without_slow_imports():
+    code = "import sys; from dppa_jax import launch; launch.run(); print(sorted({'jax', 'numpy'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code, "--helpshort"], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr
 
 
 def defined() -> list[flags.Flag]:
@@ -85,16 +179,104 @@ def test_flags_of_a_run_do_not_stay(merge):
 
 def test_configs_parse(pytestconfig):
     """Every flagfile of the repository has known flags and values, and a header that starts with a comment."""
-    from absl.testing import flagsaver
-
     configs = sorted((pytestconfig.rootpath / "configs").glob("*.cfg"))
     assert configs
     for config in configs:
         assert config.read_text().startswith("# "), config
-        with flagsaver.flagsaver():
-            flags.FLAGS(["dppa_jax.launch", f"--flagfile={config}"])
-            configured = finetune_config() if flags.FLAGS.job == "finetune" else job_config()
-            assert configured.base, config
+        values = parsed(f"--flagfile={config}")
+        configured = JOBS[values["job"]].config(values)
+        assert getattr(configured, "run", configured).base, config
+
+
+def test_the_command_of_a_run_repeats_it(tmp_path):
+    (tmp_path / "merge.cfg").write_text("--rate=0.7\n--factors=1.2,1.1\n--tensor_rate=mlp=0\n")
+    given = (*MODELS, "--seeds=0,1", "--noresume", "--device_memory=2.5", "--expert=law=elsewhere", "--score=random")
+    values = parsed("search", f"--flagfile={tmp_path}/merge.cfg", *given)
+    python, m, name, *again = shlex.split(command(values))
+    assert (python, m, name) == ("python", "-m", "dppa_jax.launch")
+    assert len(again) == len(given) + 3
+    assert parsed(*again) == values
+
+
+# ---- densities
+
+
+@pytest.mark.parametrize(
+    ("density", "rate"),
+    [
+        ("--density=0.3", "--rate=0.7"),
+        ("--density=0.9", "--rate=0.1"),
+        ("--density=1", "--rate=0"),
+        ("--tensor_density=mlp.up_proj=1", "--tensor_rate=mlp.up_proj=0.0"),
+        ("--densities=0.1:0.3:0.1,0.05", "--rates=0.9,0.8,0.7,0.95"),
+    ],
+)
+def test_a_density_is_one_minus_a_rate_and_told_as_a_rate(density, rate):
+    by_density, by_rate = parsed(density), parsed(rate)
+    assert by_density == by_rate
+    assert command(by_density) == command(by_rate)
+    assert "densit" not in command(by_density)
+
+
+def test_a_merge_at_a_density_has_the_bits_of_its_rate(merge):
+    merge("--method=magnitude", "--density=0.2", "--tensor_density=o_proj=0.3")
+    first = tree(merge.output)["model.safetensors"]
+    merge("--method=magnitude", "--rate=0.8", "--tensor_rate=o_proj=0.7", "--overwrite")
+    assert tree(merge.output)["model.safetensors"] == first
+
+
+@pytest.mark.parametrize(
+    ("rate", "density"),
+    [("rate=0.8", "density=0.2"), ("tensor_rate=mlp=1", "tensor_density=q=1"), ("rates=0.8", "densities=0.3")],
+)
+def test_a_rate_and_its_density_together_are_refused(merge, rate, density):
+    names = [f"--{text.partition('=')[0]}" for text in (rate, density)]
+    message = merge.refusal(f"--{rate}", f"--{density}")
+    assert f"{names[0]} and {names[1]} are both given" in message
+    assert "give one of them" in message
+
+
+@pytest.mark.parametrize("given", ["--density=1.5", "--density=nan", "--tensor_density=mlp=-1", "--densities=2"])
+def test_a_density_outside_its_bounds_is_told_as_a_density(merge, given):
+    message = merge.refusal(given)
+    assert f"{given.partition('=')[0]}: density " in message
+    assert "is outside [0, 1]; it is the share that is kept, 1 − rate" in message
+
+
+# ---- no method
+
+
+@pytest.mark.parametrize("job", ["merge", "plan", "inspect", "search"])
+def test_without_a_method_two_good_choices_are_told(merge, job):
+    given = [flag for flag in merge.flags() if not flag.startswith("--method")]
+    error, *choices = merge.refusal(f"--job={job}", "--evaluate=addition", of=given).splitlines()
+    assert error.startswith("error: --method is missing")
+    assert len(choices) == 2
+    for line in choices:
+        assert len(line) <= 120
+        advised = [word for word in line.split() if word.startswith("--")]
+        values = parsed(*given, *advised)
+        assert JOBS["merge"].config(values).merge.method == values["method"]
+
+
+def test_a_report_needs_no_method_but_for_what_it_writes():
+    given = ("report", *MODELS, "--methods=dare,ties", "--evaluate=addition,clause_type")
+    config = JOBS["report"].config(parsed(*given))
+    assert config.sweep.methods == ("dare", "ties")
+    assert "--method=" not in config.run.command
+    with pytest.raises(ValueError, match="--method is missing"):
+        JOBS["report"].config(parsed(*given, "--output=merged"))
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [("--factors=1,1", True), ("--seed=0", True), ("--factors=1,1.1", False), ("--method=dp", False)],
+)
+def test_dppa_with_plain_factors_says_that_it_amplifies_nothing(merge, caplog, given, warned):
+    with caplog.at_level("WARNING"):
+        merge("--rate=0.8", given)
+    assert ("amplifies nothing" in caplog.text) == warned
+    assert ("--factors=search --evaluate=TASKS" in caplog.text) == warned
 
 
 # ---- the process

@@ -28,7 +28,9 @@ def test_merge_in_memory_has_the_bits_of_the_command_line(family, tmp_path):
     )
     flags = ["--factors=math=1.5,1.2", "--factors=law=2.0,1.0", "--coefficient=law=0.5", "--mesh=layer=1,row=1"]
     experts = [f"--expert={name}={family / name}" for name in ("math", "law")]
-    launch(f"--base={family / 'base'}", *experts, "--rate=0.8", *flags, f"--output={tmp_path / 'merged'}")
+    launch(
+        f"--base={family / 'base'}", *experts, "--method=dppa", "--rate=0.8", *flags, f"--output={tmp_path / 'merged'}"
+    )
     written = dppa_jax.load(tmp_path / "merged")
     for name, array in merged.tensors.items():
         assert same_bits(array, written.tensors[name]), name

@@ -78,7 +78,11 @@ def plan(tmp_path, capsys):
         (directory / "config.json").write_text(json.dumps(LLAMA_2 | SIZES[size]))
         experts = dict.fromkeys(EXPERTS, str(directory))
         job = JobConfig(
-            MergeConfig(EXPERTS, **(merge or {})), str(directory), experts, workdir=str(tmp_path), **options
+            MergeConfig(EXPERTS, **({"method": "dppa"} | (merge or {}))),
+            str(directory),
+            experts,
+            workdir=str(tmp_path),
+            **options,
         )
         return run_plan(job)
 
@@ -221,7 +225,7 @@ def test_what_is_printed(plan, capsys):
 def test_plan_needs_config_files_only(merge, capsys):
     for directory in (merge.base, merge.math, merge.law):
         (directory / "model.safetensors").unlink()
-    launch("--job=plan", *merge.flags()[:3], f"--workdir={merge.root / 'runs'}")
+    launch("--job=plan", *merge.flags()[:3], "--method=dppa", f"--workdir={merge.root / 'runs'}")
     assert "base + 2 experts" in capsys.readouterr().out
     found = read_json(merge.root / "runs" / "plan.json")
     assert found["models"] == 3

@@ -48,13 +48,13 @@ def test_a_missing_or_unknown_tensor_is_refused_with_the_nearest_spelling(models
         ({**by_tensor, UP.replace("1", "7"): 0.3}, "has no tensor model.layers.7"),
     ):
         with pytest.raises(ValueError, match=message):
-            merge_to_arrays(*models, MergeConfig(EXPERTS, coefficients={"law": given}))
+            merge_to_arrays(*models, MergeConfig(EXPERTS, "dppa", coefficients={"law": given}))
 
 
 def test_a_value_must_be_a_finite_number(by_tensor):
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"law {UP}: {bad} is not a finite number"):
-            MergeConfig(EXPERTS, coefficients={"law": {**by_tensor, UP: bad}})
+            MergeConfig(EXPERTS, "dppa", coefficients={"law": {**by_tensor, UP: bad}})
 
 
 @pytest.mark.parametrize(

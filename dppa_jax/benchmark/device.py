@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +24,7 @@ from rich.table import Table
 from dppa_jax.architecture.specs import TensorSpec, linears_of, tensor_specs
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, model_config, parameters
 from dppa_jax.checkpoint import DTYPE_BY_NAME
+from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.option import choose
 from dppa_jax.merging.blocks import Block, make_blocks
@@ -37,7 +38,6 @@ from dppa_jax.merging.survey import survey
 from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
 from dppa_jax.runtime.progress import console, stage
 
-DEVICES = ("cpu", "gpu")
 RESIDENT = 4  # layers on the device
 COPIED = 1 << 30  # bytes of the copy that measures bandwidth; on a CPU an eighth of it
 COPIES = 10
@@ -156,7 +156,7 @@ def _random_weights(shape: tuple[int, int], key: jax.Array, scales: jax.Array) -
     return models
 
 
-def run_device_benchmark(shape: str, device: str, workdir: str, repeats: int) -> dict:
+def run_device_benchmark(config: BenchmarkConfig) -> dict:
     """Time a merge from disk and the arithmetic of a merge; print both.
 
     Write the numbers to WORKDIR/benchmark/device-DEVICE-SHAPE.json.
@@ -164,14 +164,12 @@ def run_device_benchmark(shape: str, device: str, workdir: str, repeats: int) ->
     Raises:
       ValueError: JAX has no such device; nothing has been made then.
     """
+    (shape,), device = config.shape, config.device
     choose("--shape", shape, SHAPES)
-    choose("--device", device, DEVICES)
-    if repeats < 1:
-        raise ValueError(f"--repeats={repeats}: it must be 1 or more.")
     use(device)
-    from_disk = _from_disk(shape, workdir, repeats)
+    from_disk = _from_disk(config)
     mesh = make_mesh("layer=1,row=1")
-    timings = time_compute(model_config(shape), mesh, repeats)
+    timings = time_compute(model_config(shape), mesh, config.repeats)
     kind = mesh.devices.flat[0].device_kind
     result = {
         "device": kind,
@@ -181,7 +179,9 @@ def run_device_benchmark(shape: str, device: str, workdir: str, repeats: int) ->
         "stages": {name: asdict(timing) for name, timing in timings.items()},
         "from_disk": from_disk,
     }
-    (Path(workdir) / "benchmark" / f"device-{device}-{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (Path(config.workdir) / "benchmark" / f"device-{device}-{shape}.json").write_text(
+        json.dumps(result, indent=1) + "\n"
+    )
     _print(result, timings)
     return result
 
@@ -208,7 +208,7 @@ def time_compute(config: dict, mesh: Mesh, repeats: int) -> dict[str, Timing]:
     The stage "apply" is the merging kernel alone; it repeats the merges of the stage before it.
     """
     factors = dict.fromkeys(EXPERTS, (1.8, 1.3))
-    merge = MergeConfig(EXPERTS, rate=0.8, factors=factors, coefficients=dict.fromkeys(EXPERTS, 0.3))
+    merge = MergeConfig(EXPERTS, "dppa", rate=0.8, factors=factors, coefficients=dict.fromkeys(EXPERTS, 0.3))
     stream = DeviceStream(config, EXPERTS, mesh)
     kernels = Tallied(mesh, elementwise_of(merge)[0])
     best: dict[str, Timing] = {}
@@ -281,11 +281,12 @@ def copy_bandwidth(mesh: Mesh) -> float:
     return 2 * array.nbytes / min(seconds)
 
 
-def _from_disk(shape: str, workdir: str, repeats: int) -> dict:
-    from dppa_jax.benchmark.merges import run_benchmark
+def _from_disk(config: BenchmarkConfig) -> dict:
+    """Time DPPA of the shape, or of FROM_DISK where that is smaller, from disk to disk."""
+    from dppa_jax.benchmark.merges import run_merges
 
-    smaller = min(shape, FROM_DISK, key=lambda name: parameters(model_config(name)))
-    runs = run_benchmark([smaller], workdir, "", "", repeats, ["dppa"])[smaller]
+    smaller = min(*config.shape, FROM_DISK, key=lambda name: parameters(model_config(name)))
+    runs = run_merges(replace(config, shape=(smaller,), device="", methods=("dppa",)))[smaller]
     return {"shape": smaller, **runs["dppa"]}
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, make_family, model_config, parameters
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter
+from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.option import choose
 from dppa_jax.runtime.progress import console
 
@@ -59,38 +60,26 @@ class TimedRun:
     planned_bytes: int = 0
 
 
-def run_benchmark(
-    shapes: Sequence[str], workdir: str, peer: str, peer_python: str, repeats: int, methods: Sequence[str] = ()
-) -> dict[str, dict]:
+def run_merges(config: BenchmarkConfig) -> dict[str, dict]:
     """Time methods on every shape, print tables, and write the numbers to WORKDIR/benchmark/SHAPE/benchmark.json.
 
-    Commands run in turn, ours and the peer's, `repeats` times; the fastest run of each counts.
+    Commands run in turn, ours and the peer's, `config.repeats` times; the fastest run of each counts.
 
-    Args:
-      shapes: keys of SHAPES.
-      workdir: where models, outputs and results go.
-      peer: "mergekit", or empty for none.
-      peer_python: the interpreter of the peer's environment; empty for this one.
-      repeats: how often each command runs.
-      methods: keys of OURS; all by default.
+    Returns:
+      `TimedRun`s as dicts, by shape and method.
 
     Raises:
-      ValueError: an unknown shape, method or peer, or no repeats.
+      ValueError: an unknown shape or method.
       OSError: the disk has no room, or a process failed.
     """
-    for shape in shapes:
+    for shape in config.shape:
         choose("--shape", shape, SHAPES)
-    for method in methods:
+    for method in config.methods:
         choose("--methods", method, OURS)
-    if peer:
-        choose("--peer", peer, ("mergekit", "restart"))
-    if repeats < 1:
-        raise ValueError(f"--repeats={repeats}: it must be 1 or more.")
-    root = Path(workdir) / "benchmark"
-    results = {
-        shape: _run_shape(shape, root / shape, peer_python if peer else None, repeats, methods or tuple(OURS))
-        for shape in shapes
-    }
+    root = Path(config.workdir) / "benchmark"
+    peer = config.peer_python if config.peer else None
+    methods = config.methods or tuple(OURS)
+    results = {shape: _run_shape(shape, root / shape, peer, config.repeats, methods) for shape in config.shape}
     print_sizes(root)
     return results
 

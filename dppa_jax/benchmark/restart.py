@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
+from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import make_evaluator
 from dppa_jax.jobs.evaluated import check_search, domains_of, opened
-from dppa_jax.jobs.merge import run_merge
+from dppa_jax.jobs.merge import write_merge
 from dppa_jax.runtime.progress import console
 
 CANDIDATES = 5
@@ -26,12 +27,13 @@ RESTARTS = 2
 WAYS = {"in place": ("apply", "hand over"), "merge, save, start again": ("merge and save", "start")}
 
 
-def run_restart_benchmark(job: JobConfig) -> dict[str, list[float]]:
+def run_restart_benchmark(config: BenchmarkConfig) -> dict[str, list[float]]:
     """Time candidates of the first expert; print medians, and write all seconds to WORKDIR/restart/restart.json."""
+    job = config.restart
     domains = domains_of(job)
     check_search(job)
     name, tasks = next(iter(domains.items()))
-    alone = MergeConfig(experts=(name,), method=job.merge.method, rate=job.merge.rate)
+    alone = alone_of(job.merge, name)
     factors = [tuple(1.0 + 0.1 * i for _ in alone.partitions) for i in range(1, CANDIDATES + 1)]
     root = Path(job.workdir) / "restart"
     shutil.rmtree(root, ignore_errors=True)  # no stored responses may be reused
@@ -52,12 +54,17 @@ def run_restart_benchmark(job: JobConfig) -> dict[str, list[float]]:
     return seconds
 
 
+def alone_of(merge: MergeConfig, expert: str) -> MergeConfig:
+    """Return the merge of one expert, with coefficient 1 and plain factors, as a search of its factors begins."""
+    return replace(merge, experts=(expert,), factors={}, coefficients={}, q={})
+
+
 def _restarts(job: JobConfig, name: str, factors: Sequence[tuple[float, ...]]) -> dict[str, list[float]]:
     """Time merging and starting the evaluator with each candidate; leave out the first, which compiles."""
     merge_seconds, start_seconds = [], []
     for chosen in factors:
         started = time.perf_counter()
-        run_merge(replace(job, merge=replace(job.merge, factors={name: chosen})))
+        write_merge(replace(job, merge=replace(job.merge, factors={name: chosen})))
         merge_seconds.append(time.perf_counter() - started)
         evaluator = make_evaluator(job.evaluation, Path(job.workdir))
         started = time.perf_counter()

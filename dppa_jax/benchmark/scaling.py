@@ -11,6 +11,7 @@ from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
 from dppa_jax.benchmark.merges import OURS, TimedRun, merge_command, timed
+from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.option import choose
 from dppa_jax.runtime.progress import console
 
@@ -25,7 +26,7 @@ NOTE = (
 )
 
 
-def run_scaling(shape: str, workdir: str) -> dict[str, dict[int, dict]]:
+def run_scaling(config: BenchmarkConfig) -> dict[str, dict[int, dict]]:
     """Time strong scaling (the shape's layers) and weak scaling (N times as many layers with N processes).
 
     Print a table and write the numbers to WORKDIR/benchmark/scaling-SHAPE.json.
@@ -33,8 +34,9 @@ def run_scaling(shape: str, workdir: str) -> dict[str, dict[int, dict]]:
     Returns:
       `TimedRun`s as dicts, by "strong" or "weak" and the number of processes.
     """
+    (shape,) = config.shape
     choose("--shape", shape, SHAPES)
-    root = Path(workdir) / "benchmark"
+    root = Path(config.workdir) / "benchmark"
     layers = model_config(shape)["num_hidden_layers"]
     places = {n: root / (shape if n == 1 else f"{shape}-{n * layers}layers") for n in PROCESSES}
     families = [family_sizes(places[n], model_config(shape, n * layers), EXPERTS) for n in PROCESSES]

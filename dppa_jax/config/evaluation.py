@@ -1,98 +1,101 @@
-"""TODO."""
+"""How models are evaluated: which tasks, by which evaluator, how items are asked and judged."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
-from dppa_jax.config.option import choose
+from dppa_jax.config.option import check, option
 
 Split = Literal["train", "validation", "test"]
 
 
-CHOICES = ("hidden", "listed")
-
-
-WRAPPERS = ("none", "llama2_chat", "chat_template")
-
-
-LETTER_CASES = ("ignore", "match")
-
-
-LABELS = ("exclusive", "any")
-
-
 @dataclass(frozen=True)
 class TaskOptions:
-    """What is open about items, prompts and scoring; printed with the results by `Task.describe`.
+    """What is open about items, prompts and scoring; `Task.describe` prints it with the results.
 
     Attributes:
-      data_dir: of JSON lines, {task}.jsonl or {task}_test.jsonl and, if there is one, {task}_validation.jsonl; empty
-        for the data sets of the hub.
-      choices: whether the prompt lists what the answer is one of; as in AdaptLLM's templates, it does not. Of the
-        finance and law tasks, as all below.
-      wrapper: of the prompt: "none"; "llama2_chat", the template and system prompt of LLaMA-2-Chat as the model cards
-        of finance-chat and law-chat give them; "chat_template", the tokenizer's own, with one message of the user.
+      data_dir: directory of JSON lines, {task}.jsonl or {task}_test.jsonl and, if there is one,
+        {task}_validation.jsonl; empty for the data sets of the hub.
+      choices: whether the prompt of a finance or law task lists what the answer is one of; AdaptLLM's templates do
+        not. `wrapper`, `letter_case` and `labels` concern these tasks, too.
+      wrapper: what surrounds a prompt: "none"; "llama2_chat", the template and system prompt of LLaMA-2-Chat as the
+        model cards of finance-chat and law-chat give them; "chat_template", the tokenizer's own, with one message of
+        the user.
       letter_case: whether a label in other letter case is the same label.
       labels: "exclusive", where a response with a wrong label is wrong, or "any", where a right one is enough.
-      validation_share: of a task's questions, taken out of "test" for a task without a file of validation items.
-      split_seed: of that choice.
-      limit: of the items of a split, the first ones; None for all.
-      max_new_tokens: of a response, in place of the task's own limit.
-      max_length: of prompt and response together, in tokens.
+      validation_share: the share of a task's questions that is taken out of "test" where the task has no file of
+        validation items.
+      split_seed: decides which questions these are.
+      limit: items of a split, the first ones; None for all.
+      max_new_tokens: length of a response, in place of the task's own limit.
+      max_length: tokens of prompt and response together.
 
     Raises:
-      ValueError: names the flag.
+      ValueError: a value is not allowed; the message names the flag.
     """
 
-    data_dir: str = ""
-    choices: str = "hidden"
-    wrapper: str = "none"
-    letter_case: str = "ignore"
-    labels: str = "exclusive"
-    validation_share: float = 0.0
-    split_seed: int = 0
-    limit: int | None = None
-    max_new_tokens: int | None = None
-    max_length: int = 2048
+    HELP_GROUP: ClassVar[str] = "evaluation"
+
+    data_dir: str = option("", "directory of TASK.jsonl files; default: the hub's datasets")
+    limit: int | None = option(None, "items per task, the first ones; 0: all", least=1)
+    choices: str = option(
+        "hidden",
+        "whether prompts of finance and law list the options",
+        flag="prompt_choices",
+        choices=("hidden", "listed"),
+    )
+    wrapper: str = option(
+        "none",
+        "finance, law: chat template around the prompt; chat_template: the tokenizer's own",
+        flag="prompt_wrapper",
+        choices=("none", "llama2_chat", "chat_template"),
+    )
+    letter_case: str = option("ignore", "finance, law: letter case of labels in responses", choices=("ignore", "match"))
+    labels: str = option(
+        "exclusive",
+        "finance, law: exclusive needs a right label and no wrong one; any needs a right one",
+        choices=("exclusive", "any"),
+    )
+    validation_share: float = option(
+        0.0,
+        "share of a task's items that is set aside for searches; -1: 0.2 in jobs that search",
+        group="search of factors",
+        least=0,
+        below=1,
+        flag_default=-1.0,
+    )
+    split_seed: int = option(0, "decides which items are set aside", group="search of factors")
+    max_new_tokens: int | None = option(None, "tokens of a response; 0: the task's own limit, 2048", least=1)
+    max_length: int = option(2048, "tokens of prompt and response together", least=2)
 
     def __post_init__(self):
-        choose("--prompt_choices", self.choices, CHOICES)
-        choose("--prompt_wrapper", self.wrapper, WRAPPERS)
-        choose("--letter_case", self.letter_case, LETTER_CASES)
-        choose("--labels", self.labels, LABELS)
-        if not 0.0 <= self.validation_share < 1.0:
-            raise ValueError(f"--validation_share={self.validation_share}: it must be 0 or more, and less than 1.")
-        for flag, value, least in (
-            ("limit", self.limit, 1),
-            ("max_new_tokens", self.max_new_tokens, 1),
-            ("max_length", self.max_length, 2),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"--{flag}={value}: it must be {least} or more.")
-
-
-EVALUATORS = ("jax", "vllm")
+        check(self)
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Which tasks, by which evaluator; `options` says how items, prompts and verdicts are made."""
+    """Which tasks are asked, and what answers them; `options` says how items, prompts and verdicts are made."""
 
-    tasks: tuple[str, ...] = ()
-    evaluator: str = "jax"
+    HELP_GROUP: ClassVar[str] = "evaluation"
+
+    tasks: tuple[str, ...] = option(
+        (), "tasks, of the domains that experts are named after: gsm8k,math,…", flag="evaluate"
+    )
+    evaluator: str = option("jax", "what generates: jax, in this process, or vllm", choices=("jax", "vllm"))
     options: TaskOptions = field(default_factory=TaskOptions)
-    batch_size: int = 256
-    dtype: str = "auto"
-    vllm_python: str = ""
-    vllm_timeout: float = 1800.0
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float = 0.9
-    resume: bool = True  # take responses that an earlier run has kept
+    batch_size: int = option(256, "prompts decoded together", above=0)
+    dtype: str = option(
+        "auto",
+        "dtype of the models; auto: their own, float32 for jax on a CPU",
+        flag="evaluate_dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    vllm_python: str = option("", "interpreter of an environment with vLLM; default: this one")
+    vllm_timeout: float = option(
+        1800.0, "vllm: seconds without a response after which it is started again", above=0, infinite=True
+    )
+    tensor_parallel_size: int = option(1, "vllm: devices", above=0)
+    gpu_memory_utilization: float = option(0.9, "vllm: share of a GPU's memory", above=0)
+    resume: bool = option(True, "go on from what a run of the same inputs and flags left behind", group="work")
 
     def __post_init__(self):
-        choose("--evaluator", self.evaluator, EVALUATORS)
-        choose("--evaluate_dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        positive = {"--batch_size": self.batch_size, "--tensor_parallel_size": self.tensor_parallel_size}
-        positive |= {"--vllm_timeout": self.vllm_timeout, "--gpu_memory_utilization": self.gpu_memory_utilization}
-        for flag, value in positive.items():
-            if value <= 0:
-                raise ValueError(f"{flag}={value:g}: it must be above 0.")
+        check(self)

@@ -1,75 +1,94 @@
-"""TODO."""
+"""How a model is fine-tuned: data, optimiser, steps, and where the expert goes."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dppa_jax.config.evaluation import EvaluationConfig
-from dppa_jax.config.option import WEIGHT_DTYPES, choose
-from dppa_jax.config.run import MAX_SHARD_SIZE
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.option import REQUIRED, check, option, same
+from dppa_jax.config.run import JobConfig
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
+GROUP = "fine-tuning"
+OR_NEVER = "--{flag}={value}: a number of steps, or 0 for never."
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW, decay of all weights included, apart from its learning rate, which changes from step to step."""
+    """AdamW with decay of all weights; its learning rate, which changes from step to step, is elsewhere."""
+
+    HELP_GROUP: ClassVar[str] = GROUP
 
     beta1: float = 0.9
     beta2: float = 0.98
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
+    weight_decay: float = option(
+        0.0, "weight decay of AdamW", least=0, message="--{flag}={value}: it must be a number of 0 or more."
+    )
+    max_gradient_norm: float = option(
+        1.0,
+        "longer gradients are shortened to it",
+        above=0,
+        infinite=True,
+        message="--{flag}={value}: it must be above 0; inf for no limit.",
+    )
 
     def __post_init__(self):
-        if not 0.0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"--weight_decay={self.weight_decay}: it must be a number of 0 or more.")
-        if not self.max_gradient_norm > 0.0:
-            raise ValueError(f"--max_gradient_norm={self.max_gradient_norm}: it must be above 0; inf for no limit.")
+        check(self)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """How a trainer trains.
 
     Attributes:
-      steps: of the optimiser.
-      learning_rate: its peak: it rises linearly from 0 during the first `warmup` share of the steps, then falls along a
-        cosine to `final` times the peak.
-      batch_size: rows of a step, of which `accumulate` parts go through the model one after another.
-      dtype: of the forward and backward pass; weights, moments and the update are float32 whatever it is.
+      steps: updates of the weights.
+      learning_rate: the peak: the rate rises linearly from 0 during the first `warmup` share of the steps, then falls
+        along a cosine to `final` times the peak.
+      batch_size: rows of a step, which go through the model in `accumulate` parts, one after another.
+      dtype: the dtype of the forward and backward pass; weights, moments and the update are always float32.
       remat: recompute layers in the backward pass: less memory, a third more work.
-      seed: of the rows' order.
+      seed: decides the order of the rows.
     """
 
-    steps: int
-    learning_rate: float
-    batch_size: int = 64
-    warmup: float = 0.1
+    HELP_GROUP: ClassVar[str] = GROUP
+
+    steps: int = option(REQUIRED, "number of steps", flag="train_steps", least=1)
+    learning_rate: float = option(
+        REQUIRED,
+        "the peak; the rate rises linearly, then falls along a cosine to a 20th",
+        least=0,
+        message="--{flag}={value}: it must be a number of 0 or more.",
+    )
+    batch_size: int = option(64, "rows of a step", flag="train_batch_size", least=1)
+    warmup: float = option(
+        0.1,
+        "share of the steps in which the learning rate rises",
+        within=(0, 1),
+        message="--{flag}={value}: outside [0, 1]; it is the share of the steps.",
+    )
     final: float = 0.05
     optimizer: AdamW = AdamW()
-    accumulate: int = 1
-    dtype: str = "float32"
-    remat: bool = False
-    seed: int = 0
+    accumulate: int = option(1, "parts of a step's rows that go through the model one after another", least=1)
+    dtype: str = option(
+        "float32",
+        "dtype of forward and backward pass; the rest is float32",
+        flag="train_dtype",
+        choices=("float32", "bfloat16"),
+    )
+    remat: bool = option(False, "recompute layers in the backward pass: less memory, a third more work")
+    seed: int = same(MergeConfig, "seed")
 
     def __post_init__(self):
-        choose("--train_dtype", self.dtype, COMPUTE_DTYPES)
-        positive = {"--train_steps": self.steps, "--train_batch_size": self.batch_size, "--accumulate": self.accumulate}
-        for flag, value in positive.items():
-            if value < 1:
-                raise ValueError(f"{flag}={value}: it must be 1 or more.")
+        check(self)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate={self.accumulate}: --train_batch_size={self.batch_size} must be a multiple of it."
             )
-        if not 0.0 <= self.warmup <= 1.0:
-            raise ValueError(f"--warmup={self.warmup}: outside [0, 1]; it is the share of the steps.")
-        if not 0.0 <= self.learning_rate < float("inf"):
-            raise ValueError(f"--learning_rate={self.learning_rate}: it must be a number of 0 or more.")
 
     @property
     def rows_together(self) -> int:
-        """That go through the model at a time."""
+        """The number of rows that go through the model at a time."""
         return self.batch_size // self.accumulate
 
 
@@ -80,7 +99,7 @@ class FinetuneConfig:
     Attributes:
       base, output: the checkpoint to start from, and the directory of the expert.
       data: files of examples, JSON lines; all of them are learned.
-      eval_data: files of examples of which only the loss is told.
+      eval_data: files of examples that are not learned; their loss is logged.
       epochs: passes over the examples, which give the number of steps where `steps` is 0.
       length: tokens of a row; longer examples are cut.
       pack: several examples to a row, each of which sees itself only.
@@ -89,30 +108,38 @@ class FinetuneConfig:
       held_out: the tasks whose items must not be learned.
     """
 
-    base: str
-    output: str
-    data: tuple[str, ...]
-    eval_data: tuple[str, ...] = ()
-    epochs: float = 1.0
-    steps: int = 0
-    learning_rate: float = 2e-5
-    batch_size: int = 16
-    accumulate: int = 1
-    length: int = 512
-    pack: bool = True
-    warmup: float = 0.03
+    HELP_GROUP: ClassVar[str] = GROUP
+
+    base: str = same(JobConfig, "base")
+    output: str = same(JobConfig, "output")
+    data: tuple[str, ...] = option(
+        (), "files of examples, JSON lines of prompt and completion (which is learned)", flag="train_data"
+    )
+    eval_data: tuple[str, ...] = option((), "files of examples whose loss is logged")
+    epochs: float = option(1.0, "passes over the examples")
+    steps: int = option(0, "number of steps, in place of --epochs", flag="train_steps")
+    learning_rate: float = same(TrainConfig, "learning_rate", default=2e-5)
+    batch_size: int = same(TrainConfig, "batch_size", default=16)
+    accumulate: int = same(TrainConfig, "accumulate")
+    length: int = option(
+        512, "tokens of a row", flag="train_length", least=2, message="--{flag}={value}: a row has at least 2 tokens."
+    )
+    pack: bool = option(True, "several examples to a row, each of which sees itself only")
+    warmup: float = same(TrainConfig, "warmup", default=0.03)
     optimizer: AdamW = field(default_factory=AdamW)
-    dtype: str = "bfloat16"
-    remat: bool = True
-    seed: int = 0
-    checkpoint_every: int = 100
-    eval_every: int = 0
-    mesh: str = ""
-    workdir: str = "runs"
-    output_dtype: str = ""
-    max_shard_size: int = MAX_SHARD_SIZE
-    overwrite: bool = False
-    resume: bool = True
+    dtype: str = same(TrainConfig, "dtype", default="bfloat16")
+    remat: bool = same(TrainConfig, "remat", default=True)
+    seed: int = same(MergeConfig, "seed")
+    checkpoint_every: int = option(
+        100, "steps between checkpoints in --workdir, to go on from; 0: none", least=0, message=OR_NEVER
+    )
+    eval_every: int = option(0, "steps between losses on --eval_data; 0: at the end", least=0, message=OR_NEVER)
+    mesh: str = same(JobConfig, "mesh")
+    workdir: str = same(JobConfig, "workdir")
+    output_dtype: str = same(MergeConfig, "output_dtype", default="")
+    max_shard_size: int = same(JobConfig, "max_shard_size")
+    overwrite: bool = same(JobConfig, "overwrite")
+    resume: bool = same(JobConfig, "resume")
     held_out: EvaluationConfig = field(default_factory=EvaluationConfig)
     flags: Mapping = field(default_factory=dict)
     command: str = ""
@@ -126,17 +153,11 @@ class FinetuneConfig:
             raise ValueError("--train_data is empty: give files of examples, JSON lines of prompt and completion.")
         if self.steps < 0 or (self.steps == 0 and not 0 < self.epochs < math.inf):
             raise ValueError(f"--epochs={self.epochs:g}, --train_steps={self.steps}: one of them must be above 0.")
-        if self.length < 2:
-            raise ValueError(f"--train_length={self.length}: a row has at least 2 tokens.")
-        for flag, value in (("checkpoint_every", self.checkpoint_every), ("eval_every", self.eval_every)):
-            if value < 0:
-                raise ValueError(f"--{flag}={value}: a number of steps, or 0 for never.")
-        if self.output_dtype:
-            choose("--output_dtype", self.output_dtype, WEIGHT_DTYPES)
-        self.training(rows=1)  # checks what it is given
+        check(self)
+        self.training(rows=1)  # checks how what it is given fits together
 
     def training(self, rows: int) -> TrainConfig:
-        """How to train on so many rows."""
+        """Return the training of `rows` rows, with its number of steps."""
         return TrainConfig(
             steps=self.steps or max(1, round(self.epochs * rows / self.batch_size)),
             learning_rate=self.learning_rate,

@@ -1,23 +1,44 @@
-"""The frozen dataclasses that the rest of the code takes. Flags are parsed into them once, in launch.py."""
+"""What a merge computes: the method, its numbers, and what each tensor gets."""
 
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
+from typing import Any, ClassVar
 
 from dppa_jax.architecture.rules import nearest
-from dppa_jax.config.option import WEIGHT_DTYPES, choose
-from dppa_jax.delta.allocate import ALLOCATIONS
-from dppa_jax.delta.combine import COMBINATIONS
+from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import METHODS
-from dppa_jax.delta.scale import SCALES
-from dppa_jax.delta.score import SCORES
 
-RATE = 0.9
+METHOD_OPTIONS: Mapping[str, Any] = {}
+"""The parameters of scores and scales, by the names of their flags: records with default, help, lower and upper.
+
+Flags are made of them, and `MergeConfig.method_options` holds their values. They come from a module without JAX.
+"""
+
+A_RATE = {  # the bounds of an option
+    "within": (0, 1),
+    "message": "--{flag}: rate {value} is outside [0, 1]; it is the share that is removed, 1 − density.",
+}
+
+CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help names:
+  --method=task_arithmetic     keeps every parameter: the safest first merge
+  --method=ties --density=0.2  keeps the largest fifth of each delta: ties where experts clash, dppa to amplify it"""
 
 Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
+
+
+def axis(name: str) -> Mapping[str, Any]:
+    """Return the table of the choices on an axis: score, allocate, scale or combine."""
+    from dppa_jax.delta.allocate import ALLOCATIONS  # here, as some of them import JAX, which --help does without
+    from dppa_jax.delta.combine import COMBINATIONS
+    from dppa_jax.delta.scale import SCALES
+    from dppa_jax.delta.score import SCORES
+
+    return {"score": SCORES, "allocate": ALLOCATIONS, "scale": SCALES, "combine": COMBINATIONS}[name]
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,8 @@ class MergeConfig:
     """What is computed, apart from where the models are and on which devices.
 
     Attributes:
-      method: a preset of delta/methods.py; score, allocate, scale and combine override one axis of it.
+      experts: their names, in the order in which deltas are added.
+      method: a preset of delta/presets.py; score, allocate, scale and combine override one axis of it.
       rate: the share of the delta that is removed, in [0, 1]; with scale "partition" the target.
       partitions: rates of DPA's partitions, highest first, the last one the target; every 0.1 from 0.9 by default.
       factors: per expert, one factor per partition, highest rate first; by default what leaves the method without
@@ -33,45 +55,87 @@ class MergeConfig:
       coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default.
       q: the divisor of scale "q", global or per expert; in (0, 1].
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
-      method_options: the numbers that the score and the scale have to themselves, by the name of their flag.
+      method_options: the numbers that the score and the scale have to themselves, by the name of their flag; defaults
+        are filled in.
+
+    Raises:
+      ValueError: a value or a combination is not allowed; the message names the flag.
     """
 
+    HELP_GROUP: ClassVar[str] = "method"
+
     experts: tuple[str, ...]
-    method: str = "dppa"
-    score: str | None = None
-    allocate: str | None = None
-    scale: str | None = None
-    combine: str | None = None
-    rate: float = RATE
-    partitions: tuple[float, ...] = ()
-    factors: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    coefficients: Mapping[str, Coefficient] = field(default_factory=dict)
-    q: Mapping[str, float] = field(default_factory=dict)
-    max_fluctuation: float = 0.08
-    significance_multiple: float = 5.0
-    dpa_combine: str = "highest"
-    seed: int = 0
-    delta_dtype: str = "float32"
-    output_dtype: str | None = None
-    tensor_rates: tuple[tuple[str, float], ...] = ()
-    tensor_coefficients: tuple[tuple[str, float], ...] = ()
-    allow_nonfinite: bool = False
+    method: str = option(REQUIRED, "a preset of score, allocate, scale and combine", choices=METHODS)
+    rate: float = option(
+        0.9,
+        "share of each delta that is removed; density = 1 − rate is the share that is kept",
+        **A_RATE,
+        complement="density",
+    )
+    coefficients: Mapping[str, Coefficient] = option(
+        {},
+        "weight of a delta: 0.7, NAME=0.7 (repeat), FILE.json, adamerging[_layerwise,_linearwise]; default 1",
+        flag="coefficient",
+        kind="named",
+    )
+    score: str | None = option(
+        None, "what ranks delta parameters, in place of the preset's", choices=lambda: axis("score")
+    )
+    allocate: str | None = option(
+        None, "how the rate is spread over layers and linears", choices=lambda: axis("allocate")
+    )
+    scale: str | None = option(None, "how kept parameters are rescaled", choices=lambda: axis("scale"))
+    combine: str | None = option(None, "how deltas are added", choices=lambda: axis("combine"))
+    partitions: tuple[float, ...] = option(
+        (),
+        "DPA: rates, highest first, ending at --rate; default every 0.1 from 0.9",
+        **A_RATE,
+    )
+    factors: Mapping[str, tuple[float, ...]] = option(
+        {}, "DPA: a factor for each partition: 1.8,1.3 or NAME=1.8,1.3 (repeat), or search", kind="named"
+    )
+    q: Mapping[str, float] = option(
+        {}, "DAREx-q: what kept parameters are divided by: 0.2, NAME=0.2 (repeat)", kind="named"
+    )
+    max_fluctuation: float = option(
+        0.08,
+        "DP: greatest change of a rate by a layer, and by a linear",
+        within=(0, 1),
+        message="--{flag}={value}: outside [0, 1]; rates change by it at most.",
+    )
+    significance_multiple: float = option(5.0, "DP, OWL: |delta| above this times the mean is an outlier", least=0)
+    dpa_combine: str = option("highest", "DPA: factor of an element in several partitions", choices=("highest", "max"))
+    tensor_rates: tuple[tuple[str, float], ...] = option(
+        (), "REGEX=RATE, first match wins; 0 keeps a linear dense", flag="tensor_rate", kind="rules",
+        complement="tensor_density",
+    )  # fmt: skip
+    tensor_coefficients: tuple[tuple[str, float], ...] = option(
+        (), "REGEX=COEFFICIENT, first match wins", flag="tensor_coefficient", kind="rules"
+    )
+    seed: int = option(0, "seed of random scores and of the demo family")
+    delta_dtype: str = option("float32", "the delta is formed in it; all after it is float32", choices=WEIGHT_DTYPES)
+    output_dtype: str | None = option(
+        None, "dtype of the output; default: each base tensor's own", group="models", choices=WEIGHT_DTYPES
+    )
+    allow_nonfinite: bool = option(False, "let a NaN or Inf delta count as 0")
     method_options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        preset = METHODS[choose("--method", self.method, METHODS)]
+        self._check_experts()
+        if not self.method:
+            raise ValueError(CHOOSE_METHOD)
+        check(self)
+        preset = METHODS[self.method]
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        for axis, table in (("score", SCORES), ("allocate", ALLOCATIONS), ("scale", SCALES), ("combine", COMBINATIONS)):
-            given = getattr(self, axis)
-            set_(axis, choose(f"--{axis}", given, table) if given else getattr(preset, axis))
+        for name in ("score", "allocate", "scale", "combine"):
+            set_(name, getattr(self, name) or getattr(preset, name))
         if self.score is None and (self.allocate or self.scale != "none"):
             raise ValueError(f"--method={self.method} prunes nothing: give --score as well as --allocate or --scale.")
         if self.score and not self.allocate:
             set_("allocate", "uniform")
-        self._check_experts()
         self._check_numbers()
         set_("method_options", self._resolve_method_options())
-        scale = SCALES[self.scale]
+        scale = axis("scale")[self.scale]
         if scale.takes_factors:
             set_("partitions", self.partitions or default_partitions(self.rate))
         elif self.partitions:
@@ -84,39 +148,44 @@ class MergeConfig:
             raise ValueError(f"--q: only --scale=q (darex_q) divides by it, not {self.scale!r}.")
         if self.score is None and self.tensor_rates:
             raise ValueError(f"--tensor_rate: --method={self.method} prunes nothing; give a method with a score.")
-        choose("--dpa_combine", self.dpa_combine, ("highest", "max"))
-        choose("--delta_dtype", self.delta_dtype, WEIGHT_DTYPES)
-        if self.output_dtype:
-            choose("--output_dtype", self.output_dtype, WEIGHT_DTYPES)
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Nominal rates, highest first: of the partitions, or the one rate; empty when nothing is pruned."""
+        """The nominal rates, highest first: of the partitions, or the one rate; empty when nothing is pruned."""
         if self.score is None:
             return ()
         return self.partitions or self.rates_of_tensor(self.rate)
 
     @property
     def has_random_score(self) -> bool:
-        """Does a random number say what is kept? Then rates are the thresholds, and the seed counts."""
-        return bool(self.score) and SCORES[self.score].random
+        """Whether a random number says what is kept: then rates are the thresholds, and the seed counts."""
+        return bool(self.score) and axis("score")[self.score].random
 
     @property
     def ranks_by_magnitude(self) -> bool:
-        """Is the score |δ| itself, so that thresholds are magnitudes?"""
-        return bool(self.score) and SCORES[self.score].inputs is None
+        """Whether the score is |δ| itself, so that thresholds are magnitudes."""
+        return bool(self.score) and axis("score")[self.score].inputs is None
 
     @property
     def is_calibrated(self) -> bool:
-        """Does the score need activation norms on `--calibration` text?"""
-        return bool(self.score) and SCORES[self.score].calibrated
+        """Whether the score needs activation norms on `--calibration` text."""
+        return bool(self.score) and axis("score")[self.score].calibrated
 
     def rates_of_tensor(self, rate: float) -> tuple[float, ...]:
-        """The rates of the partitions of a linear to which `--tensor_rate` gives this rate: of DPA's all the same."""
-        return (rate,) * len(self.partitions) or SCALES[self.scale].rates(rate, self.method_options)
+        """Return the rates of a linear's partitions where `--tensor_rate` gives it this rate: for DPA all the same."""
+        return (rate,) * len(self.partitions) or axis("scale")[self.scale].rates(rate, self.method_options)
+
+    @property
+    def has_plain_factors(self) -> bool:
+        """Whether DPA's factors, of which there are some, amplify nothing."""
+        return bool(self.factors) and {f for factors in self.factors.values() for f in factors} == {
+            self._plain_factor()
+        }
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """Return the fields for JSON; without `method_options` where the method has none."""
+        found = asdict(self)
+        return found if self.method_options else {k: v for k, v in found.items() if k != "method_options"}
 
     def _check_experts(self) -> None:
         if not self.experts:
@@ -135,11 +204,9 @@ class MergeConfig:
                 choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
 
     def _check_numbers(self) -> None:
-        named = [("--rate", self.rate), *(("--partitions", p) for p in self.partitions)]
-        named += [(f"--tensor_rate {pattern}", value) for pattern, value in self.tensor_rates]
-        for flag, value in named:
+        for pattern, value in self.tensor_rates:
             if not 0.0 <= value <= 1.0:
-                raise ValueError(f"{flag}: rate {value} is outside [0, 1]; it is the share that is removed.")
+                raise ValueError(A_RATE["message"].format(flag=f"tensor_rate {pattern}", value=value))
         finite = [
             (f"--coefficient {name} {tensor}".rstrip(), value)
             for name, given in self.coefficients.items()
@@ -150,10 +217,6 @@ class MergeConfig:
         for flag, value in finite:
             if not math.isfinite(value):
                 raise ValueError(f"{flag}: {value} is not a finite number.")
-        if not 0.0 <= self.max_fluctuation <= 1.0:
-            raise ValueError(f"--max_fluctuation={self.max_fluctuation}: outside [0, 1]; rates change by it at most.")
-        if not 0.0 <= self.significance_multiple < math.inf:
-            raise ValueError(f"--significance_multiple={self.significance_multiple}: it must be 0 or more.")
         for name, value in self.q.items():
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"--q {name}={value}: outside (0, 1]; kept parameters are divided by it.")
@@ -163,22 +226,24 @@ class MergeConfig:
             raise ValueError(f"--partitions={_join(self.partitions)}: the last one must be --rate={self.rate:g}.")
 
     def _resolve_method_options(self) -> dict[str, float]:
-        """The options of this score and scale, checked, with defaults for those that are not given."""
-        own = dict(SCORES[self.score].parameters) if self.score else {}
-        own |= SCALES[self.scale].parameters
+        """Return the options of this score and scale, checked, with defaults for those that are not given."""
+        has = parameters_of(self.score, self.scale)
         for name, value in self.method_options.items():
-            if name not in own:
-                raise ValueError(f"--{name}={value:g}: --method={self.method} has no such option.{nearest(name, own)}")
-            if not own[name].lower <= value <= own[name].upper:
-                raise ValueError(f"--{name}={value:g}: outside [{own[name].lower:g}, {own[name].upper:g}].")
-        return {name: float(self.method_options.get(name, parameter.default)) for name, parameter in own.items()}
+            if name not in has:
+                raise ValueError(f"--{name}={value:g}: --method={self.method} has no such option.{nearest(name, has)}")
+            method_option(name, has[name]).check(value)
+        return {name: float(self.method_options.get(name, parameter.default)) for name, parameter in has.items()}
+
+    def _plain_factor(self) -> float:
+        """Return the factor that leaves a partition as the method without DPA has it."""
+        return 1.0 / (1.0 - self.rate) if self.has_random_score and self.rate < 1 else 1.0
 
     def _resolve_factors(self) -> dict[str, tuple[float, ...]]:
-        if not SCALES[self.scale].takes_factors:
+        if not axis("scale")[self.scale].takes_factors:
             if self.factors:
                 raise ValueError(f"--factors: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
             return {}
-        plain = 1.0 / (1.0 - self.rate) if self.has_random_score and self.rate < 1 else 1.0
+        plain = self._plain_factor()
         resolved = {}
         for name in self.experts:
             factors = tuple(map(float, self.factors.get(name) or [plain] * len(self.partitions)))
@@ -191,8 +256,36 @@ class MergeConfig:
         return resolved
 
 
+def parameters_of(score: str | None, scale: str) -> dict[str, Any]:
+    """Return the records of `METHOD_OPTIONS`, by name, that a score and a scale have."""
+    return {**(axis("score")[score].parameters if score else {}), **axis("scale")[scale].parameters}
+
+
+def method_option(name: str, parameter: Any) -> Option:
+    """Return the option of the command line that a record of `METHOD_OPTIONS` describes."""
+    return Option(
+        parameter.help,
+        flag=name,
+        kind="float",
+        group=MergeConfig.HELP_GROUP,
+        default=parameter.default,
+        within=(parameter.lower, parameter.upper),
+    )
+
+
+def rate_of_density(name: str, density: float) -> float:
+    """Return 1 − density, exact in decimals.
+
+    >>> rate_of_density("density", 0.9)
+    0.1
+    """
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"{name}: density {density} is outside [0, 1]; it is the share that is kept, 1 − rate.")
+    return float(1 - Decimal(repr(float(density))))
+
+
 def default_partitions(rate: float) -> tuple[float, ...]:
-    """Every 0.1 from 0.9 down to the target; the target alone when it is higher.
+    """Return every 0.1 from 0.9 down to the target; the target alone when it is higher.
 
     >>> default_partitions(0.75)
     (0.9, 0.8, 0.75)
@@ -202,7 +295,7 @@ def default_partitions(rate: float) -> tuple[float, ...]:
 
 
 def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coefficient]:
-    """The coefficients that AdaMerging wrote into a file, or any {"coefficients": {expert: number or by tensor}}.
+    """Read the coefficients that AdaMerging wrote, or any {"coefficients": {expert: number, or numbers by tensor}}.
 
     Raises:
       ValueError: not such a file, or an expert is missing or unknown.
@@ -213,9 +306,9 @@ def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coe
         raise ValueError(f"--coefficient={file}: not a readable JSON file: {error}") from None
     found = content.get("coefficients") if isinstance(content, Mapping) else None
     if not isinstance(found, Mapping):
-        raise ValueError(f'--coefficient={file}: no object "coefficients" in it, as AdaMerging writes one.')
+        raise ValueError(f'--coefficient={file}: it has no object "coefficients", which AdaMerging writes.')
     if content.get("finished") is False:
-        raise ValueError(f"--coefficient={file}: of AdaMerging that has not finished; run it to its end.")
+        raise ValueError(f"--coefficient={file}: AdaMerging has not finished; run it to its end.")
     for name in found:
         choose(f"--coefficient={file}: the expert", name, experts)
     if missing := [name for name in experts if name not in found]:

@@ -1,64 +1,116 @@
-"""TODO."""
+"""What a run reads, writes and uses: models, outputs, devices and processes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.config.option import WEIGHT_DTYPES, choose
+from dppa_jax.config.option import REQUIRED, check, choose, option, same
 from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 
 MAX_SHARD_SIZE = 2_000_000_000
+PREFIX = "orbax:"
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What happens before a job: which one it is, and how its processes find each other."""
+
+    HELP_GROUP: ClassVar[str] = "several processes"
+
+    job: str = option("merge", "what to do; the first word does it as well: dppa_jax plan …", group="work")
+    coordinator: str = option("", "the first process, HOST:PORT; auto: from Slurm, TPU, Kubernetes or MPI")
+    num_processes: int = option(0, "how many there are, with --coordinator=HOST:PORT; plan: to plan for")
+    process_id: int = option(-1, "which process this is, from 0 on")
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """Where the models are and go, and on what devices; `merge` says what is computed."""
+    """Where the models are and go, and on what devices; `merge` says what is computed.
+
+    Attributes:
+      device_memory: bytes of a device to plan for; 0 to ask the device.
+      num_processes: processes to plan for; 0 for as many as there are.
+      search: how factors are searched; None where they are given.
+      adamerging: how coefficients are found; None where they are given.
+      flags: every flag's value, for recipe.json.
+      command: the command line that repeats the job, for the model card.
+    """
+
+    HELP_GROUP: ClassVar[str] = "models"
 
     merge: MergeConfig
-    base: str
-    experts: Mapping[str, str]
-    output: str = ""
-    workdir: str = "runs"
-    save_delta: str = ""
-    tokenizer: str = "base"
-    mesh: str = ""
-    block_layers: int = 0
-    residency: str = "auto"
-    device_memory: int = 0
-    num_processes: int = 0  # to plan for; 0: as many as there are
-    max_shard_size: int = MAX_SHARD_SIZE
-    overwrite: bool = False
-    resume: bool = True
-    allow_other_base: bool = False
-    calibration: str = ""
+    base: str = option(REQUIRED, "directory, hub id (owner/name[@revision]), orbax:DIR, or demo:base")
+    experts: Mapping[str, str] = option(
+        REQUIRED, "NAME=WHERE, repeated; demo:math, demo:finance, demo:law", flag="expert", kind="experts"
+    )
+    output: str = option("", "directory of the merged model; convert: also orbax:DIR")
+    overwrite: bool = option(False, "replace what is in --output", group="work")
+    workdir: str = option("runs", "directory of responses, searches, reports, benchmark models", group="work")
+    resume: bool = same(EvaluationConfig, "resume")
+    tokenizer: str = option("base", "whose tokenizer and chat template to copy: base, or an expert's name")
+    save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME")
+    max_shard_size: int = option(
+        MAX_SHARD_SIZE,
+        "bytes of a safetensors file",
+        least=1,
+        message="--{flag}={value}: a number of bytes, for example 2000000000.",
+    )
+    mesh: str = option(
+        "",
+        "layer=2,row=4; finetune: data=2,fsdp=4; default: all local devices on the second",
+        group="devices",
+    )
+    block_layers: int = option(
+        0,
+        "layers on the devices at a time; 0: as many as memory allows",
+        group="devices",
+        least=0,
+        message="--{flag}={value}: 1 or more layers at a time, or 0 to choose.",
+    )
+    residency: str = option(
+        "auto",
+        "whether weights stay on the devices (read once) or are streamed",
+        group="devices",
+        choices=("auto", "resident", "streamed"),
+    )
+    device_memory: int = option(
+        0,
+        "GB of a device to plan for; 0: ask the device",
+        kind="gigabytes",
+        group="devices",
+        least=0,
+        message="--{flag}={value}: GB of one device, or 0 to ask it.",
+    )
+    num_processes: int = same(StartConfig, "num_processes")
+    allow_other_base: bool = option(False, "merge experts whose delta is as large as the weights", group="method")
+    calibration: str = option("", "text file for --score=wanda, a sample a line", group="method")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    search: FactorSearch | None = None  # None where factors are given
-    adamerging: AdaMergingConfig | None = None  # None where coefficients are given
-    flags: Mapping = field(default_factory=dict)  # as resolved, for recipe.json
-    command: str = ""  # that repeats the job, for the model card
+    search: FactorSearch | None = None
+    adamerging: AdaMergingConfig | None = None
+    flags: Mapping = field(default_factory=dict)
+    command: str = ""
 
     def __post_init__(self):
-        if self.max_shard_size < 1:
-            raise ValueError(f"--max_shard_size={self.max_shard_size}: a number of bytes, for example 2000000000.")
-        if self.block_layers < 0:
-            raise ValueError(f"--block_layers={self.block_layers}: 1 or more layers at a time, or 0 to choose.")
-        if self.device_memory < 0:
-            raise ValueError(f"--device_memory={self.device_memory / 1e9:g}: GB of one device, or 0 to ask it.")
+        check(self)
+        choose("--tokenizer", self.tokenizer, ("base", *self.experts))
 
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What is converted, where to, and how it is sharded and stored there."""
+    """What --job=convert reads and writes, and how it is sharded and stored there."""
 
-    base: str
-    output: str
-    mesh: str = ""
-    output_dtype: str = ""
-    max_shard_size: int = MAX_SHARD_SIZE
-    overwrite: bool = False
-    resume: bool = True
-    seed: int = 0
+    HELP_GROUP: ClassVar[str] = "models"
+
+    base: str = same(JobConfig, "base")
+    output: str = same(JobConfig, "output")
+    mesh: str = same(JobConfig, "mesh")
+    output_dtype: str = same(MergeConfig, "output_dtype", default="")
+    max_shard_size: int = same(JobConfig, "max_shard_size")
+    overwrite: bool = same(JobConfig, "overwrite")
+    resume: bool = same(JobConfig, "resume")
+    seed: int = same(MergeConfig, "seed")
 
     def __post_init__(self):
         for flag, given in (("--base", self.base), ("--output", self.output.removeprefix(PREFIX))):
@@ -67,8 +119,62 @@ class ConvertConfig:
                     f"{flag} is empty: --job=convert reads --base=WHERE and writes --output={PREFIX}DIR, an Orbax "
                     f"checkpoint, or --output=DIR, a Hugging Face directory."
                 )
-        if self.output_dtype:
-            choose("--output_dtype", self.output_dtype, WEIGHT_DTYPES)
+        check(self)
 
 
-PREFIX = "orbax:"
+@dataclass(frozen=True)
+class ValidateConfig:
+    """Which two models, or deltas, --job=validate compares.
+
+    Attributes:
+      output, reference: the two; the numbers of the output are held against those of the reference.
+      base: what both were made from; kept is then what differs from it. Without it, kept is what is not 0.
+      tolerance_ulp: how far two values may be apart and pass for equal, in units in the last place.
+    """
+
+    HELP_GROUP: ClassVar[str] = "report, validate and benchmark"
+
+    output: str = same(JobConfig, "output")
+    reference: str = option("", "validate: directory by another implementation that --output is compared with")
+    base: str = same(JobConfig, "base", default="")
+    workdir: str = same(JobConfig, "workdir")
+    tolerance_ulp: float = option(
+        1.0,
+        "validate: how far values may be apart, in units in the last place",
+        least=0,
+        infinite=True,
+        message="--{flag}={value}: give 0 or more.",
+    )
+    seed: int = same(MergeConfig, "seed")
+
+    def __post_init__(self):
+        for flag, given in (("--output", self.output), ("--reference", self.reference)):
+            if not given:
+                raise ValueError(f"{flag} is empty: --job=validate compares --output=DIR with --reference=DIR.")
+        check(self)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Which models --job=evaluate evaluates.
+
+    Attributes:
+      models: where each model is, by the name that tables give it.
+      tokenizer: the name of the model whose tokenizer asks all of them; the first model's where it is not among them.
+      seed: of the demo family.
+    """
+
+    HELP_GROUP: ClassVar[str] = "evaluation"
+
+    models: Mapping[str, str]
+    evaluation: EvaluationConfig
+    workdir: str = same(JobConfig, "workdir")
+    seed: int = same(MergeConfig, "seed")
+    tokenizer: str = same(JobConfig, "tokenizer")
+    command: str = ""
+
+    def __post_init__(self):
+        if not self.models:
+            raise ValueError(
+                "--job=evaluate: give a model: --base=WHERE, --expert=NAME=WHERE or --output=DIR, or several."
+            )

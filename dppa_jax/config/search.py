@@ -1,17 +1,17 @@
-"""TODO."""
+"""How numbers of a merge are searched: DPA's factors, and coefficients by AdaMerging."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from dppa_jax.config.evaluation import Split
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.config.option import choose
+from dppa_jax.config.option import check, choose, option, same
 
 Factors = tuple[float, ...]
-SEARCH_RULES = ("parabola", "reference")
+ITEMS = "--{flag}={value}: 1 or more items per task, or 0 for all."
 
 
 class Range(NamedTuple):
@@ -24,7 +24,7 @@ class Range(NamedTuple):
 
     @property
     def decimals(self) -> int:
-        """Decimal places of the step, to which factors are rounded.
+        """The decimal places of the step, to which factors are rounded.
 
         >>> Range(1.0, 0.25, 0.0, 4.0).decimals
         2
@@ -33,7 +33,7 @@ class Range(NamedTuple):
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """Whole steps from the start within the bounds, in the direction of the step.
+        """The whole steps from the start within the bounds, in the direction of the step.
 
         >>> Range(1.0, -0.25, 0.5, 1.3).grid
         (1.25, 1.0, 0.75, 0.5)
@@ -43,7 +43,7 @@ class Range(NamedTuple):
         return tuple(round(self.start + k * self.step, self.decimals) for k in steps)
 
     def allows(self, factor: float) -> bool:
-        """Within the bounds, or 0: the partition is left out."""
+        """Return whether a factor is within the bounds, or 0: then the partition is left out."""
         return factor == 0 or self.lower <= round(factor, self.decimals) <= self.upper
 
 
@@ -64,27 +64,40 @@ class SearchConfig:
     ((1.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     """
 
-    rule: str = "parabola"
-    methods: tuple[int, ...] = (1, 2)
-    start: Factors = (1.0,)
-    step: Factors = (0.1,)
-    lower: Factors = (0.0,)
+    FLAG_PREFIX: ClassVar[str] = "search_"
+    HELP_GROUP: ClassVar[str] = "search of factors"
+
+    rule: str = option(
+        "parabola", "how factors are walked; reference: as the authors' code does", choices=("parabola", "reference")
+    )
+    methods: tuple[int, ...] = option(
+        (1, 2), "1: partition after partition, 2: all from the start; the better wins", choices=("1", "2")
+    )
+    start: Factors = option((1.0,), "factors to begin with, one for all or each; default 1; DARE: 1/(1-rate)")
+    step: Factors = option((0.1,), "smallest change of a factor; default 0.1; DARE: downwards, a share of the start")
+    lower: Factors = option(
+        (0.0,), "LOWEST,HIGHEST factor; default 0,4; DARE: from 0 to the start", flag="search_bounds"
+    )
     upper: Factors = (4.0,)
-    max_evaluations: int = 200
+    max_evaluations: int = option(
+        200,
+        "candidates of an expert at most",
+        flag="search_evaluations",
+        least=1,
+        message="--{flag}={value}: at least one candidate must be scored.",
+    )
     starts: Mapping[int, Factors] = field(default_factory=dict)
 
     def __post_init__(self):
-        choose("--search_rule", self.rule, SEARCH_RULES)
-        for method in (*self.methods, *self.starts):
+        check(self)
+        for method in self.starts:
             choose("--search_methods", str(method), ("1", "2"))
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"--search_methods={self.methods}: give 1, 2 or both, each once.")
-        if self.max_evaluations < 1:
-            raise ValueError(f"--search_evaluations={self.max_evaluations}: at least one candidate must be scored.")
         self.ranges(max(map(len, (self.start, self.step, self.lower, self.upper))))
 
     def ranges(self, partitions: int) -> list[Range]:
-        """Of every partition, checked."""
+        """Return the range of each partition, checked."""
         columns = []
         for name in Range._fields:
             numbers = getattr(self, name)
@@ -104,7 +117,7 @@ class SearchConfig:
         return ranges
 
     def begin(self, method: int, partitions: int) -> Factors:
-        """Where the walk of `method` begins."""
+        """Return the factors with which the walk of `method` begins."""
         ranges = self.ranges(partitions)
         present = partitions if method == 2 else 1
         default = [one.start if i < present else 0.0 for i, one in enumerate(ranges)]
@@ -117,7 +130,7 @@ class SearchConfig:
 
 
 def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes) -> SearchConfig:
-    """The configuration for partitions of these rates, highest first, and this score of delta parameters.
+    """Return how to search factors for partitions of these rates, highest first, and this score.
 
     Pruning by magnitude leaves a partition at factor 1, and factors are raised from there. DARE has multiplied what it
     keeps by 1/(1 − rate) already, so the factors are reduced: a partition by itself starts there, which is also its
@@ -151,32 +164,43 @@ def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes)
 
 @dataclass(frozen=True)
 class FactorSearch:
-    """What the flags of a search say; empty tuples stand for what suits the score: see `search_defaults`.
+    """What the flags say about a search; empty tuples stand for what suits the score: see `search_defaults`.
 
     Attributes:
+      rule, methods, start, step, lower, upper, max_evaluations: as in `SearchConfig`.
       split: "validation", or "test" to choose by what is reported, as the paper did.
       limit: items per task; None for all of the split.
       given: factors of experts that are not searched, one for each partition.
     """
 
-    rule: str = "parabola"
-    methods: tuple[int, ...] = (1, 2)
-    start: Factors = ()
-    step: Factors = ()
-    lower: Factors = ()
+    FLAG_PREFIX: ClassVar[str] = SearchConfig.FLAG_PREFIX
+    HELP_GROUP: ClassVar[str] = SearchConfig.HELP_GROUP
+
+    rule: str = same(SearchConfig, "rule")
+    methods: tuple[int, ...] = same(SearchConfig, "methods")
+    start: Factors = same(SearchConfig, "start", default=())
+    step: Factors = same(SearchConfig, "step", default=())
+    lower: Factors = same(SearchConfig, "lower", default=())
     upper: Factors = ()
-    max_evaluations: int = 200
-    split: Split = "validation"
-    limit: int | None = None
+    max_evaluations: int = same(SearchConfig, "max_evaluations")
+    split: Split = option(
+        "validation",
+        "items that factors are chosen by; test: those that are reported, as the paper did",
+        choices=("validation", "test"),
+    )
+    limit: int | None = option(
+        None,
+        "items per task; 0: all of the split",
+        least=1,
+        message=ITEMS,
+    )
     given: Mapping[str, Factors] = field(default_factory=dict)
 
     def __post_init__(self):
-        choose("--search_split", self.split, ("validation", "test"))
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--search_limit={self.limit}: 1 or more items per task, or 0 for all.")
+        check(self)
 
     def config(self, merge: MergeConfig) -> SearchConfig:
-        """With what suits the score where the flags are silent."""
+        """Return the search of a merge, with what suits its score where the flags are silent."""
         given = {"start": self.start, "step": self.step, "lower": self.lower, "upper": self.upper}
         return search_defaults(
             merge.partitions,
@@ -188,60 +212,59 @@ class FactorSearch:
         )
 
 
-ADAMERGING = {"adamerging": "task", "adamerging_layerwise": "layer", "adamerging_linearwise": "linear"}  # --coefficient
-
-
-POSITIONS = ("all", "last", "generated")
+ADAMERGING = {"adamerging": "task", "adamerging_layerwise": "layer", "adamerging_linearwise": "linear"}
+"""The granularity of coefficients, by the value of --coefficient that asks for it."""
 
 
 @dataclass(frozen=True)
 class AdaMergingConfig:
-    """How coefficients are found.
+    """How AdaMerging finds coefficients.
 
     Attributes:
       granularity: one coefficient per expert ("task"), per expert and decoder layer with one more for what is outside
         the layers ("layer"), or per expert and tensor ("linear").
-      steps: of Adam.
+      steps: updates by Adam.
       batch_size: prompts of each domain in a step.
-      start: of every coefficient.
-      positions: whose entropy counts, see `prompts.prompts_of`.
-      new_tokens: at most, of the continuations that positions "generated" needs. They are made once, greedily, by the
-        merge with the starting coefficients.
-      split, limit: of the tasks' items that prompts are taken from; the first `limit` of each task, None for all.
+      start: where every coefficient begins.
+      positions: the positions whose entropy counts, see `prompts.prompts_of`.
+      new_tokens: the longest continuation that positions "generated" needs. Continuations are made once, greedily, by
+        the merge with the starting coefficients.
+      split, limit: the tasks' items that prompts are taken from; the first `limit` of each task, None for all.
       patience, min_delta: end when the mean entropy of `patience` steps is not lower by `min_delta` nats than that of
         the `patience` steps before them; patience 0 never ends early.
-      seed: of the order of the prompts.
+      seed: decides the order of the prompts.
 
     Raises:
-      ValueError: names the flag.
+      ValueError: a value is not allowed; the message names the flag.
     """
 
+    FLAG_PREFIX: ClassVar[str] = "adamerging_"
+    HELP_GROUP: ClassVar[str] = "AdaMerging"
+
     granularity: str = "task"
-    steps: int = 500
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    start: float = 0.3
-    positions: str = "all"
-    new_tokens: int = 32
-    split: Split = "validation"
-    limit: int | None = None
-    patience: int = 0
-    min_delta: float = 1e-3
-    seed: int = 0
+    steps: int = option(500, "steps of Adam", least=1)
+    batch_size: int = option(16, "prompts of each domain in a step", least=1)
+    learning_rate: float = option(1e-3, "learning rate of Adam", above=0)
+    start: float = option(
+        0.3,
+        "where every coefficient begins",
+        within=(0, 1),
+        message="--{flag}={value}: outside [0, 1], where coefficients are kept.",
+    )
+    positions: str = option("all", "positions of a prompt whose entropy counts", choices=("all", "last", "generated"))
+    new_tokens: int = option(32, "tokens of a continuation at most, for positions generated", least=1)
+    split: Split = option(
+        "validation",
+        "items that prompts come from; test: those that are reported, as the paper did",
+        choices=("validation", "test"),
+    )
+    limit: int | None = option(None, "prompts per task; 0: all of the split", least=1)
+    patience: int = option(0, "end when as many steps bring no lower entropy; 0: never", least=0)
+    min_delta: float = option(1e-3, "nats that count as lower", least=0)
+    seed: int = same(MergeConfig, "seed")
 
     def __post_init__(self):
         choose("the granularity", self.granularity, ADAMERGING.values())
-        choose("--adamerging_positions", self.positions, POSITIONS)
-        choose("--adamerging_split", self.split, ("validation", "test"))
-        least = {"steps": 1, "batch_size": 1, "new_tokens": 1, "patience": 0, "seed": 0}
-        if self.limit is not None:
-            least["limit"] = 1
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"--adamerging_{name}={getattr(self, name)}: it must be {bound} or more.")
-        if not 0.0 < self.learning_rate < math.inf:
-            raise ValueError(f"--adamerging_learning_rate={self.learning_rate:g}: it must be above 0.")
-        if not 0.0 <= self.start <= 1.0:
-            raise ValueError(f"--adamerging_start={self.start:g}: outside [0, 1], where coefficients are kept.")
-        if not 0.0 <= self.min_delta < math.inf:
-            raise ValueError(f"--adamerging_min_delta={self.min_delta:g}: it must be 0 or more.")
+        check(self)
+        if self.seed < 0:
+            raise ValueError(f"--adamerging_seed={self.seed}: it must be 0 or more.")

@@ -1,42 +1,29 @@
-"""TODO."""
+"""--job=evaluate: the accuracy of any models on any tasks."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from dppa_jax.config.evaluation import EvaluationConfig
+from dppa_jax.config.run import EvaluateConfig
 from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import every_task
-from dppa_jax.jobs.evaluated import (
-    announce,
-    check_tasks,
-)
-from dppa_jax.report.sections import (
-    finish,
-    new_report,
-)
+from dppa_jax.jobs.evaluated import announce, check_tasks
+from dppa_jax.report.sections import finish, new_report
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
 from dppa_jax.where import open_checkpoint
 
 
-def run_evaluate(
-    models: Mapping[str, str],
-    config: EvaluationConfig,
-    workdir: str,
-    seed: int = 0,
-    command: str = "",
-    tokenizer: str = "base",
-) -> dict[str, Scores]:
-    """Every model on every task: a table of accuracies, printed and as a report in `workdir`.
+def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
+    """Evaluate every model on every task; print the accuracies, and write them as a report to job.workdir.
 
-    All are asked with the tokenizer of one of them; of the first where there is no `tokenizer` among them.
+    All models are asked with the tokenizer of one of them.
     """
+    config, models = job.evaluation, job.models
     check_tasks(config)
-    opened = {name: open_checkpoint(where, seed) for name, where in models.items()}
+    opened = {name: open_checkpoint(where, job.seed) for name, where in models.items()}
     directories = {name: model.directory for name, model in opened.items()}
-    reader = directories.get(tokenizer) or next(iter(directories.values()))
-    with open_evaluation(config, reader, Path(workdir)) as evaluation:
+    reader = directories.get(job.tokenizer) or next(iter(directories.values()))
+    with open_evaluation(config, reader, Path(job.workdir)) as evaluation:
         announce(evaluation, config)
         with steps("evaluate", len(opened)) as advance:
             found = {}
@@ -51,5 +38,5 @@ def run_evaluate(
             for task in every_task(config.tasks)
         }
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
-        finish(Path(workdir), new_report("Evaluation", command, models, config, evaluation, [table]))
+        finish(Path(job.workdir), new_report("Evaluation", job.command, models, config, evaluation, [table]))
     return found

@@ -15,7 +15,7 @@ from dppa_jax.jobs.evaluated import (
     find_coefficients,
     opened,
 )
-from dppa_jax.jobs.merge import run_merge
+from dppa_jax.jobs.merge import write_merge
 from dppa_jax.jobs.models import check_outputs
 from dppa_jax.jobs.search import search_and_print
 from dppa_jax.merging.merger import Outcome
@@ -67,7 +67,7 @@ def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -
     if job.adamerging:
         adamerged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))
         job = replace(job, merge=replace(job.merge, coefficients=adamerged.coefficients))
-    outcome = run_merge(job)
+    outcome = write_merge(job)
     _report_merge(job, candidates, domains, outcome, searches, adamerged)
     return outcome
 

@@ -19,7 +19,7 @@ from dppa_jax.where import open_models
 
 
 def run_inspect(job: JobConfig) -> dict[str, Inspection]:
-    """Print the tables and write them as JSON to inspect.json in --workdir."""
+    """Print extremes, deciles, norms, significance and rates of the deltas; write them to inspect.json in --workdir."""
     base, experts = open_models(job)
     check_models(job, base, experts)
     mesh = make_mesh(job.mesh)

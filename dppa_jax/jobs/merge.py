@@ -1,4 +1,4 @@
-"""The jobs of the command line, each a function of a JobConfig."""
+"""--job=merge: base and experts in, one model with its recipe and model card out."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,8 +30,23 @@ from dppa_jax.where import open_models
 
 
 def run_merge(job: JobConfig) -> Outcome:
-    """Merge into job.output: a Hugging Face directory with recipe.json and a model card."""
+    """Merge into job.output; search factors, find coefficients and evaluate where the job asks for it."""
+    if job.search or job.adamerging or job.evaluation.tasks:
+        from dppa_jax.jobs.evaluated_merge import run_evaluated_merge  # a second of imports
+
+        return run_evaluated_merge(job)
+    return write_merge(job)
+
+
+def write_merge(job: JobConfig) -> Outcome:
+    """Merge with given numbers into job.output: a Hugging Face directory with recipe.json and a model card."""
     started = time.perf_counter()
+    if job.merge.has_plain_factors and not job.search:
+        logging.warning(
+            "--factors: all are the plain ones, so that --method=%s amplifies nothing; --factors=search "
+            "--evaluate=TASKS finds factors on tasks of the experts' domains",
+            job.merge.method,
+        )
     check_outputs(job)
     base, experts = open_models(job)
     check_models(job, base, experts)
@@ -66,7 +81,7 @@ def run_merge(job: JobConfig) -> Outcome:
 
 
 def identity_of(job: JobConfig, models: Mapping[str, Checkpoint], layout: Layout) -> str:
-    """Of all that decides what a merge writes."""
+    """Hash all that decides what a merge writes."""
     inputs = {name: input_identity(model) for name, model in models.items()}
     calibration = Path(job.calibration).read_text() if job.calibration else ""
     outputs = {flag: str(Path(where).resolve()) for flag, where in _outputs(job).items()}
@@ -75,7 +90,7 @@ def identity_of(job: JobConfig, models: Mapping[str, Checkpoint], layout: Layout
 
 
 def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float) -> dict:
-    """Time, and what each process read and wrote; of resident memory the peak of a process."""
+    """Return the time, the bytes that each process read and wrote, and the largest peak of resident memory."""
     mine = outcome.bytes_read, sum(w.nbytes for w in writers), peak_resident()
     read, written, peak = zip(*processes.exchange("cost", mine), strict=True)
     cost = {"seconds": round(time.perf_counter() - started, 3), "bytes_read": sum(read), "bytes_written": sum(written)}
@@ -95,7 +110,7 @@ def _writers(job: JobConfig, base: Checkpoint, identity: str) -> Iterator[tuple[
 
 
 def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> CheckpointError:
-    """The error with the file and the place of the first NaN or Inf."""
+    """Return the error with the file and the place of the first NaN or Inf."""
     for name, model in models.items():
         bad = np.argwhere(~np.isfinite(model.read(error.tensor).astype(np.float32)))
         if len(bad):
@@ -108,7 +123,7 @@ def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> Checkpo
 
 
 def _texts(job: JobConfig, base, experts: Mapping[str, Checkpoint], outcome: Outcome, cost: Mapping) -> dict:
-    """recipe.json and README.md."""
+    """Return the contents of recipe.json and README.md, by name."""
     config = job.merge.as_dict()
     opened = {"base": base, **experts}
     where = {"base": job.base, **job.experts}

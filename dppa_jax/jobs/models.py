@@ -1,4 +1,4 @@
-"""TODO."""
+"""Checks of a job's models and outputs, before the work begins."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from dppa_jax.merging.compatible import check_apart, check_compatible, check_sam
 
 
 def check_outputs(job: JobConfig) -> None:
-    """Refuse directories that cannot be written to."""
+    """Refuse an output that is not given, or that cannot be written to."""
     for directory in _outputs(job).values():
         if not directory:
             raise ValueError("--output is empty: give the directory of the merged model.")
@@ -21,7 +21,7 @@ def check_outputs(job: JobConfig) -> None:
 
 
 def check_models(job: JobConfig, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
-    """Everything that can be refused before the work begins."""
+    """Refuse models that do not belong together, lack files, or lie where the output goes."""
     models = {"base": base, **experts}
     outputs = {flag: where for flag, where in _outputs(job).items() if where}
     check_apart(outputs, {name: model.directory for name, model in models.items()})
@@ -37,6 +37,6 @@ def check_models(job: JobConfig, base: Checkpoint, experts: Mapping[str, Checkpo
 
 
 def _outputs(job: JobConfig) -> dict[str, str]:
-    """The directories to write, by the flag, or the expert whose delta goes there."""
+    """Return the directories to write, by "--output" or the name of the expert whose delta goes there."""
     deltas = {name: str(Path(job.save_delta) / name) for name in job.experts} if job.save_delta else {}
     return {"--output": job.output, **deltas}

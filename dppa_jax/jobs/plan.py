@@ -1,4 +1,4 @@
-"""TODO."""
+"""--job=plan: memory, bytes, passes and time of a merge, before it is made."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +37,7 @@ def run_plan(job: JobConfig) -> Plan:
 
 
 def _predicted_time(job: JobConfig, plan: Plan) -> tuple[str, dict]:
-    """From speeds measured here, where the weights are: in words, and for plan.json; or why there is none."""
+    """Predict the time from speeds measured here, in words and for plan.json; or return why there is no prediction."""
     if job.device_memory:
         return "not predicted: the devices of --device_memory are not here to be measured", {}
     if not job.output:

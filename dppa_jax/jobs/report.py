@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dppa_jax.config.merge import Coefficient, MergeConfig, default_partitions
-from dppa_jax.config.report import Sweep
+from dppa_jax.config.merge import Coefficient, MergeConfig, default_partitions, parameters_of
+from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors
 from dppa_jax.delta.presets import METHODS
@@ -146,19 +146,25 @@ class SeedRun:
 
 
 def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, sweep: Sweep) -> MergeConfig:
-    """Return the config of one model, with the numbers of the command line; a single expert has coefficient 1."""
-    merged = model.expert is None
-    kept = ("max_fluctuation", "significance_multiple", "dpa_combine", "delta_dtype", "output_dtype", "seed")
-    return MergeConfig(
+    """Return the config of one model: the numbers of `given` with the model's method, rate and own numbers.
+
+    A single expert has coefficient 1. Factors are plain here; `SeedRun` fills in others.
+    """
+    preset, merged = METHODS[model.method], model.expert is None
+    own = parameters_of(preset.score, preset.scale)
+    return replace(
+        given,
         experts=experts,
         method=model.method,
+        **dict.fromkeys(("score", "allocate", "scale", "combine")),  # the method's own
         rate=model.rate,
+        partitions=(),
+        factors={},
+        q={name: sweep.q[name] for name in experts if name in sweep.q and preset.scale == "q"},
         coefficients=given.coefficients if merged else {},
         tensor_coefficients=given.tensor_coefficients if merged else (),
-        tensor_rates=given.tensor_rates if METHODS[model.method].score else (),
-        q={name: sweep.q[name] for name in experts if name in sweep.q and METHODS[model.method].scale == "q"},
-        allow_nonfinite=given.allow_nonfinite,
-        **{name: getattr(given, name) for name in kept},
+        tensor_rates=given.tensor_rates if preset.score else (),
+        method_options={name: value for name, value in sweep.method_options.items() if name in own},
     )
 
 
@@ -174,11 +180,12 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
             check_combine(config)
 
 
-def run_report(job: JobConfig, sweep: Sweep) -> list[ResultTable]:
+def run_report(config: ReportConfig) -> list[ResultTable]:
     """Measure all models, print the tables and write the report to --workdir.
 
     With --output, make and evaluate the merge that the flags describe as well.
     """
+    job, sweep = config.run, config.sweep
     domains = domains_of(job)
     check_sweep(job, sweep, domains)
     if job.output:

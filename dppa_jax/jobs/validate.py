@@ -5,6 +5,7 @@ every report repeats it.
 """
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dppa_jax.checkpoint.compare import (
     summarise,
     tensor_kind,
 )
+from dppa_jax.config.run import ValidateConfig
 from dppa_jax.runtime.progress import Stage, console, stage
 from dppa_jax.where import open_checkpoint
 
@@ -140,33 +142,24 @@ class Validation:
         }
 
 
-def run_validate(
-    output: str, reference: str, base: str = "", workdir: str = "runs", tolerance_ulp: float = 1.0, seed: int = 0
-) -> Validation:
-    """Compare two models, or two deltas; print the table, and write validate.json and validate.md to workdir.
+def run_validate(config: ValidateConfig) -> None:
+    """Compare two models, or two deltas, as `validate` does; end the process with status 1 if they are not equal."""
+    if not validate(config).passed:
+        sys.exit(f"--output is not within --tolerance_ulp={config.tolerance_ulp:g} of --reference")
 
-    Args:
-      output: where our model is.
-      reference: where the other implementation's model is.
-      base: the model that both were made from. An element then counts as kept if it differs from the base; without a
-        base, if it is not 0.
-      workdir: where the report goes.
-      tolerance_ulp: how many ulps two values may be apart and still count as equal.
-      seed: the seed of a demo model.
+
+def validate(config: ValidateConfig) -> Validation:
+    """Compare two models, or two deltas; print the table, and write validate.json and validate.md to config.workdir.
 
     Raises:
       ValueError: one of them is not a checkpoint. Differences of any kind raise nothing; they are the result.
     """
-    for flag, given in (("--output", output), ("--reference", reference)):
-        if not given:
-            raise ValueError(f"{flag} is empty: --job=validate compares --output=DIR with --reference=DIR.")
-    if not tolerance_ulp >= 0:
-        raise ValueError(f"--tolerance_ulp={tolerance_ulp}: give 0 or more.")
-    opened = [open_checkpoint(where, seed) for where in (output, reference, *([base] if base else []))]
-    validation = Validation(output, reference, base, tolerance_ulp, compare(*opened))
+    output, reference, base = config.output, config.reference, config.base
+    opened = [open_checkpoint(where, config.seed) for where in (output, reference, *([base] if base else []))]
+    validation = Validation(output, reference, base, config.tolerance_ulp, compare(*opened))
     for source in opened:
         source.close()
-    directory = Path(workdir)
+    directory = Path(config.workdir)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "validate.json").write_text(json.dumps(validation.as_dict(), indent=1) + "\n")
     (directory / "validate.md").write_text(validation.markdown())

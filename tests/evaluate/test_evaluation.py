@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from command import launch
 from transformers import AutoTokenizer
 
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
@@ -177,7 +178,6 @@ def test_one_hand_over_serves_several_tasks_and_the_next_model_has_its_own(token
     ("wrong", "said"),
     [
         ({"evaluator": "vlm"}, "--evaluator=vlm: not one of jax, vllm. Did you mean 'vllm'?"),
-        ({"tasks": ("gsm8",)}, "gsm8k"),
         ({"batch_size": 0}, "--batch_size=0"),
         ({"dtype": "fp16"}, "--evaluate_dtype=fp16"),
     ],
@@ -185,3 +185,9 @@ def test_one_hand_over_serves_several_tasks_and_the_next_model_has_its_own(token
 def test_wrong_settings_are_refused_with_the_flag(wrong, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         EvaluationConfig(**wrong)
+
+
+@pytest.mark.parametrize("job", ["merge", "evaluate", "search", "finetune"])
+def test_a_wrong_task_is_refused_with_the_nearest(job):
+    with pytest.raises(SystemExit, match=r"--evaluate=gsm8: not one of .* Did you mean 'gsm8k'\?"):
+        launch(f"--job={job}", "--evaluate=gsm8", "--base=b", "--expert=e=e", "--output=o", "--method=dare")

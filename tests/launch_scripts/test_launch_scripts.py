@@ -245,7 +245,12 @@ def test_local_starter_hands_signals_on():
 def test_local_starter_merges_to_the_same_bits_as_one_process(tmp_path):
     config = llama_config()
     base = random_weights(config)
-    given = [f"--base={write_model(tmp_path / 'base', config, base)}", "--rate=0.8", "--factors=1.8,1.3"]
+    given = [
+        f"--base={write_model(tmp_path / 'base', config, base)}",
+        "--method=dppa",
+        "--rate=0.8",
+        "--factors=1.8,1.3",
+    ]
     for seed, name in enumerate(("math", "law"), start=1):
         given.append(f"--expert={name}={write_model(tmp_path / name, config, fine_tuned(base, seed))}")
     starter = [sys.executable, ROOT / "launch" / "local.py", "--processes=2", "--devices=2", "--"]

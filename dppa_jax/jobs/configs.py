@@ -1,0 +1,185 @@
+"""How each job's config is made from the values of all flags; every value is checked here, before a weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dppa_jax.config.benchmark import BenchmarkConfig
+from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
+from dppa_jax.config.finetune import AdamW, FinetuneConfig
+from dppa_jax.config.merge import METHOD_OPTIONS, MergeConfig, read_coefficients
+from dppa_jax.config.option import per_expert
+from dppa_jax.config.report import ReportConfig, Sweep
+from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
+from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
+from dppa_jax.flags import Values, command, make, read_experts, read_numbers
+
+VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
+UNSET = -1.0
+
+
+def job_config(values: Values) -> JobConfig:
+    """Make the config of a job that merges, or looks at what would be merged."""
+    _check_directory(values)
+    experts = _experts(values)
+    if not values["base"]:
+        raise ValueError("--base is empty: give the model that the experts were fine-tuned from.")
+    names = tuple(experts)
+    granularity = _granularity(values)
+    merge = make(
+        MergeConfig,
+        values,
+        experts=names,
+        factors={} if searches(values) else _factors(values, names),
+        coefficients=_coefficients(values, names),
+        q={} if values["job"] == "report" else per_expert("--q", values["q"], names, float),
+        method_options={} if values["job"] == "report" else _method_options(values),
+    )
+    return make(
+        JobConfig,
+        values,
+        merge=merge,
+        experts=experts,
+        evaluation=evaluation(values),
+        search=factor_search(values),
+        adamerging=_adamerging(values, granularity) if granularity else None,
+        flags=values,
+        command=command(values),
+    )
+
+
+def report_config(values: Values) -> ReportConfig:
+    """Make the config of --job=report, whose methods are those of --methods; --method is for what goes to --output."""
+    if len(values["factors"]) > 1 and not searches(values):
+        raise ValueError("--job=report: give --factors once, for all experts, or --factors=search.")
+    for name in ("score", "allocate", "scale", "combine", "partitions"):
+        if values[name]:
+            raise ValueError(f"--{name}: --job=report compares --methods as they are; leave it out.")
+    factors = [] if searches(values) else values["factors"]
+    sweep = make(
+        Sweep,
+        values,
+        q=per_expert("--q", values["q"], tuple(_experts(values)), float),
+        factors=read_numbers("--factors", factors[0].split(",")) if factors else (),
+        adamerging=_adamerging(values),
+        method_options=_method_options(values),
+    )
+    method = values["method"] or ("" if values["output"] else "dppa")  # nothing is merged by it without --output
+    run = replace(job_config({**values, "method": method}), flags=values, command=command(values))
+    return ReportConfig(run, replace(sweep, rates=sweep.rates or (run.merge.rate,)))
+
+
+def evaluate_config(values: Values) -> EvaluateConfig:
+    """Make the config of --job=evaluate: the base, the experts and, where it is given, the merge."""
+    named = {"base": values["base"], **_experts(values), "merge": values["output"]}
+    models = {name: where for name, where in named.items() if where}
+    return make(EvaluateConfig, values, models=models, evaluation=evaluation(values), command=command(values))
+
+
+def finetune_config(values: Values) -> FinetuneConfig:
+    """Make the config of --job=finetune."""
+    _check_directory(values)
+    return make(
+        FinetuneConfig,
+        values,
+        optimizer=make(AdamW, values, beta2=0.999),
+        held_out=evaluation(values),
+        flags=values,
+        command=command(values),
+    )
+
+
+def convert_config(values: Values) -> ConvertConfig:
+    """Make the config of --job=convert."""
+    return make(ConvertConfig, values)
+
+
+def validate_config(values: Values) -> ValidateConfig:
+    """Make the config of --job=validate."""
+    return make(ValidateConfig, values)
+
+
+def benchmark_config(values: Values) -> BenchmarkConfig:
+    """Make the config of --job=benchmark; with --peer=restart it holds a job whose candidates are timed."""
+    config = make(BenchmarkConfig, values)
+    return replace(config, restart=job_config(values)) if config.peer == "restart" else config
+
+
+def evaluation(values: Values) -> EvaluationConfig:
+    """Make what says how models are evaluated."""
+    if values["evaluate"]:
+        from dppa_jax.evaluate.tasks import by_domain  # the tasks' names; half a second of imports
+
+        by_domain(values["evaluate"])
+    share = values["validation_share"]
+    if share == UNSET:
+        splits = [values["search_split"]] * searches(values) + [values["adamerging_split"]] * adamerges(values)
+        share = VALIDATION_SHARE if "validation" in splits else 0.0
+    return make(EvaluationConfig, values, options=make(TaskOptions, values, validation_share=share))
+
+
+def searches(values: Values) -> bool:
+    """Return whether factors are searched: of the --factors that are for all experts, the last one counts."""
+    return values["job"] == "search" or [text for text in values["factors"] if "=" not in text][-1:] == ["search"]
+
+
+def factor_search(values: Values) -> FactorSearch | None:
+    """Make what says how factors are searched; None where they are given."""
+    if not searches(values):
+        return None
+    bounds = read_numbers("--search_bounds", values["search_bounds"])
+    if len(bounds) not in (0, 2):
+        raise ValueError(f"--search_bounds={','.join(values['search_bounds'])}: give LOWEST,HIGHEST, for example 0,4.")
+    given = _factors(values, tuple(_experts(values)))
+    return make(FactorSearch, values, lower=bounds[:1], upper=bounds[1:], given=given)
+
+
+def adamerges(values: Values) -> bool:
+    """Return whether AdaMerging finds coefficients, of the merge or of one in a report."""
+    return bool(_granularity(values)) or (
+        values["job"] == "report" and any("+" in method for method in values["merge_methods"])
+    )
+
+
+def _adamerging(values: Values, granularity: str = "task") -> AdaMergingConfig:
+    return make(AdaMergingConfig, values, granularity=granularity)
+
+
+def _granularity(values: Values) -> str:
+    """Return what shares a coefficient where AdaMerging finds them, else ""; the last --coefficient counts."""
+    return ADAMERGING.get(values["coefficient"][-1], "") if values["coefficient"] else ""
+
+
+def _coefficients(values: Values, names: tuple[str, ...]) -> dict[str, Any]:
+    if _granularity(values):
+        return {}
+    given = [text for text in values["coefficient"] if text not in ADAMERGING]
+    if given and given[-1].endswith(".json"):
+        return read_coefficients(given[-1], names)
+    return per_expert("--coefficient", [text for text in given if not text.endswith(".json")], names, float)
+
+
+def _factors(values: Values, names: tuple[str, ...]) -> Mapping[str, tuple[float, ...]]:
+    """Return the factors that are given: of all experts or, beside a search, of some."""
+    last = max((i for i, text in enumerate(values["factors"]) if text == "search"), default=-1)
+    given = [text for text in values["factors"][last + 1 :] if "=" in text or not searches(values)]
+    return per_expert("--factors", given, names, lambda text: read_numbers("--factors", text.split(",")))
+
+
+def _method_options(values: Values) -> dict[str, float]:
+    """Return the options of single methods that differ from their defaults."""
+    return {name: values[name] for name, one in METHOD_OPTIONS.items() if values[name] != one.default}
+
+
+def _experts(values: Values) -> dict[str, str]:
+    return read_experts("--expert", values["expert"])
+
+
+def _check_directory(values: Values) -> None:
+    """Refuse an Orbax checkpoint as the output of a job that writes a Hugging Face directory."""
+    output, job = values["output"], values["job"]
+    if output.startswith(PREFIX):
+        raise ValueError(
+            f"--output={output}: --job={job} writes a Hugging Face directory; give --output=DIR, and then "
+            f"--job=convert --base=DIR --output={output}."
+        )
