@@ -17,11 +17,12 @@ from absl import flags
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig
-from dppa_jax.config.merge import METHOD_OPTIONS, MergeConfig, method_option, rate_of_density
+from dppa_jax.config.merge import MergeConfig, method_option, rate_of_density
 from dppa_jax.config.option import Option, options
 from dppa_jax.config.report import Sweep
 from dppa_jax.config.run import ConvertConfig, EvaluateConfig, JobConfig, StartConfig, ValidateConfig
 from dppa_jax.config.search import AdaMergingConfig, FactorSearch
+from dppa_jax.delta.presets import PARAMETERS
 
 FLAGS = flags.FLAGS
 Values = Mapping[str, Any]  # of all flags, by their names
@@ -144,7 +145,7 @@ def _declared() -> Iterator[Option]:
         yield said
         if said.complement:
             yield _complement(said)
-    yield from starmap(method_option, METHOD_OPTIONS.items())
+    yield from starmap(method_option, PARAMETERS.items())
 
 
 def _complement(said: Option) -> Option:

@@ -12,7 +12,8 @@ from support import make_family
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
-from dppa_jax.search.adamerging import Step, fixed_coefficients, groups_of
+from dppa_jax.search.adamerging_step import Step
+from dppa_jax.search.coefficients import fixed_coefficients, groups_of
 from dppa_jax.search.mixture import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
 

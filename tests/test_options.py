@@ -8,10 +8,10 @@ import pytest
 
 from dppa_jax.benchmark.restart import alone_of
 from dppa_jax.config import merge
-from dppa_jax.config.merge import METHOD_OPTIONS, MergeConfig, method_option
+from dppa_jax.config.merge import MergeConfig, method_option
 from dppa_jax.config.option import REQUIRED, check, option, options, same
 from dppa_jax.config.report import Sweep
-from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.presets import METHODS, PARAMETERS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES, Parameter
 from dppa_jax.flags import BY_NAME, CONFIGS, make
@@ -103,7 +103,7 @@ def test_every_flag_has_a_kind_and_every_option_of_a_config_a_flag():
 def test_every_parameter_of_a_score_or_scale_has_a_flag():
     records = [*SCORES.values(), *SCALES.values()]
     own = {name: parameter for record in records for name, parameter in record.parameters.items()}
-    assert own == METHOD_OPTIONS
+    assert own == PARAMETERS
     assert own.keys() <= BY_NAME.keys()
 
 

@@ -267,11 +267,11 @@ def test_models_that_are_merged_again_stay_resident_where_they_fit(merge, monkey
     job = JobConfig(MergeConfig(tuple(models), "dppa"), str(merge.base), models)
     configs = [read_json(merge.base / "config.json")] * 3
     layers = configs[0]["num_hidden_layers"]
-    once, again = plan_of(job, configs, (1, 1)), plan_of(job, configs, (1, 1), again=True)
+    once, again = plan_of(job, configs, (1, 1)), plan_of(job, configs, (1, 1), repeated=True)
     assert (once.resident, once.block_layers) == (False, 1)
     assert (again.resident, again.block_layers) == (True, layers)
     monkeypatch.setattr("dppa_jax.merging.plan.device_memory", lambda given: (again.device_bytes // 10, "cpu"))
-    little = plan_of(job, configs, (1, 1), again=True)
+    little = plan_of(job, configs, (1, 1), repeated=True)
     assert not little.resident
 
 

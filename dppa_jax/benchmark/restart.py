@@ -18,8 +18,9 @@ from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import make_evaluator
-from dppa_jax.jobs.evaluated import check_search, domains_of, opened
+from dppa_jax.jobs.evaluated import check_search, domains_of, evaluated_candidates
 from dppa_jax.jobs.merge import write_merge
+from dppa_jax.jobs.models import open_job
 from dppa_jax.runtime.progress import console
 
 CANDIDATES = 5
@@ -39,9 +40,9 @@ def run_restart_benchmark(config: BenchmarkConfig) -> dict[str, list[float]]:
     shutil.rmtree(root, ignore_errors=True)  # no stored responses may be reused
     job = replace(job, merge=alone, experts={name: job.experts[name]}, workdir=str(root), search=None)
     seconds: dict[str, list[float]] = {part: [] for part in ("apply", "hand over", "responses")}
-    with opened(job) as candidates:
+    with evaluated_candidates(job) as candidates:
         candidates.dense(name, tasks)  # starts the evaluator
-        merger = candidates.merger(alone)
+        merger = candidates.opened.merger(alone)
         candidates.merged("first", merger, tasks)  # pays for survey, thresholds and compilation
         for chosen in factors:
             candidates.merged(f"factors {chosen}", merger, tasks, factors={name: chosen})
@@ -64,7 +65,8 @@ def _restarts(job: JobConfig, name: str, factors: Sequence[tuple[float, ...]]) -
     merge_seconds, start_seconds = [], []
     for chosen in factors:
         started = time.perf_counter()
-        write_merge(replace(job, merge=replace(job.merge, factors={name: chosen})))
+        with open_job(replace(job, merge=replace(job.merge, factors={name: chosen})), writes=True) as opened:
+            write_merge(opened)
         merge_seconds.append(time.perf_counter() - started)
         evaluator = make_evaluator(job.evaluation, Path(job.workdir))
         started = time.perf_counter()

@@ -13,12 +13,6 @@ from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import METHODS
 
-METHOD_OPTIONS: Mapping[str, Any] = {}
-"""The parameters of scores and scales, by the names of their flags: records with default, help, lower and upper.
-
-Flags are made of them, and `MergeConfig.method_options` holds their values. They come from a module without JAX.
-"""
-
 A_RATE = {  # the bounds of an option
     "within": (0, 1),
     "message": "--{flag}: rate {value} is outside [0, 1]; it is the share that is removed, 1 − density.",
@@ -257,12 +251,13 @@ class MergeConfig:
 
 
 def parameters_of(score: str | None, scale: str) -> dict[str, Any]:
-    """Return the records of `METHOD_OPTIONS`, by name, that a score and a scale have."""
-    return {**(axis("score")[score].parameters if score else {}), **axis("scale")[scale].parameters}
+    """Return the records of `PARAMETERS`, by name, that a score and a scale have."""
+    names = (*(axis("score")[score].parameters if score else ()), *axis("scale")[scale].parameters)
+    return {name: PARAMETERS[name] for name in names}
 
 
 def method_option(name: str, parameter: Any) -> Option:
-    """Return the option of the command line that a record of `METHOD_OPTIONS` describes."""
+    """Return the option of the command line that a record of `PARAMETERS` describes."""
     return Option(
         parameter.help,
         flag=name,

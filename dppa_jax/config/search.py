@@ -129,8 +129,8 @@ class SearchConfig:
         return factors
 
 
-def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes) -> SearchConfig:
-    """Return how to search factors for partitions of these rates, highest first, and this score.
+def search_defaults(rates: Sequence[float], random: bool = False, **changes) -> SearchConfig:
+    """Return how to search factors for partitions of these rates, highest first; `random`: of a random score.
 
     Pruning by magnitude leaves a partition at factor 1, and factors are raised from there. DARE has multiplied what it
     keeps by 1/(1 − rate) already, so the factors are reduced: a partition by itself starts there, which is also its
@@ -142,13 +142,13 @@ def search_defaults(rates: Sequence[float], score: str = "magnitude", **changes)
 
     Source: Zhu et al. 2024, section 4.5 ("we modified the approach to dynamic reduction"); the paper gives no step.
 
-    >>> config = search_defaults((0.9, 0.8), "random")
+    >>> config = search_defaults((0.9, 0.8), random=True)
     >>> config.start, config.step, config.upper
     ((10.0, 5.0), (-0.5, -0.25), (10.0, 5.0))
     >>> config.begin(1, 2), config.begin(2, 2)
     ((10.0, 0.0), (5.0, 5.0))
     """
-    if score != "random":
+    if not random:
         return SearchConfig(**changes)
     if max(rates) >= 1:
         raise ValueError(
@@ -204,7 +204,7 @@ class FactorSearch:
         given = {"start": self.start, "step": self.step, "lower": self.lower, "upper": self.upper}
         return search_defaults(
             merge.partitions,
-            merge.score,
+            merge.has_random_score,
             rule=self.rule,
             methods=self.methods,
             max_evaluations=self.max_evaluations,

@@ -1,6 +1,10 @@
-"""The table of methods: each is a choice on the axes score, allocate, scale and combine, and nothing else."""
+"""The table of methods: each is a choice on the axes score, allocate, scale and combine, and nothing else.
+
+This module does not import JAX: `--help` is made from it.
+"""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,17 @@ class Method:
     combine: str
     source: str
 
+
+class Parameter(NamedTuple):
+    """A number that one score or scale has to itself: its flag, help and check are made from this."""
+
+    default: float
+    help: str
+    lower: float
+    upper: float
+
+
+PARAMETERS: dict[str, Parameter] = {}  # by the name of their flag; a score or scale lists those that it takes
 
 METHODS = {
     "task_arithmetic": Method(None, None, "none", "sum", "Ilharco et al. 2023"),

@@ -7,11 +7,9 @@ To add a scale, write its function and a row in `SCALES`. Nothing outside this r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
-
-from dppa_jax.delta.score import Parameter
 
 
 @dataclass(frozen=True)
@@ -33,14 +31,14 @@ class Scale:
       takes_q: is it given `--q`?
       rates: from (the rate, the parameters by name) to the partitions' nominal rates, highest first, for a scale that
         makes its partitions itself.
-      parameters: the scale's own numbers, by the name of their flag.
+      parameters: the scale's own numbers, keys of `presets.PARAMETERS`, which `rates` gets by name.
     """
 
     weights: Callable[[np.ndarray, Numbers], np.ndarray]
     takes_factors: bool = False
     takes_q: bool = False
     rates: Callable[[float, Mapping[str, float]], tuple[float, ...]] = lambda rate, parameters: (rate,)
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
 
 def none(rates: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ To add a score, write its `keys` function and a row in `SCORES`. Nothing outside
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -24,15 +24,6 @@ Keys = UInt32[Array | np.ndarray, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
-
-
-class Parameter(NamedTuple):
-    """A number that belongs to one method: its flag, help and check are made from this."""
-
-    default: float
-    help: str
-    lower: float
-    upper: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Score:
         of partitions start at 1/(1−p).
       gain: from the arguments of `keys` to a scale for each element, beside the weight of its partition; None for 1.
       calibrated: does it need activation norms on `--calibration` text?
-      parameters: the score's own numbers, by the name of their flag.
+      parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `keys` and `gain` take by name.
     """
 
     keys: Callable[..., Keys]
@@ -91,7 +82,7 @@ class Score:
     random: bool = False
     gain: Callable[..., jax.Array] | None = None
     calibrated: bool = False
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    parameters: tuple[str, ...] = ()
 
 
 def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:

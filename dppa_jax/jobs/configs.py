@@ -7,11 +7,12 @@ from typing import Any
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig
-from dppa_jax.config.merge import METHOD_OPTIONS, MergeConfig, read_coefficients
+from dppa_jax.config.merge import MergeConfig, read_coefficients
 from dppa_jax.config.option import per_expert
 from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
+from dppa_jax.delta.presets import PARAMETERS
 from dppa_jax.flags import Values, command, make, read_experts, read_numbers
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
@@ -168,7 +169,7 @@ def _factors(values: Values, names: tuple[str, ...]) -> Mapping[str, tuple[float
 
 def _method_options(values: Values) -> dict[str, float]:
     """Return the options of single methods that differ from their defaults."""
-    return {name: values[name] for name, one in METHOD_OPTIONS.items() if values[name] != one.default}
+    return {name: values[name] for name, one in PARAMETERS.items() if values[name] != one.default}
 
 
 def _experts(values: Values) -> dict[str, str]:

@@ -14,8 +14,10 @@ from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 from dppa_jax.evaluate.evaluation import Evaluation, open_evaluation
 from dppa_jax.evaluate.tasks import Task, by_domain, every_task
+from dppa_jax.jobs.models import open_job
 from dppa_jax.runtime.progress import console
-from dppa_jax.search.adamerging import AdaMerged, adamerge
+from dppa_jax.search.adamerging import adamerge
+from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.where import locate
 
@@ -63,12 +65,19 @@ def check_searched(job: JobConfig, domains: Domains) -> None:
 
 
 @contextmanager
-def opened(job: JobConfig) -> Iterator[Candidates]:
-    """Open the job's models and the evaluator, and refuse what can be refused before the work begins."""
+def evaluated_candidates(job: JobConfig, writes: bool = False) -> Iterator[Candidates]:
+    """Open the evaluator and the job's models, and refuse what can be refused before the work begins."""
     with evaluation_of(job) as evaluation:
         announce(evaluation, job.evaluation, job.search, job.adamerging)
-        with Candidates(job, evaluation) as candidates:
+        with candidates_of(job, evaluation, writes) as candidates:
             yield candidates
+
+
+@contextmanager
+def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) -> Iterator[Candidates]:
+    """Open the job's models for an evaluation that is open."""
+    with open_job(job, writes) as opened, Candidates(opened, evaluation) as candidates:
+        yield candidates
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:

@@ -12,8 +12,8 @@ from dppa_jax.jobs.evaluated import (
     check_search,
     check_searched,
     domains_of,
+    evaluated_candidates,
     find_coefficients,
-    opened,
 )
 from dppa_jax.jobs.merge import write_merge
 from dppa_jax.jobs.models import check_outputs
@@ -36,7 +36,7 @@ from dppa_jax.report.sections import (
 )
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.progress import steps
-from dppa_jax.search.adamerging import AdaMerged
+from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.factors import Searched
 from dppa_jax.search.mixture import check_combine
@@ -52,7 +52,7 @@ def run_evaluated_merge(job: JobConfig) -> Outcome:
         check_searched(job, domains)
     if job.adamerging:
         check_combine(job.merge)
-    with opened(job) as candidates:
+    with evaluated_candidates(job, writes=True) as candidates:
         return merge_and_report(job, candidates, domains)
 
 
@@ -67,7 +67,7 @@ def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -
     if job.adamerging:
         adamerged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))
         job = replace(job, merge=replace(job.merge, coefficients=adamerged.coefficients))
-    outcome = write_merge(job)
+    outcome = write_merge(replace(candidates.opened, job=job))
     _report_merge(job, candidates, domains, outcome, searches, adamerged)
     return outcome
 

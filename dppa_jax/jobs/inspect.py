@@ -8,24 +8,20 @@ from rich.table import Table
 from dppa_jax.architecture.specs import Linears
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
-from dppa_jax.jobs.models import check_models
+from dppa_jax.jobs.models import open_job
 from dppa_jax.merging.blocks import make_blocks
 from dppa_jax.merging.inspection import DECILES, Inspection, inspect_deltas
-from dppa_jax.merging.plan import plan_of
 from dppa_jax.merging.stream import Stream
-from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import console, write_json
-from dppa_jax.where import open_models
 
 
 def run_inspect(job: JobConfig) -> dict[str, Inspection]:
     """Print extremes, deciles, norms, significance and rates of the deltas; write them to inspect.json in --workdir."""
-    base, experts = open_models(job)
-    check_models(job, base, experts)
-    mesh = make_mesh(job.mesh)
-    plan = plan_of(job, [base.config, *(e.config for e in experts.values())], mesh.devices.shape)
-    stream = Stream(base, list(experts.values()), make_blocks(base.specs, plan.block_layers), mesh, plan.resident)
-    found = inspect_deltas(stream, job.merge)
+    with open_job(job) as opened:
+        plan, base = opened.plan(job.merge), opened.base
+        blocks = make_blocks(base.specs, plan.block_layers)
+        stream = Stream(base, list(opened.experts.values()), blocks, opened.mesh, plan.resident)
+        found = inspect_deltas(stream, job.merge)
     _print(found, job.merge)
     write_json(Path(job.workdir) / "inspect.json", {name: _as_json(one, job.merge) for name, one in found.items()})
     return found

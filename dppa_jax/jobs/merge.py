@@ -13,20 +13,17 @@ from absl import logging
 from dppa_jax.architecture.specs import CheckpointError, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
-from dppa_jax.checkpoint.output import check_space, output_directory
+from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import total_bytes
 from dppa_jax.config.run import JobConfig
-from dppa_jax.jobs.models import _outputs, check_models, check_outputs
-from dppa_jax.merging.activations import norms_of_experts
+from dppa_jax.jobs.models import check_outputs, open_job
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
-from dppa_jax.merging.plan import plan_of
+from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.survey import NonfiniteError
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.memory import peak_resident
-from dppa_jax.runtime.mesh import make_mesh
-from dppa_jax.where import open_models
 
 
 def run_merge(job: JobConfig) -> Outcome:
@@ -35,56 +32,54 @@ def run_merge(job: JobConfig) -> Outcome:
         from dppa_jax.jobs.evaluated_merge import run_evaluated_merge  # a second of imports
 
         return run_evaluated_merge(job)
-    return write_merge(job)
+    check_outputs(job)
+    with open_job(job, writes=True) as opened:
+        return write_merge(opened)
 
 
-def write_merge(job: JobConfig) -> Outcome:
-    """Merge with given numbers into job.output: a Hugging Face directory with recipe.json and a model card."""
+def write_merge(opened: Opened) -> Outcome:
+    """Merge with given numbers into the job's output: a Hugging Face directory with recipe.json and a model card."""
     started = time.perf_counter()
-    if job.merge.has_plain_factors and not job.search:
+    job, base, merge = opened.job, opened.base, opened.job.merge
+    if merge.has_plain_factors and not job.search:
         logging.warning(
             "--factors: all are the plain ones, so that --method=%s amplifies nothing; --factors=search "
             "--evaluate=TASKS finds factors on tasks of the experts' domains",
-            job.merge.method,
+            merge.method,
         )
-    check_outputs(job)
-    base, experts = open_models(job)
-    check_models(job, base, experts)
-    mesh = make_mesh(job.mesh)
-    plan = plan_of(job, [{**m.config, "dtype": m.dtype.name} for m in (base, *experts.values())], mesh.devices.shape)
+    plan = opened.plan(merge)
     for what, value in plan.lines():
         (logging.info if plan.fits else logging.warning)("plan: %s: %s", what, value)
-    norms = norms_of_experts(job, experts) if job.merge.is_calibrated else None
-    layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
-
-    with ExitStack() as opened:
-        for model in (base, *experts.values()):
-            opened.callback(model.close)
-        identity = identity_of(job, {"base": base, **experts}, layout) if job.resume else ""
-        writers = {name: opened.enter_context(writer) for name, writer in _writers(job, base, identity)}
+    layout, norms = opened.layout(plan), opened.norms(merge)
+    identity = identity_of(opened, layout) if job.resume else ""
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(writer) for name, writer in _writers(opened, identity)}
         writer = writers.pop("--output")
-        journal = opened.enter_context(journal_of((writer, *writers.values()), identity))
+        journal = stack.enter_context(journal_of((writer, *writers.values()), identity))
         try:
-            outcome = merge_checkpoints(base, experts, job.merge, writer, mesh, layout, writers, norms, journal=journal)
+            outcome = merge_checkpoints(
+                base, opened.experts, merge, writer, opened.mesh, layout, writers, norms, journal=journal
+            )
         except NonfiniteError as error:
-            raise _damaged(error, {"base": base, **experts}) from error
-        texts = _texts(job, base, experts, outcome, _cost(outcome, (writer, *writers.values()), started))
+            raise _damaged(error, opened.models) from error
+        texts = _texts(opened, outcome, _cost(outcome, (writer, *writers.values()), started))
         signals.check()
         for delta in writers.values():
-            delta.complete(with_dtype(base.config, job.merge.delta_dtype), base.directory)
-        tokenizer = base if job.tokenizer == "base" else experts[job.tokenizer]
-        writer.complete(with_dtype(base.config, job.merge.output_dtype or base.dtype.name), tokenizer.directory, texts)
+            delta.complete(with_dtype(base.config, merge.delta_dtype), base.directory)
+        config = with_dtype(base.config, merge.output_dtype or base.dtype.name)
+        writer.complete(config, opened.tokenizer.directory, texts)
         for whole in (*writers.values(), writer):
             whole.publish()
     logging.info("wrote %s in %.1f s", job.output, time.perf_counter() - started)
     return outcome
 
 
-def identity_of(job: JobConfig, models: Mapping[str, Checkpoint], layout: Layout) -> str:
+def identity_of(opened: Opened, layout: Layout) -> str:
     """Hash all that decides what a merge writes."""
-    inputs = {name: input_identity(model) for name, model in models.items()}
+    job = opened.job
+    inputs = {name: input_identity(model) for name, model in opened.models.items()}
     calibration = Path(job.calibration).read_text() if job.calibration else ""
-    outputs = {flag: str(Path(where).resolve()) for flag, where in _outputs(job).items()}
+    outputs = {flag: str(where) for flag, where in opened.outputs.items()}
     computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration]
     return common_identity([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
 
@@ -98,14 +93,14 @@ def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float
     return cost | ({"processes": {"bytes_read": read, "bytes_written": written}} if len(read) > 1 else {})
 
 
-def _writers(job: JobConfig, base: Checkpoint, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
+def _writers(opened: Opened, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
+    job, base = opened.job, opened.base
     dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
-    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in _outputs(job)}
+    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in opened.outputs}
     tensors["--output"] = output_tensors(base, job.merge)
-    outputs = {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
-    check_space({where: total_bytes(tensors[name]) for name, where in outputs.items()})
+    check_space({where: total_bytes(tensors[name]) for name, where in opened.outputs.items()})
     owner = owners(base.specs, processes.count())
-    for name, where in outputs.items():
+    for name, where in opened.outputs.items():
         yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite, identity, owner)
 
 
@@ -122,17 +117,16 @@ def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> Checkpo
     return error
 
 
-def _texts(job: JobConfig, base, experts: Mapping[str, Checkpoint], outcome: Outcome, cost: Mapping) -> dict:
+def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     """Return the contents of recipe.json and README.md, by name."""
-    config = job.merge.as_dict()
-    opened = {"base": base, **experts}
-    where = {"base": job.base, **job.experts}
+    job, models = opened.job, opened.models
+    config, where = job.merge.as_dict(), {"base": job.base, **job.experts}
     inputs = {
-        name: {"where": where[name], "directory": str(m.directory), "fingerprint": m.fingerprint()}
-        for name, m in opened.items()
+        name: {"where": where[name], "directory": str(model.directory), "fingerprint": model.fingerprint()}
+        for name, model in models.items()
     }
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
-    cards = [m.directory / "README.md" for m in opened.values()]
+    cards = [model.directory / "README.md" for model in models.values()]
     licences = [licence(card.read_text(errors="replace")) if card.is_file() else "unknown" for card in cards]
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
     return {

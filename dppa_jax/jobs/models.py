@@ -1,42 +1,58 @@
-"""Checks of a job's models and outputs, before the work begins."""
+"""Open a job's models once, and refuse what cannot work before the work begins."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from absl import logging
 
-from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.compatible import check_apart, check_compatible, check_same_base
+from dppa_jax.merging.opened import Opened
+from dppa_jax.runtime.mesh import make_mesh
+from dppa_jax.where import open_models
 
 
-def check_outputs(job: JobConfig) -> None:
-    """Refuse an output that is not given, or that cannot be written to."""
-    for directory in _outputs(job).values():
-        if not directory:
-            raise ValueError("--output is empty: give the directory of the merged model.")
-        output_directory(directory, job.overwrite)
+def open_job(job: JobConfig, writes: bool = False) -> Opened:
+    """Open the models of a job; what can be refused without work is.
+
+    Args:
+      writes: does the job write the merge, and the deltas, where it says?
+
+    Raises:
+      CheckpointError: models that do not belong together or lack files, an output that is or contains an input.
+    """
+    outputs = check_outputs(job) if writes else {}
+    base, experts = open_models(job)
+    opened = Opened(job, base, experts, outputs, make_mesh(job.mesh))
+    check_models(opened)
+    return opened
 
 
-def check_models(job: JobConfig, base: Checkpoint, experts: Mapping[str, Checkpoint]) -> None:
+def check_outputs(job: JobConfig) -> dict[str, Path]:
+    """Return the directories to write, by "--output" or the expert whose delta goes there.
+
+    Raises:
+      ValueError: --output is not given.
+      CheckpointError: a directory cannot be written to without destroying something.
+    """
+    if not job.output:
+        raise ValueError("--output is empty: give the directory of the merged model.")
+    deltas = {name: str(Path(job.save_delta) / name) for name in job.experts} if job.save_delta else {}
+    return {name: output_directory(where, job.overwrite) for name, where in {"--output": job.output, **deltas}.items()}
+
+
+def check_models(opened: Opened) -> None:
     """Refuse models that do not belong together, lack files, or lie where the output goes."""
-    models = {"base": base, **experts}
-    outputs = {flag: where for flag, where in _outputs(job).items() if where}
-    check_apart(outputs, {name: model.directory for name, model in models.items()})
-    check_compatible(base, experts)
+    job, base = opened.job, opened.base
+    outputs = {flag: str(where) for flag, where in opened.outputs.items()}
+    check_apart(outputs, {name: model.directory for name, model in opened.models.items()})
+    check_compatible(base, opened.experts)
     companions(base.directory)
-    companions(models[job.tokenizer].directory)
-    tokens, rows = (models[name].config["vocab_size"] for name in (job.tokenizer, "base"))
+    companions(opened.tokenizer.directory)
+    tokens, rows = (model.config["vocab_size"] for model in (opened.tokenizer, base))
     if tokens > rows:
         logging.warning("--tokenizer=%s has %d tokens, the merged model only %d", job.tokenizer, tokens, rows)
     if not job.allow_other_base:
-        for name, expert in experts.items():
+        for name, expert in opened.experts.items():
             check_same_base(base, expert, name)
-
-
-def _outputs(job: JobConfig) -> dict[str, str]:
-    """Return the directories to write, by "--output" or the name of the expert whose delta goes there."""
-    deltas = {name: str(Path(job.save_delta) / name) for name in job.experts} if job.save_delta else {}
-    return {"--output": job.output, **deltas}

@@ -14,7 +14,14 @@ from dppa_jax.delta.score import SCORES
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
-from dppa_jax.jobs.evaluated import announce, check_searched, domains_of, evaluation_of, find_coefficients
+from dppa_jax.jobs.evaluated import (
+    announce,
+    candidates_of,
+    check_searched,
+    domains_of,
+    evaluation_of,
+    find_coefficients,
+)
 from dppa_jax.jobs.evaluated_merge import merge_and_report
 from dppa_jax.jobs.models import check_outputs
 from dppa_jax.report import published
@@ -33,7 +40,7 @@ from dppa_jax.report.sections import (
 )
 from dppa_jax.report.tables import ResultTable
 from dppa_jax.runtime.progress import steps
-from dppa_jax.search.adamerging import AdaMerged
+from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.factors import Searched, search_expert
 from dppa_jax.search.mixture import check_combine
@@ -117,7 +124,7 @@ class SeedRun:
             config = replace(config, factors={name: self.factors(model, name) for name in experts})
         if model.coefficients:
             config = replace(config, coefficients=self.coefficients(model, config))
-        return self.candidates.merged(model.name, self.candidates.merger(config), tasks)
+        return self.candidates.merged(model.name, self.candidates.opened.merger(config), tasks)
 
     def coefficients(self, model: Compared, config: MergeConfig) -> Mapping[str, Coefficient]:
         """Find the coefficients of a merge by AdaMerging."""
@@ -200,13 +207,13 @@ def run_report(config: ReportConfig) -> list[ResultTable]:
         finds = any(model.coefficients for model in compared(sweep, domains))
         announce(evaluation, job.evaluation, job.search, sweep.adamerging if finds else job.adamerging)
         if job.output:
-            with Candidates(job, evaluation) as candidates:
+            with candidates_of(job, evaluation, writes=True) as candidates:
                 merge_and_report(replace(job, workdir=str(Path(job.workdir) / "merge")), candidates, domains)
         total = len(sweep.seeds) * sum(1 for _ in compared(sweep, domains))
         with steps("evaluate", total) as advance:
             for seed in sweep.seeds:
                 seed_job = replace(job, merge=replace(job.merge, seed=seed))
-                with Candidates(seed_job, evaluation) as candidates:
+                with candidates_of(seed_job, evaluation) as candidates:
                     seed_run = SeedRun(seed_job, sweep, domains, candidates)
                     first = None if demo or not measured else measured[sweep.seeds[0]]
                     measured[seed] = seed_run.measure(advance, first)

@@ -8,7 +8,7 @@ from dppa_jax.jobs.evaluated import (
     Domains,
     check_search,
     domains_of,
-    opened,
+    evaluated_candidates,
 )
 from dppa_jax.report.sections import (
     finish,
@@ -27,7 +27,7 @@ def run_search(job: JobConfig) -> dict[str, Searched]:
     """Search the factors of every expert; print them and write a report to `workdir`."""
     domains = domains_of(job)
     check_search(job)
-    with opened(job) as candidates:
+    with evaluated_candidates(job) as candidates:
         searches = search_and_print(job, candidates, domains)
         experts = {name: job.experts[name] for name in searches}
         models, tables = {"base": job.base, **experts}, search_tables(searches)

@@ -12,7 +12,7 @@ from dppa_jax.runtime.journal import Journal
 
 
 def common_identity(content) -> str:
-    """Of a run of this content: one that was ended is taken up by one of the same identity only.
+    """Name a run by what decides its output: one that was ended is taken up only by one of the same identity.
 
     Several processes have one between them, and each may have copies of the inputs of its own.
     """
@@ -20,7 +20,7 @@ def common_identity(content) -> str:
 
 
 def input_identity(model: Checkpoint) -> tuple[str, list[tuple[str, int, int]]]:
-    """Fingerprint, and names, sizes and times of change of the files."""
+    """Return the fingerprint, and names, sizes and times of change of the files."""
     found = ((path, path.stat()) for path in sorted(model.directory.rglob("*")) if path.is_file())
     files = [(str(path.relative_to(model.directory)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
     return model.fingerprint(), files
@@ -28,7 +28,7 @@ def input_identity(model: Checkpoint) -> tuple[str, list[tuple[str, int, int]]]:
 
 @contextmanager
 def journal_of(writers: Sequence[SafetensorsWriter], identity: str) -> Iterator[Journal]:
-    """Of what is written into these directories; it lies in the first."""
+    """Open the journal of what is written into these directories; it lies in the first."""
     flush = lambda: [writer.flush() for writer in writers]  # noqa: E731
     journal = Journal(writers[0].journal if identity else None, all(writer.resumed for writer in writers), flush)
     if journal.resumed:

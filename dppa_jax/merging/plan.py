@@ -81,7 +81,7 @@ class Work:
         return self._largest(blocks) * self.merged + self._deltas(blocks)
 
     def _deltas(self, blocks: Sequence[Block]) -> int:
-        """That of an expert is computed while the last one's is written."""
+        """Bytes of pruned deltas: one is computed while the last one is written."""
         return min(2, self.experts) * self._largest(blocks) * ITEMSIZE["float32"] if self.delta else 0
 
     def _largest(self, blocks: Sequence[Block]) -> int:
@@ -139,7 +139,7 @@ class Plan:
         return [*lines, ("peak per process", self._fit(self.host_bytes, self.host_memory))]
 
     def seconds(self, speeds: Speeds) -> float:
-        """Of the process with most to do at these speeds."""
+        """Predict the seconds of the process that has most to do, at these speeds."""
         return speeds.start + max(needed for _, needed, _ in self._work(speeds))
 
     def time(self, speeds: Speeds) -> str:
@@ -186,48 +186,32 @@ def make_plan(
     save_delta: bool = False,
     host_memory: int = 0,
 ) -> Plan:
-    """Plan for base and experts given by their config.json dicts, base first.
+    """Plan a merge of base and experts given by their config.json dicts, base first.
 
     Residency "auto" keeps everything on the devices when it fits, except on a CPU: there the operating system's page
     cache already makes the second read a copy in memory. `block_layers` 0 takes one layer per index of the mesh's layer
     axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
     """
     specs, work = tensor_specs(configs[0]), make_work(configs, config, math.prod(mesh), save_delta)
-    # Of processes whose tensors are alike, one.
-    different = {tuple(spec.shape for spec in own.values()): own for own in shares(specs, processes) if own}
-    most_layers = max(len({spec.layer for spec in own.values()} - {None}) for own in different.values())
-    room = DEVICE_SHARE * device_memory * work.devices
-
-    def cut(layers: int) -> list[list[Block]]:
-        return [make_blocks(own, min(layers, most_layers)) for own in different.values()]
-
-    def peak(layers: int, resident: bool) -> int:
-        return max(work.weights(blocks, resident) + work.results(blocks) for blocks in cut(layers))
-
-    resident = residency == "resident"
-    if residency == "auto":
-        resident = platform != "cpu" and peak(mesh[0], resident=True) < room
-    if not block_layers:
-        layer = max(block.elements for blocks in cut(1) for block in blocks) * work.read
-        most = min(-(-most_layers // mesh[0]), BLOCK // (layer * mesh[0])) if platform != "cpu" else 1
-        larger = range(most * mesh[0], mesh[0], -mesh[0])
-        block_layers = next((layers for layers in larger if peak(layers, resident) < room), mesh[0])
-    cuts, on_devices = cut(block_layers), peak(block_layers, resident)
+    cuts = _Cuts(shares(specs, processes), work, mesh[0], DEVICE_SHARE * device_memory * work.devices)
+    resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))
+    block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
+    blocks, on_devices = cuts.blocks(block_layers), cuts.peak(block_layers, resident)
     again = work.survey and not resident
-    elements, in_layers = zip(*map(_elements, different.values()), strict=True)
+    elements, in_layers = zip(*map(_elements, cuts.shares), strict=True)
     all_elements, all_in_layers = _elements(specs)
     if platform == "cpu":  # there is one heap, which keeps what is freed in pieces: what waits takes twice its size
-        on_host = on_devices + max(map(work.waiting, cuts))
+        on_host = on_devices + max(map(work.waiting, blocks))
     else:
-        on_host = max(work.weights(blocks, resident=False) + work.copies(blocks) for blocks in cuts)
+        on_host = max(work.weights(own, resident=False) + work.copies(own) for own in blocks)
     return Plan(
         parameters=all_elements,
         models=len(configs),
         processes=processes,
         mesh=mesh,
         platform=platform,
-        block_layers=min(block_layers, most_layers),
-        blocks=max(map(len, cuts)),
+        block_layers=min(block_layers, cuts.layers),
+        blocks=max(map(len, blocks)),
         resident=resident,
         passes=1 + work.survey,
         bytes_read=(all_elements + again * all_in_layers) * work.read,
@@ -240,6 +224,41 @@ def make_plan(
         host_bytes=RUNTIME + on_host,
         host_memory=host_memory,
     )
+
+
+class _Cuts:
+    """The ways to cut the work into blocks, and what each holds in memory.
+
+    Args:
+      shares: the tensors of each process; of processes whose tensors are alike, one is looked at.
+      axis: the size of the mesh's layer axis, of which a block has a multiple of layers.
+      room: bytes of the devices of a process that may be filled.
+    """
+
+    def __init__(self, shares: Sequence[Mapping[str, TensorSpec]], work: Work, axis: int, room: float):
+        self.shares = list({tuple(spec.shape for spec in own.values()): own for own in shares if own}.values())
+        self.layers = max(len({spec.layer for spec in own.values()} - {None}) for own in self.shares)
+        self._work, self._axis, self._room = work, axis, room
+
+    def blocks(self, layers: int) -> list[list[Block]]:
+        """The blocks of each process, of so many layers."""
+        return [make_blocks(own, min(layers, self.layers)) for own in self.shares]
+
+    def peak(self, layers: int, resident: bool) -> int:
+        """Most bytes on the devices of a process."""
+        work = self._work
+        return max(work.weights(own, resident) + work.results(own) for own in self.blocks(layers))
+
+    def fits(self, layers: int, resident: bool) -> bool:
+        """Is there room on the devices for blocks of so many layers?"""
+        return self.peak(layers, resident) < self._room
+
+    def most_layers_that_fit(self, resident: bool) -> int:
+        """The most layers of a block that fit on the devices and in BLOCK, a multiple of the axis."""
+        layer = max(block.elements for own in self.blocks(1) for block in own) * self._work.read
+        most = min(-(-self.layers // self._axis), BLOCK // (layer * self._axis))
+        larger = range(most * self._axis, self._axis, -self._axis)
+        return next((layers for layers in larger if self.fits(layers, resident)), self._axis)
 
 
 def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, save_delta: bool = False) -> Work:
@@ -259,7 +278,7 @@ def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, sav
 
 
 def _elements(specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
-    """Of all tensors, and of those of layers."""
+    """Count the elements of all tensors, and of those of layers."""
     sizes = [(spec.layer is not None, math.prod(spec.shape)) for spec in specs.values()]
     return sum(size for _, size in sizes), sum(size for in_layer, size in sizes if in_layer)
 
@@ -276,8 +295,8 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:,.2f} GB"
 
 
-def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again: bool = False) -> Plan:
-    """Of a merge, or with `again` of several of the same models: then a CPU, too, keeps what fits and takes it whole.
+def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], repeated: bool = False) -> Plan:
+    """Plan one merge; with `repeated`, many merges of the same models, whose weights then stay in memory on a CPU, too.
 
     A further merge of SmolLM2-135M with one expert takes 0.13 s so, and 0.65 s streamed a layer at a time.
     """
@@ -286,7 +305,7 @@ def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], again
         platform = "accelerator"  # an imagined device: plan for its memory, not for this machine's page cache
     elif platform != "cpu" and job.evaluation.tasks and job.evaluation.evaluator == "vllm":
         memory = int(memory * (1 - job.evaluation.gpu_memory_utilization))  # vLLM has the rest from its start on
-    if again:
+    if repeated:
         platform = "accelerator"
     free = 0 if job.device_memory else psutil.virtual_memory().available
     several = job.num_processes or processes.count()

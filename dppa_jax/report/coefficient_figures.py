@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 
 from dppa_jax.report.labels import label
 from dppa_jax.report.styles import LINES, PANEL, STYLE
-from dppa_jax.search.adamerging import OUTSIDE, AdaMerged
+from dppa_jax.search.adamerging_state import AdaMerged
+from dppa_jax.search.coefficients import OUTSIDE
 
 
 @styles.context(STYLE)

@@ -20,7 +20,7 @@ from dppa_jax.report.styles import svg
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.progress import console
-from dppa_jax.search.adamerging import AdaMerged
+from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.factors import Searched
 
@@ -38,7 +38,7 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
         places = np.flatnonzero(linears.layer == layer)
         for e, name in enumerate(config.experts):
             thresholds = {linears.names[place]: outcome.thresholds[e, :, place] for place in places}
-            counts = kept_counts(candidates.base, candidates.experts[name], config, thresholds)
+            counts = kept_counts(candidates.base, candidates.opened.experts[name], config, thresholds)
             caption = f"Parameters of {name} that are left in layer {layer}, by dimension (figure 3 of the paper)."
             illustrations.append(illustration(f"remaining-{name}", draw_kept_counts(counts), caption))
     return illustrations

@@ -2,29 +2,23 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import jax
 
 from dppa_jax.architecture.specs import with_dtype
-from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import SafetensorsWriter
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
-from dppa_jax.jobs.models import check_models
-from dppa_jax.merging.activations import norms_of_experts
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.in_memory import merged_model
-from dppa_jax.merging.merger import ARITHMETIC, Layout, Merger, output_tensors
-from dppa_jax.merging.plan import plan_of
+from dppa_jax.merging.merger import ARITHMETIC, Merger, output_tensors
+from dppa_jax.merging.opened import Opened
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest
-from dppa_jax.runtime.mesh import make_mesh
-from dppa_jax.where import open_models
 
 
 class Candidates:
@@ -38,41 +32,27 @@ class Candidates:
     in the same order.
     """
 
-    def __init__(self, job: JobConfig, evaluation: Evaluation):
-        self.job, self.evaluation = job, evaluation
-        self.base, self.experts = open_models(job)
-        check_models(job, self.base, self.experts)
-        self.mesh = make_mesh(job.mesh)
+    def __init__(self, opened: Opened, evaluation: Evaluation):
+        self.opened, self.evaluation = opened, evaluation
+        self.job, self.base = opened.job, opened.base
         self._written: Path | None = None
 
     def __enter__(self) -> "Candidates":
         return self
 
     def __exit__(self, *_) -> None:
-        for model in (self.base, *self.experts.values()):
-            model.close()
         self._remove_written()
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """The digest of the weights of "base" and of every expert."""
-        models = {"base": self.base, **self.experts}
-        digests = lambda: {name: model.content_digest() for name, model in models.items()}  # noqa: E731
+        digests = lambda: {name: model.content_digest() for name, model in self.opened.models.items()}  # noqa: E731
         return processes.of_first("fingerprints", digests)
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
         """Return the scores of "base" or of an expert, unpruned."""
-        model = self.base if name == "base" else self.experts[name]
+        model = self.opened.models[name]
         return self.evaluation.scores(name, self.fingerprints[name], lambda: model.directory, tasks, split, options)
-
-    def merger(self, config: MergeConfig) -> Merger:
-        """Return a merger of the experts that `config` names. It surveys them once and merges them repeatedly."""
-        experts = {name: self.experts[name] for name in config.experts}
-        models = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *experts.values())]
-        plan = plan_of(replace(self.job, merge=config), models, self.mesh.devices.shape, again=True)
-        norms = norms_of_experts(self.job, experts) if config.is_calibrated else None
-        layout = Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
-        return Merger(self.base, experts, config, self.mesh, layout, norms, quiet=True)
 
     def merged(
         self, name: str, merger: Merger, tasks: Sequence[Task], split: Split = "test", options=None, **overrides
@@ -88,14 +68,16 @@ class Candidates:
         `overrides` replace the merger's `factors` and `coefficients`.
         """
         if processes.count() == 1:
-            return merged_model(merger, self.companion.directory, **overrides)
+            return merged_model(merger, self.opened.tokenizer.directory, **overrides)
         config, base = merger.merge_config(**overrides), self.base
         directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator has read
         owner = owners(base.specs, processes.count())
         tensors = output_tensors(base, config)
         with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
             merger(writer, **overrides)
-            writer.commit(with_dtype(base.config, config.output_dtype or base.dtype.name), self.companion.directory)
+            writer.commit(
+                with_dtype(base.config, config.output_dtype or base.dtype.name), self.opened.tokenizer.directory
+            )
         if self._written != directory:
             self._remove_written()
         self._written = directory
@@ -119,8 +101,3 @@ class Candidates:
         calibration = Path(self.job.calibration).read_text() if config.is_calibrated else None
         code = [jax.__version__, ARITHMETIC]
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])
-
-    @property
-    def companion(self) -> Checkpoint:
-        """The model whose tokenizer files and generation config a merge gets."""
-        return self.base if self.job.tokenizer == "base" else self.experts[self.job.tokenizer]

@@ -121,7 +121,7 @@ def search_expert(
     options = replace(candidates.evaluation.options, limit=factor_search.limit)
     dense = candidates.dense(name, tasks, factor_search.split, options=options)
     check_solvable(name, dense, factor_search.split)
-    merger = candidates.merger(alone)
+    merger = candidates.opened.merger(alone)
     searched = Searched(name, alone.partitions, factor_search.split, dense)
     file = workdir / f"search-{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)

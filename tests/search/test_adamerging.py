@@ -25,15 +25,11 @@ from dppa_jax.model import LlamaConfig, forward, generate
 from dppa_jax.report.coefficient_figures import draw_adamerging
 from dppa_jax.report.styles import svg
 from dppa_jax.runtime.mesh import make_mesh
-from dppa_jax.search.adamerging import (
-    AdaMerged,
-    Step,
-    adamerge,
-    coefficients_of,
-    fixed_coefficients,
-    groups_of,
-)
+from dppa_jax.search.adamerging import adamerge
+from dppa_jax.search.adamerging_state import AdaMerged
+from dppa_jax.search.adamerging_step import Step, coefficients_of
 from dppa_jax.search.candidates import Candidates
+from dppa_jax.search.coefficients import fixed_coefficients, groups_of
 from dppa_jax.search.mixture import Mixture
 from dppa_jax.search.prompts import draw, prompts_of
 from dppa_jax.where import load_tree

@@ -117,7 +117,7 @@ def test_method_1_is_walked_by_default_only_where_it_can_win():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_random_scores_reduce_factors_from_dare_s(rule: str):
-    config = search_defaults((0.9, 0.8), "random", rule=rule)
+    config = search_defaults((0.9, 0.8), random=True, rule=rule)
     found = search(lambda f: 1 - (f[0] - 8) ** 2 / 100 - (f[1] - 4.5) ** 2 / 100, 2, config)
     first = {visit.method: visit.factors for visit in reversed(found.visits)}
     assert first[2] == (5.0, 5.0)  # plain DARE at the target
@@ -127,7 +127,7 @@ def test_random_scores_reduce_factors_from_dare_s(rule: str):
 
 
 def test_magnitude_scores_raise_factors_from_one():
-    config = search_defaults((0.9, 0.8), "magnitude", max_evaluations=7)
+    config = search_defaults((0.9, 0.8), max_evaluations=7)
     assert (config.start, config.step, config.max_evaluations) == ((1.0,), (0.1,), 7)
 
 

@@ -1,0 +1,72 @@
+"""What a job has opened: base and experts, the devices, and where the output goes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.run import JobConfig
+from dppa_jax.merging.activations import norms_of_experts
+from dppa_jax.merging.bounds import Norms
+from dppa_jax.merging.merger import Layout, Merger
+from dppa_jax.merging.plan import Plan, plan_of
+from dppa_jax.runtime import processes
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The models of a job, opened and checked once, and closed when the `with` block ends.
+
+    Attributes:
+      outputs: the directories to write, by "--output" or by the expert whose delta goes there; none for a job that
+        writes no model.
+      mesh: the devices of this process.
+    """
+
+    job: JobConfig
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    outputs: Mapping[str, Path]
+    mesh: Mesh
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for model in self.models.values():
+            model.close()
+
+    @property
+    def models(self) -> dict[str, Checkpoint]:
+        """Base and experts by name, base first."""
+        return {"base": self.base, **self.experts}
+
+    @property
+    def tokenizer(self) -> Checkpoint:
+        """The model whose tokenizer files, chat template and generation config a merge gets (--tokenizer)."""
+        return self.models[self.job.tokenizer]
+
+    def chosen(self, merge: MergeConfig) -> dict[str, Checkpoint]:
+        """The experts that a merge names."""
+        return {name: self.experts[name] for name in merge.experts}
+
+    def plan(self, merge: MergeConfig, repeated: bool = False) -> Plan:
+        """Plan one merge, or with `repeated` many of the same models."""
+        configs = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *self.chosen(merge).values())]
+        return plan_of(replace(self.job, merge=merge), configs, self.mesh.devices.shape, repeated)
+
+    def layout(self, plan: Plan) -> Layout:
+        """Cut the work of this process as the plan says."""
+        return Layout(plan.block_layers, plan.resident, processes.count(), processes.index())
+
+    def norms(self, merge: MergeConfig) -> Norms | None:
+        """Compute activation norms on --calibration text, where the score of a merge needs them."""
+        return norms_of_experts(replace(self.job, merge=merge), self.chosen(merge)) if merge.is_calibrated else None
+
+    def merger(self, merge: MergeConfig) -> Merger:
+        """Prepare many merges that differ in factors and coefficients alone."""
+        layout = self.layout(self.plan(merge, repeated=True))
+        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, self.norms(merge), quiet=True)
