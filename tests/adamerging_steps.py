@@ -28,9 +28,9 @@ def steps(mesh: str) -> dict[str, np.ndarray]:
     tokens = [generator.integers(1, base.config["vocab_size"], n).tolist() for n in (5, 17, 9, 12)]
     batch = draw({"math": prompts_of(tokens, "all")}, 0, 4, seed=0)
     mixture = Mixture(base, experts, MERGE, make_mesh(mesh))
-    groups, of_tensor = groups_of("linear", base.specs)
-    step = Step(mixture, of_tensor, fixed_coefficients(MERGE, base.specs), 1e-3)
-    entropies, gradient = step.gradient(np.full((len(groups), len(EXPERTS)), 0.3, np.float32), batch)
+    groups = groups_of("linear", base.specs)
+    step = Step(mixture, groups.of_tensor, fixed_coefficients(MERGE, base.specs), 1e-3)
+    entropies, gradient = step.gradient(np.full((len(groups.names), len(EXPERTS)), 0.3, np.float32), batch)
     return {
         "entropies": entropies,
         "gradient": gradient,

@@ -16,6 +16,9 @@ from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.config.merge import MergeConfig, read_coefficients
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import AdaMergingConfig
+from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.scale import SCALES
+from dppa_jax.delta.score import SCORES
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.items import Item
 from dppa_jax.evaluate.local import JaxEvaluator
@@ -44,6 +47,11 @@ MERGES = {
     "column": {"method": "magnitude", "score": "column", "rate": 0.5},
     "rules": {"method": "task_arithmetic", "tensor_coefficients": ((r"layers\.1\..*o_proj", 0.9),)},
 }
+OTHERS = {  # presets whose score or scale no row above has
+    name: {"method": name, "rate": 0.7}
+    for name, method in METHODS.items()
+    if method.combine == "sum" and (SCORES[method.score or "magnitude"].gain or SCALES[method.scale].parameters)
+}
 START = 0.3
 
 
@@ -56,8 +64,8 @@ def step_of(
     base, experts, merge: MergeConfig, mesh: str = ONE_DEVICE, granularity: str = "linear"
 ) -> tuple[Step, tuple]:
     mixture = Mixture(base, experts, merge, make_mesh(mesh), random_norms(base, EXPERTS))
-    groups, of_tensor = groups_of(granularity, base.specs)
-    return Step(mixture, of_tensor, fixed_coefficients(merge, base.specs), 1e-3), groups
+    groups = groups_of(granularity, base.specs)
+    return Step(mixture, groups.of_tensor, fixed_coefficients(merge, base.specs), 1e-3), groups.names
 
 
 def entropies(config: dict, tree: dict, prompts) -> list[float]:
@@ -84,11 +92,13 @@ def as_tree(base, tensors: dict) -> dict:
     return Model(base.config, jax.tree.map(stack, tree, is_leaf=lambda x: isinstance(x, list))).tree
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*zip(MERGES, itertools.cycle(["float32", "bfloat16"]), strict=False)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*zip(MERGES | OTHERS, itertools.cycle(["float32", "bfloat16"]), strict=False)]
+)
 def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_measured(name, dtype):
     sizes = AWKWARD | {"head_dim": 30, "vocab_size": 4500, "tie_word_embeddings": name == "random"}
     base, experts = make_family(EXPERTS, dtype, **sizes)
-    merge = MergeConfig(EXPERTS, **MERGES[name])
+    merge = MergeConfig(EXPERTS, **(MERGES | OTHERS)[name])
     step, groups = step_of(base, experts, merge)
     raw = np.random.default_rng(1).uniform(0.1, 0.9, (len(groups), len(EXPERTS))).astype(np.float32)
     prompts = prompts_of(tokens(4500), "all")
@@ -162,7 +172,7 @@ def test_a_rule_for_a_tensor_decides_and_its_group_gets_no_gradient():
 def test_groups_are_one_or_the_layers_and_the_rest_or_the_tensors():
     specs = make_family(EXPERTS)[0].specs
     assert groups_of("task", specs)[0] == ("all",)
-    groups, of_tensor = groups_of("layer", specs)
+    groups, of_tensor, _ = groups_of("layer", specs)
     assert groups == ("layer 0", "layer 1", "layer 2", "outside the layers")
     assert [groups[g] for g in of_tensor[:2]] == ["outside the layers", "layer 0"]
     assert groups_of("linear", specs)[0] == tuple(specs)
@@ -332,7 +342,7 @@ def test_a_domain_without_prompts_is_refused(run):
 @pytest.mark.parametrize("granularity", ["task", "layer", "linear"])
 def test_figure_shows_entropies_and_coefficients(granularity):
     specs = make_family(EXPERTS)[0].specs
-    groups, _ = groups_of(granularity, specs)
+    groups, *_ = groups_of(granularity, specs)
     history = np.random.default_rng(0).uniform(0.2, 0.4, (20, len(groups), 2)).astype(np.float32)
     parts = np.linspace((3.0, 2.0), (1.0, 1.5), 20)
     found = AdaMerged(EXPERTS, EXPERTS, groups, granularity, {}, parts.sum(axis=1), parts, history, history[-1])
