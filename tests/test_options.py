@@ -11,7 +11,7 @@ from dppa_jax.config import merge
 from dppa_jax.config.merge import MergeConfig, method_option
 from dppa_jax.config.option import REQUIRED, check, option, options, same
 from dppa_jax.config.report import Sweep
-from dppa_jax.delta.presets import METHODS, PARAMETERS
+from dppa_jax.delta.presets import METHODS, PARAMETERS, Parameter
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 from dppa_jax.flags import BY_NAME, CONFIGS, make

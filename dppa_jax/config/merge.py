@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
-from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.presets import METHODS, PARAMETERS
 
 A_RATE = {  # the bounds of an option
     "within": (0, 1),
