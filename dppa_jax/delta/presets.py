@@ -27,7 +27,9 @@ class Parameter(NamedTuple):
     upper: float
 
 
-PARAMETERS: dict[str, Parameter] = {}  # by the name of their flag; a score or scale lists those that it takes
+PARAMETERS = {  # by the name of their flag; a score or scale lists those that it takes
+    "della_window": Parameter(0.15, "DELLA: keep probabilities are spread over this, by the rank in a row", 0.0, 1.0),
+}
 
 METHODS = {
     "task_arithmetic": Method(None, None, "none", "sum", "Ilharco et al. 2023"),
@@ -38,6 +40,8 @@ METHODS = {
     "dare": Method("random", "uniform", "dare", "sum", "Yu et al. 2023"),
     "dare_dpa": Method("random", "uniform", "partition", "sum", "Zhu et al. 2024, section 4.6"),
     "darex_q": Method("random", "uniform", "q", "sum", "Deng et al. 2024"),
+    "della_linear": Method("della", "uniform", "dare", "sum", "Deep et al. 2024"),
+    "della": Method("della", "uniform", "dare", "ties", "Deep et al. 2024"),
     "ties": Method("magnitude", "uniform", "none", "ties", "Yadav et al. 2023"),
     "dare_ties": Method("random", "uniform", "dare", "ties", "Yu et al. 2023 with Yadav et al. 2023"),
 }

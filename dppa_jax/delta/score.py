@@ -132,6 +132,27 @@ def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], colum
     return x ^ (x >> 15)
 
 
+def della(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, della_window: float) -> Keys:
+    """Draw u as `random` does, and move it by the rank of |δ| within its row: the larger |δ|, the likelier it is kept.
+
+    The keep probability is 1−p + w·(r/(n−1) − ½), with r the rank from 0 for the smallest |δ| and n the columns. The
+    window w is `della_window`, or less where the probability would leave [0, 1]. `inputs` are the two words of
+    `row_words` and the bits of the density 1−p. Source: Deep et al. 2024 (DELLA, MagPrune), section 3.1.
+    """
+    shift = _della_shift(delta, inputs, della_window)
+    moved = (jnp.abs(shift) * 2.0**32).astype(jnp.uint32)
+    u = random(delta, inputs, column)
+    up = jnp.where(u > LAST_BOUND - moved, LAST_BOUND, u + moved)
+    return jnp.where(shift >= 0, up, jnp.where(u < moved, np.uint32(0), u - moved))
+
+
+def della_gain(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, della_window: float) -> Delta:
+    """(1−p) / keep probability: with DARE's 1/(1−p), a kept element is divided by its own probability."""
+    density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
+    keeps = density + _della_shift(delta, inputs, della_window)
+    return jnp.where(keeps > 0, density / keeps, 0)
+
+
 def wanda(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array], column: Columns) -> Keys:
     """Rank by |δ_ij| · ‖x_j‖, ‖x_j‖ being the norm of input j over calibration tokens. Source: Sun et al. 2023, eq. 1.
 
@@ -178,13 +199,33 @@ def _random_inputs(rows: Rows) -> np.ndarray:
     return row_words(rows.seed, rows.expert, rows.tensor, rows.start, rows.stop)
 
 
+def _della_inputs(rows: Rows) -> np.ndarray:
+    density = np.full((rows.stop - rows.start, 1), 1.0 - rows.rate, np.float32)
+    return np.concatenate([_random_inputs(rows), density.view(np.uint32)], axis=1)
+
+
 SCORES = {
     "magnitude": Score(magnitude),
     "random": Score(random, Inputs(_random_inputs, sees_weights=False), random=True),
+    "della": Score(
+        della,
+        Inputs(_della_inputs, sees_weights=False),
+        random=True,
+        gain=della_gain,
+        parameters=("della_window",),
+    ),
     "wanda": Score(wanda, Inputs(lambda rows: rows.norms, per_column=True), calibrated=True),
     "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None])),
     "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True)),
 }
+
+
+def _della_shift(delta: Delta, inputs: UInt32[Array, "rows 3"], window: float) -> Delta:
+    """What is added to the keep probability 1−p: from −w/2 for the smallest |δ| of a row to w/2 for the largest."""
+    density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
+    width = jnp.minimum(window, 2 * jnp.minimum(density, 1 - density))
+    rank = jnp.argsort(jnp.argsort(jnp.abs(delta), axis=1), axis=1).astype(jnp.float32)
+    return width * (rank / max(delta.shape[1] - 1, 1) - 0.5)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
