@@ -28,6 +28,9 @@ class Parameter(NamedTuple):
 
 
 PARAMETERS = {  # by the name of their flag; a score or scale lists those that it takes
+    "breadcrumbs_gamma": Parameter(
+        0.01, "Breadcrumbs: share of the largest elements that is removed", 0.0, 1.0
+    ),
     "della_window": Parameter(0.15, "DELLA: keep probabilities are spread over this, by the rank in a row", 0.0, 1.0),
 }
 
@@ -35,6 +38,8 @@ METHODS = {
     "task_arithmetic": Method(None, None, "none", "sum", "Ilharco et al. 2023"),
     "magnitude": Method("magnitude", "uniform", "none", "sum", "Han et al. 2015"),
     "owl": Method("magnitude", "owl", "none", "sum", "Yin et al. 2023"),
+    "breadcrumbs": Method("magnitude", "uniform", "breadcrumbs", "sum", "Davari & Belilovsky 2023"),
+    "breadcrumbs_ties": Method("magnitude", "uniform", "breadcrumbs", "ties", "Davari & Belilovsky 2023 with TIES"),
     "dp": Method("magnitude", "dp", "none", "sum", "Zhu et al. 2024, section 3.3.1"),
     "dppa": Method("magnitude", "dp", "partition", "sum", "Zhu et al. 2024"),
     "dare": Method("random", "uniform", "dare", "sum", "Yu et al. 2023"),

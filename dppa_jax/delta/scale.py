@@ -78,10 +78,31 @@ def partition(rates: np.ndarray, factors: tuple[float, ...], combine: str = "hig
     return np.broadcast_to(weights, rates.shape).copy()
 
 
+def breadcrumbs_rates(rate: float, parameters: Mapping[str, float]) -> tuple[float, float]:
+    """Cut off both ends of the score: the largest γ, and the smallest until the density 1−p is reached.
+
+    So the partition above rate 1−γ weighs 0, and that above rate p−γ weighs 1. At a rate below γ only the largest p go.
+    Source: Davari & Belilovsky 2023 (Breadcrumbs), with the density as mergekit has it: γ counts as removed.
+
+    >>> breadcrumbs_rates(0.75, {"breadcrumbs_gamma": 0.25})
+    (0.75, 0.5)
+    """
+    gamma = min(parameters["breadcrumbs_gamma"], rate)
+    return 1.0 - gamma, rate - gamma
+
+
+def breadcrumbs(rates: np.ndarray) -> np.ndarray:
+    """Weigh the upper of two partitions by 0 and the lower by 1."""
+    return np.stack([np.zeros_like(rates[0]), np.ones_like(rates[1])])
+
+
 SCALES = {
     "none": Scale(lambda rates, numbers: none(rates)),
     "dare": Scale(lambda rates, numbers: dare(rates)),
     "q": Scale(lambda rates, numbers: q(rates, numbers.q), takes_q=True),
+    "breadcrumbs": Scale(
+        lambda rates, numbers: breadcrumbs(rates), rates=breadcrumbs_rates, parameters=("breadcrumbs_gamma",)
+    ),
     "partition": Scale(
         lambda rates, numbers: partition(rates, numbers.factors, numbers.dpa_combine), takes_factors=True
     ),
