@@ -62,7 +62,7 @@ def processes(interpreter: str) -> list[psutil.Process]:
 
 def test_answers_follow_the_weights_that_are_handed_over(vllm, family):
     base, expert = dppa_jax.load(family / "base"), dppa_jax.load(family / "math")
-    merged = dppa_jax.merging(base, {"math": expert}, "magnitude", rate=0.5)
+    merged = dppa_jax.merge(base, {"math": expert}, "magnitude", rate=0.5)
     answers = []
     for weights in (family / "base", merged, expert, family / "base"):
         vllm.use(weights)
