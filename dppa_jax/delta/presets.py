@@ -28,9 +28,7 @@ class Parameter(NamedTuple):
 
 
 PARAMETERS = {  # by the name of their flag; a score or scale lists those that it takes
-    "breadcrumbs_gamma": Parameter(
-        0.01, "Breadcrumbs: share of the largest elements that is removed", 0.0, 1.0
-    ),
+    "breadcrumbs_gamma": Parameter(0.01, "Breadcrumbs: share of the largest elements that is removed", 0.0, 1.0),
     "della_window": Parameter(0.15, "DELLA: keep probabilities are spread over this, by the rank in a row", 0.0, 1.0),
 }
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
+from dppa_jax.architecture.table import ARCHITECTURES, architecture_of
+from dppa_jax.checkpoint import read_config
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
@@ -80,8 +82,20 @@ def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) 
         yield candidates
 
 
+def check_forward(directory: Path) -> None:
+    """Refuse a model that cannot be evaluated here, before any work is done."""
+    config = read_config(directory)
+    if not architecture_of(config).forward:
+        able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes)
+        raise ValueError(
+            f"{directory}: {config.get('architectures', ['?'])[0]} can be merged, and not yet evaluated, searched or "
+            f"tuned here, as {able} can: leave out --evaluate, and evaluate the output with another program."
+        )
+
+
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the model that --tokenizer names."""
+    check_forward(locate(job.base, job.merge.seed))
     tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
 
