@@ -17,7 +17,7 @@ DPPA = ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3"]
 BLOCK_PARTS = 9  # seven linears and two norms
 
 processes = multiprocessing.get_context("forkserver")  # a fresh process without a second of imports
-processes.set_forkserver_preload(["jax", "dppa_jax.jobs.merge", "dppa_jax.launch"])
+processes.set_forkserver_preload(["jax", "dppa_jax.jobs.write_merge", "dppa_jax.launch"])
 
 
 def killed_after(events: int, log: Path, environment: dict, flags: list[str]) -> None:

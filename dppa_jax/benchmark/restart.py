@@ -19,8 +19,8 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.evaluation import make_evaluator
 from dppa_jax.jobs.evaluated import check_search, domains_of, evaluated_candidates
-from dppa_jax.jobs.merge import write_merge
 from dppa_jax.jobs.models import open_job
+from dppa_jax.jobs.write_merge import write_merge
 from dppa_jax.runtime.progress import console
 
 CANDIDATES = 5

@@ -15,9 +15,9 @@ from dppa_jax.jobs.evaluated import (
     evaluated_candidates,
     find_coefficients,
 )
-from dppa_jax.jobs.merge import write_merge
 from dppa_jax.jobs.models import check_outputs
 from dppa_jax.jobs.search import search_and_print
+from dppa_jax.jobs.write_merge import write_merge
 from dppa_jax.merging.merger import Outcome
 from dppa_jax.report.paper import merge_table, published_merge
 from dppa_jax.report.published import is_papers

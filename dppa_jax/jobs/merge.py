@@ -1,29 +1,9 @@
-"""--job=merge: base and experts in, one model with its recipe and model card out."""
+"""--job=merge: base and experts in, one model out, evaluated where the job asks for it."""
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
-from pathlib import Path
-
-import jax
-import numpy as np
-from absl import logging
-
-from dppa_jax.architecture.specs import CheckpointError, with_dtype
-from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
-from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
-from dppa_jax.checkpoint.output import check_space
-from dppa_jax.checkpoint.safetensors_writer import total_bytes
 from dppa_jax.config.run import JobConfig
-from dppa_jax.jobs.models import check_outputs, open_job
-from dppa_jax.merging.blocks import owners
-from dppa_jax.merging.identity import common_identity, input_identity, journal_of
-from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
-from dppa_jax.merging.opened import Opened
-from dppa_jax.merging.survey import NonfiniteError
-from dppa_jax.runtime import processes, signals
-from dppa_jax.runtime.memory import peak_resident
+from dppa_jax.jobs.models import open_job
+from dppa_jax.jobs.write_merge import write_merge
+from dppa_jax.merging.merger import Outcome
 
 
 def run_merge(job: JobConfig) -> Outcome:
@@ -32,104 +12,5 @@ def run_merge(job: JobConfig) -> Outcome:
         from dppa_jax.jobs.evaluated_merge import run_evaluated_merge  # a second of imports
 
         return run_evaluated_merge(job)
-    check_outputs(job)
     with open_job(job, writes=True) as opened:
         return write_merge(opened)
-
-
-def write_merge(opened: Opened) -> Outcome:
-    """Merge with given numbers into the job's output: a Hugging Face directory with recipe.json and a model card."""
-    started = time.perf_counter()
-    job, base, merge = opened.job, opened.base, opened.job.merge
-    if merge.has_plain_factors and not job.search:
-        logging.warning(
-            "--factors: all are the plain ones, so that --method=%s amplifies nothing; --factors=search "
-            "--evaluate=TASKS finds factors on tasks of the experts' domains",
-            merge.method,
-        )
-    plan = opened.plan(merge)
-    for what, value in plan.lines():
-        (logging.info if plan.fits else logging.warning)("plan: %s: %s", what, value)
-    layout, norms = opened.layout(plan), opened.norms(merge)
-    identity = identity_of(opened, layout) if job.resume else ""
-    with ExitStack() as stack:
-        writers = {name: stack.enter_context(writer) for name, writer in _writers(opened, identity)}
-        writer = writers.pop("--output")
-        journal = stack.enter_context(journal_of((writer, *writers.values()), identity))
-        try:
-            outcome = merge_checkpoints(
-                base, opened.experts, merge, writer, opened.mesh, layout, writers, norms, journal=journal
-            )
-        except NonfiniteError as error:
-            raise _damaged(error, opened.models) from error
-        texts = _texts(opened, outcome, _cost(outcome, (writer, *writers.values()), started))
-        signals.check()
-        for delta in writers.values():
-            delta.complete(with_dtype(base.config, merge.delta_dtype), base.directory)
-        config = with_dtype(base.config, merge.output_dtype or base.dtype.name)
-        writer.complete(config, opened.tokenizer.directory, texts)
-        for whole in (*writers.values(), writer):
-            whole.publish()
-    logging.info("wrote %s in %.1f s", job.output, time.perf_counter() - started)
-    return outcome
-
-
-def identity_of(opened: Opened, layout: Layout) -> str:
-    """Hash all that decides what a merge writes."""
-    job = opened.job
-    inputs = {name: input_identity(model) for name, model in opened.models.items()}
-    calibration = Path(job.calibration).read_text() if job.calibration else ""
-    outputs = {flag: str(where) for flag, where in opened.outputs.items()}
-    computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration]
-    return common_identity([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
-
-
-def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float) -> dict:
-    """Return the time, the bytes that each process read and wrote, and the largest peak of resident memory."""
-    mine = outcome.bytes_read, sum(w.nbytes for w in writers), peak_resident()
-    read, written, peak = zip(*processes.exchange("cost", mine), strict=True)
-    cost = {"seconds": round(time.perf_counter() - started, 3), "bytes_read": sum(read), "bytes_written": sum(written)}
-    cost |= {"peak_memory": max(peak)}
-    return cost | ({"processes": {"bytes_read": read, "bytes_written": written}} if len(read) > 1 else {})
-
-
-def _writers(opened: Opened, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
-    job, base = opened.job, opened.base
-    dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
-    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in opened.outputs}
-    tensors["--output"] = output_tensors(base, job.merge)
-    check_space({where: total_bytes(tensors[name]) for name, where in opened.outputs.items()})
-    owner = owners(base.specs, processes.count())
-    for name, where in opened.outputs.items():
-        yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite, identity, owner)
-
-
-def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> CheckpointError:
-    """Return the error with the file and the place of the first NaN or Inf."""
-    for name, model in models.items():
-        bad = np.argwhere(~np.isfinite(model.read(error.tensor).astype(np.float32)))
-        if len(bad):
-            return CheckpointError(
-                f"{model.tensors[error.tensor].file}: {error.tensor} of {name!r} holds {len(bad)} NaN or Inf, the "
-                f"first at {tuple(bad[0].tolist())}: damaged, or overflowed in training. Fetch it again; or "
-                f"--allow_nonfinite lets such a delta count as 0."
-            )
-    return error
-
-
-def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
-    """Return the contents of recipe.json and README.md, by name."""
-    job, models = opened.job, opened.models
-    config, where = job.merge.as_dict(), {"base": job.base, **job.experts}
-    inputs = {
-        name: {"where": where[name], "directory": str(model.directory), "fingerprint": model.fingerprint()}
-        for name, model in models.items()
-    }
-    tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
-    cards = [model.directory / "README.md" for model in models.values()]
-    licences = [licence(card.read_text(errors="replace")) if card.is_file() else "unknown" for card in cards]
-    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
-    return {
-        "recipe.json": recipe(job.flags, config, inputs, tables, outcome.linears, job.merge.rates, cost),
-        "README.md": card,
-    }

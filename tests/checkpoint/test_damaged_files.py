@@ -336,7 +336,7 @@ def test_links_are_looked_at_before_the_work(merge, tmp_path, monkeypatch):
     def working(*_):
         raise AssertionError("the merge has begun")
 
-    monkeypatch.setattr("dppa_jax.jobs.merge.merge_checkpoints", working)
+    monkeypatch.setattr("dppa_jax.jobs.write_merge.merge_checkpoints", working)
     (merge.law / "tokenizer.json").rename(tmp_path / "outside")
     (merge.law / "tokenizer.json").symlink_to(tmp_path / "outside")
     assert f"{merge.law}/tokenizer.json leads outside the directory" in merge.refusal("--tokenizer=law")
