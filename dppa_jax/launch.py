@@ -4,6 +4,7 @@ import ctypes
 import logging as python_logging
 import os
 import sys
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -18,6 +19,7 @@ from dppa_jax.from_flags import (
     resolved_flags,
     sweep,
 )
+from dppa_jax.runtime.files import PACKAGE
 from dppa_jax.runtime.signals import end_on_signals
 
 FLAGS = flags.FLAGS
@@ -185,8 +187,8 @@ def _keep_memory() -> None:
 
 
 def _worth_telling(record: python_logging.LogRecord) -> bool:
-    """Orbax tells of every object it makes."""
-    return record.levelno >= python_logging.WARNING or "orbax" not in record.pathname
+    """Return whether a log line is a warning or ours: Orbax tells of every object it makes, matplotlib of its fonts."""
+    return record.levelno >= python_logging.WARNING or Path(record.pathname).is_relative_to(PACKAGE)
 
 
 def run() -> None:
@@ -195,9 +197,8 @@ def run() -> None:
         return
     end_on_signals()
     logging.set_verbosity(logging.INFO)
-    python_logging.getLogger("jax").setLevel(python_logging.WARNING)  # it tells of every platform it does not find
     logging.set_stderrthreshold("info")
-    logging.get_absl_logger().addFilter(_worth_telling)
+    logging.get_absl_handler().addFilter(_worth_telling)
     app.run(main)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from dppa_jax.checkpoint.in_memory import Model
+from dppa_jax.checkpoint.tokenizer import load_tokenizer
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Item, Split, Task
@@ -262,11 +263,9 @@ def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir
       tokenizer_directory: a directory with the tokenizer files of the models.
       workdir: gets the responses, in a folder of their own, and the log of vLLM.
     """
-    from transformers import AutoTokenizer  # takes seconds, which other jobs should not pay
-
     evaluator = make_evaluator(config, workdir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+        tokenizer = load_tokenizer(tokenizer_directory)
         yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses", config.resume)
     finally:
         evaluator.close()

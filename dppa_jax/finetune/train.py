@@ -221,7 +221,7 @@ def _compiler_options(mesh: Mesh) -> dict | None:
 
 
 def _update_of(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh) -> Callable:
-    """Return the optimiser step: a function of state, learning rate and rows, shaped (parts, rows of a part, tokens)."""
+    """Return the optimiser step: a function of state, learning rate and rows (parts, rows of a part, tokens)."""
     shardings = state_shardings(config, optimizer, mesh)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 

@@ -14,6 +14,7 @@ from dppa_jax.jobs.evaluated import (
 from dppa_jax.report.sections import (
     finish,
     new_report,
+    show,
 )
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
@@ -51,5 +52,6 @@ def run_evaluate(
             for task in every_task(config.tasks)
         }
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
+        show([table])
         finish(Path(workdir), new_report("Evaluation", command, models, config, evaluation, [table]))
     return found
