@@ -137,7 +137,7 @@ def train_member(
     options, name = replace(TRAINING[member], seed=seed), f"demo:{member} of seed {seed}"
     rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
     started = time.perf_counter()
-    with steps(name, options.steps) as advance:
+    with steps(name, options.steps, "steps") as advance:
 
         def report(_: int, loss: float) -> None:
             if stopped.is_set():
