@@ -162,12 +162,16 @@ def _start_processes(job: str) -> None:
 
 
 def _keep_compilations() -> None:
-    """A merge compiles some forty small functions, 3 s of a run that may take 10: keep them between runs."""
+    """A merge compiles some forty small functions, 3 s of a run that may take 10: keep them between runs.
+
+    They are kept in $JAX_COMPILATION_CACHE_DIR where that is set.
+    """
     import jax
 
     from dppa_jax.runtime.files import cache_directory
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
