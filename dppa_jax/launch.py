@@ -6,6 +6,7 @@ This module has what is the same for all jobs: the first word, logging, signals,
 import logging as python_logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -13,6 +14,7 @@ from dppa_jax.config.option import choose
 from dppa_jax.config.run import StartConfig
 from dppa_jax.flags import BY_NAME, Values, first_screen, make, read_flags, usage
 from dppa_jax.jobs import JOBS
+from dppa_jax.runtime.files import PACKAGE
 from dppa_jax.runtime.signals import end_on_signals
 
 FLAGS = flags.FLAGS
@@ -72,8 +74,8 @@ def _start_processes(start: StartConfig) -> None:
 
 
 def _worth_telling(record: python_logging.LogRecord) -> bool:
-    """Return whether a message is of use: Orbax tells about every object it makes."""
-    return record.levelno >= python_logging.WARNING or "orbax" not in record.pathname
+    """Return whether a log line is a warning or ours: Orbax tells of every object it makes, matplotlib of its fonts."""
+    return record.levelno >= python_logging.WARNING or Path(record.pathname).is_relative_to(PACKAGE)
 
 
 def arguments(given: Sequence[str]) -> list[str]:
@@ -98,9 +100,8 @@ def run() -> None:
         return
     end_on_signals()
     logging.set_verbosity(logging.INFO)
-    python_logging.getLogger("jax").setLevel(python_logging.WARNING)  # it tells of every platform it does not find
     logging.set_stderrthreshold("info")
-    logging.get_absl_logger().addFilter(_worth_telling)
+    logging.get_absl_handler().addFilter(_worth_telling)
     app.run(main, [sys.argv[0], *arguments(given)])
 
 

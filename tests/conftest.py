@@ -1,7 +1,13 @@
-"""Fixtures that tests of several folders share."""
+"""Fixtures that tests of several folders share, and a directory that all processes of a run share.
 
+It is $DPPA_JAX_TEST_CACHE, which several runs may share, or a directory of this run alone. It keeps compilations, by
+program and compiler, and the demo family, by the code that trains it.
+"""
+
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import jax
@@ -12,6 +18,19 @@ from families import write_family
 from dppa_jax import demo
 
 jax.config.update("jax_num_cpu_devices", 8)  # fake ones, for meshes; a subprocess does not inherit them
+
+if "DPPA_JAX_TEST_CACHE" not in os.environ:  # the workers of pytest-xdist find it set
+    os.environ["DPPA_JAX_TEST_CACHE"] = tempfile.mkdtemp(prefix="dppa_jax-tests-")
+    atexit.register(shutil.rmtree, os.environ["DPPA_JAX_TEST_CACHE"], ignore_errors=True)
+CACHE = Path(os.environ["DPPA_JAX_TEST_CACHE"])
+COMPILATIONS = {
+    "jax_compilation_cache_dir": str(CACHE / "xla"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}
+for option, value in COMPILATIONS.items():
+    jax.config.update(option, value)
+    os.environ[option.upper()] = str(value)  # for the processes that tests start
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 
@@ -31,12 +50,10 @@ def golden(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Path:
+def trained() -> Path:
     """The demo family of seed 0, trained once for all processes of the run."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPPA_JAX_CACHE", str(root / "cache"))
+        patch.setenv("DPPA_JAX_CACHE", str(CACHE))
         return demo.directory("base").parent
 
 

@@ -19,7 +19,7 @@ from absl import logging
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.demo.text import TASKS, general_text, stream
-from dppa_jax.demo.tokenizer import save_tokenizer
+from dppa_jax.demo.tokenizer import Encoder, save_tokenizer
 from dppa_jax.finetune.data import Example, encode
 from dppa_jax.finetune.train import STEPS_PER_REPORT, train
 from dppa_jax.model import LlamaConfig, init_tree
@@ -80,13 +80,11 @@ def build(places: dict[int, Path]) -> None:
     Args:
       places: the directory of each family, by seed.
     """
-    from transformers import AutoTokenizer  # takes seconds, which are saved where the family is there
-
     aside = {seed: place.with_name(place.name + ".incomplete") for seed, place in places.items()}
     for directory in aside.values():
         shutil.rmtree(directory, ignore_errors=True)
         save_companions(directory / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+    tokenizer = Encoder(directory / "tokenizer")
     config = model_config(tokenizer)
 
     stopped = threading.Event()
@@ -139,7 +137,7 @@ def train_member(
     options, name = replace(TRAINING[member], seed=seed), f"demo:{member} of seed {seed}"
     rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
     started = time.perf_counter()
-    with steps(name, options.steps) as advance:
+    with steps(name, options.steps, "steps") as advance:
 
         def report(_: int, loss: float) -> None:
             if stopped.is_set():

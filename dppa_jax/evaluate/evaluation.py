@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TextIO, runtime_checkable
 
 from dppa_jax.checkpoint.in_memory import Model
+from dppa_jax.checkpoint.tokenizer import load_tokenizer
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Item, Split, Task
@@ -134,7 +135,10 @@ class Evaluation:
                 for name, group in questions.items()
             }
 
-        return processes.of_first("scores", judged)
+        scores = processes.of_first("scores", judged)
+        for log in logs.values():
+            log.close()
+        return scores
 
     def questions(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> list[Question]:
         """Return a task's items as a model is asked; they are read and encoded once."""
@@ -209,6 +213,7 @@ class ResponseLog:
     def __init__(self, file: Path, key: Mapping):
         self._file, self._key = file, key
         self._lines: dict[tuple[str, str], dict] = {}  # by the item's id and the digest of the prompt's tokens
+        self._out: TextIO | None = None  # opened by the first line that is written
         if not file.is_file():
             return
         text = file.read_text()
@@ -242,15 +247,22 @@ class ResponseLog:
             self._write(line)
         return line["correct"]
 
+    def close(self) -> None:
+        """Close the file; the next line that is written opens it again."""
+        if self._out:
+            self._out.close()
+            self._out = None
+
     def _write(self, line: dict) -> None:
         """Add a line; of several lines of a question the last one counts. They are ASCII: a line cut short is text."""
         self._lines[line["id"], line["tokens"]] = line
-        new = not self._file.is_file()
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        with self._file.open("a") as out:
+        if self._out is None:
+            new = not self._file.is_file()
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._out = self._file.open("a", buffering=1)  # each line is in the file as soon as it is written
             if new:
-                out.write(json.dumps(self._key) + "\n")
-            out.write(json.dumps(line) + "\n")
+                self._out.write(json.dumps(self._key) + "\n")
+        self._out.write(json.dumps(line) + "\n")
 
 
 @contextmanager
@@ -262,11 +274,9 @@ def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir
       tokenizer_directory: a directory with the tokenizer files of the models.
       workdir: gets the responses, in a folder of their own, and the log of vLLM.
     """
-    from transformers import AutoTokenizer  # takes seconds, which other jobs should not pay
-
     evaluator = make_evaluator(config, workdir)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory)
+        tokenizer = load_tokenizer(tokenizer_directory)
         yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses", config.resume)
     finally:
         evaluator.close()

@@ -4,8 +4,9 @@ The mesh has the axes `data` and `fsdp`. Both divide the rows of a batch. `fsdp`
 and its optimiser moments; a layer's weights are gathered when the layer is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import jax
@@ -69,9 +70,9 @@ class Trainer:
                 f"the model together, {options.rows_together}, must be a multiple of the {self.mesh.size} devices."
             )
         self.rates = learning_rates(options)
-        self._update, self._loss = compiled(
-            config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh
-        )
+        decides = config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh
+        self._update, self._loss = compiled(*decides)
+        self._updates = compiled_steps(*decides)
 
     @property
     def shardings(self) -> State:
@@ -107,6 +108,20 @@ class Trainer:
         """
         return self._update(state, self.rates[number], self._placed(rows, self.options.accumulate))
 
+    def steps(self, state: State, first: int, batches: Sequence[Rows]) -> tuple[State, Float[np.ndarray, "steps"]]:
+        """Take a step for each batch, `STEPS_PER_REPORT` at most, in one program; return the losses before them.
+
+        The results are those of as many calls of `step`, up to rounding. A small model gains by it: between two steps
+        nothing waits for Python.
+        """
+        count, missing = len(batches), STEPS_PER_REPORT - len(batches)
+        rates = np.pad(self.rates[first : first + count], (0, missing))
+        placed = [self._split(rows, self.options.accumulate) for rows in [*batches, *missing * batches[:1]]]
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, None, TRAIN_AXES))
+        stacked = jax.tree.map(lambda *arrays: put(np.stack(arrays), sharding), *placed)
+        state, losses = self._updates(state, rates, stacked, count)
+        return state, np.asarray(losses)[:count]
+
     def loss(self, state: State, rows: Rows) -> float:
         """Return the mean cross-entropy, in nats, of the learned tokens of all rows."""
         total = count = 0.0
@@ -120,9 +135,12 @@ class Trainer:
 
     def _placed(self, rows: Rows, parts: int) -> Rows:
         """Put rows on the mesh, shaped (parts, rows of a part, tokens)."""
-        split = lambda array: array.reshape(parts, -1, array.shape[-1])  # noqa: E731
         sharding = NamedSharding(self.mesh, PartitionSpec(None, TRAIN_AXES))
-        return jax.tree.map(lambda array: put(split(array), sharding), rows)
+        return jax.tree.map(lambda array: put(array, sharding), self._split(rows, parts))
+
+    def _split(self, rows: Rows, parts: int) -> Rows:
+        """Return views of the rows, shaped (parts, rows of a part, tokens)."""
+        return jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[-1]), rows)
 
 
 def train(
@@ -148,20 +166,63 @@ def train(
     """
     trainer = Trainer(config, options)
     state = trainer.start(tree)
-    losses: list[Array] = []
-    for number, batch in enumerate(batches(rows.count, options.batch_size, options.steps, options.seed)):
-        state, loss = trainer.step(state, number, rows.take(batch))
-        losses.append(loss)
-        if len(losses) % STEPS_PER_REPORT == 0 or len(losses) == options.steps:
-            report(len(losses), float(loss))
+    losses: list[float] = []
+    order = batches(rows.count, options.batch_size, options.steps, options.seed)
+    while taken := [rows.take(batch) for batch in islice(order, STEPS_PER_REPORT)]:
+        state, found = trainer.steps(state, len(losses), taken)
+        losses += found.tolist()
+        report(len(losses), losses[-1])
     return state.tree, np.array(losses, np.float32)
 
 
 @cache  # the learning rate is an argument of the step, so another schedule needs no new compilation
 def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
     """Return two jitted functions: the optimiser step, and `loss_sums` of one batch."""
-    shardings = state_shardings(config, optimizer, mesh)
     whole = NamedSharding(mesh, PartitionSpec())
+    sums = partial(loss_sums, config, dtype=dtype, remat=remat)
+
+    def batch_loss(tree, rows: Rows):
+        return sums(tree, jax.tree.map(lambda array: array[0], rows))
+
+    return (
+        _jitted_update(_update_of(config, optimizer, accumulate, dtype, remat, mesh), config, optimizer, mesh),
+        jax.jit(batch_loss, out_shardings=whole, compiler_options=_compiler_options(mesh)),
+    )
+
+
+@cache
+def compiled_steps(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
+    """Return a jitted function that takes the first `count` of `STEPS_PER_REPORT` steps.
+
+    Its rows and learning rates have a leading axis of that size.
+    """
+    update = _update_of(config, optimizer, accumulate, dtype, remat, mesh)
+
+    def updates(state: State, learning_rates, rows: Rows, count):
+        def take(number, carry):
+            state, losses = carry
+            state, loss = update(state, learning_rates[number], jax.tree.map(lambda array: array[number], rows))
+            return state, losses.at[number].set(loss)
+
+        return jax.lax.fori_loop(0, count, take, (state, jnp.zeros(STEPS_PER_REPORT)))
+
+    return _jitted_update(updates, config, optimizer, mesh)
+
+
+def _jitted_update(update: Callable, config: LlamaConfig, optimizer: AdamW, mesh: Mesh):
+    """Jit a function of a state, whose memory it reuses, and more; it returns a state and what all devices hold."""
+    shardings, whole = state_shardings(config, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
+    options = _compiler_options(mesh)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options)
+
+
+def _compiler_options(mesh: Mesh) -> dict | None:
+    return WIDE_VECTORS if mesh.devices.flat[0].platform == "cpu" else None
+
+
+def _update_of(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh) -> Callable:
+    """Return the optimiser step: a function of state, learning rate and rows (parts, rows of a part, tokens)."""
+    shardings = state_shardings(config, optimizer, mesh)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 
     def update(state: State, learning_rate, rows: Rows):
@@ -184,14 +245,7 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
         direction, moments = transformation(optimizer).update(gradient, state.moments, state.tree)
         return State(jax.tree.map(lambda w, d: w - learning_rate * d, state.tree, direction), moments), loss
 
-    def batch_loss(tree, rows: Rows):
-        return sums(tree, jax.tree.map(lambda array: array[0], rows))
-
-    options = WIDE_VECTORS if mesh.devices.flat[0].platform == "cpu" else None
-    return (
-        jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options),
-        jax.jit(batch_loss, out_shardings=whole, compiler_options=options),
-    )
+    return update
 
 
 def loss_sums(

@@ -7,7 +7,7 @@ from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.jobs.evaluated import announce, check_tasks
-from dppa_jax.report.sections import finish, new_report
+from dppa_jax.report.sections import finish, new_report, show
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
 from dppa_jax.where import open_checkpoint
@@ -38,5 +38,6 @@ def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
             for task in every_task(config.tasks)
         }
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
+        show([table])
         finish(Path(job.workdir), new_report("Evaluation", job.command, models, config, evaluation, [table]))
     return found

@@ -33,6 +33,7 @@ from dppa_jax.report.sections import (
     search_figures,
     search_notes,
     search_tables,
+    show,
 )
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.progress import steps
@@ -101,6 +102,7 @@ def _report_merge(
     table = merge_table(base, experts, scores, domains, known if is_papers(job.base, job.experts) else None)
     models = {"base": job.base, **job.experts, "merge": job.output}
     tables = [table, *search_tables(searches)]
+    show(tables)
     report = new_report("Merge", job.command, models, job.evaluation, candidates.evaluation, tables)
     report = replace(
         report,

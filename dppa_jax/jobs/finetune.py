@@ -22,6 +22,7 @@ from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.checkpoint.output import check_space, output_directory
 from dppa_jax.checkpoint.stacked import stored_tree
+from dppa_jax.checkpoint.tokenizer import load_tokenizer
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
 from dppa_jax.evaluate.tasks import every_task
@@ -230,9 +231,7 @@ def _read(files: Sequence[str]) -> list[Example]:
 
 
 def _tokenizer(source: Path):
-    from transformers import AutoTokenizer  # takes a second
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{source}: its tokenizer has no end-of-sequence token, by which completions end.")
     return tokenizer

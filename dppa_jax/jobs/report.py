@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from dppa_jax.checkpoint.tokenizer import import_ahead
 from dppa_jax.config.merge import Coefficient, MergeConfig, default_partitions, parameters_of
 from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import JobConfig
@@ -37,6 +38,7 @@ from dppa_jax.report.sections import (
     new_report,
     search_figures,
     search_notes,
+    show,
 )
 from dppa_jax.report.tables import ResultTable
 from dppa_jax.runtime.progress import steps
@@ -199,6 +201,7 @@ def run_report(config: ReportConfig) -> list[ResultTable]:
         check_outputs(job)
     demo = any(where.startswith("demo:") for where in (job.base, *job.experts.values()))
     if demo:
+        import_ahead()
         families(sweep.seeds)  # trains those that are missing, side by side
     searched: dict[int, dict[Compared, Searched]] = {}
     adamerged: dict[int, dict[Compared, AdaMerged]] = {}
@@ -220,6 +223,7 @@ def run_report(config: ReportConfig) -> list[ResultTable]:
                     searched[seed], adamerged[seed] = seed_run.searched, seed_run.adamerged
         models = {"base": job.base, **job.experts}
         tables = paper_tables(measured, domains, len(job.experts), published.is_papers(job.base, job.experts))
+        show(tables)
         report = new_report("Methods and rates", job.command, models, job.evaluation, evaluation, tables)
     shown = sweep.seeds[0]
     searches = {model.name: search for model, search in searched[shown].items()}

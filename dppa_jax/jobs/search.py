@@ -18,6 +18,7 @@ from dppa_jax.report.sections import (
     search_figures,
     search_notes,
     search_tables,
+    show,
 )
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.factors import Searched, print_searches, search_factors
@@ -31,6 +32,7 @@ def run_search(job: JobConfig) -> dict[str, Searched]:
         searches = search_and_print(job, candidates, domains)
         experts = {name: job.experts[name] for name in searches}
         models, tables = {"base": job.base, **experts}, search_tables(searches)
+        show(tables)
         report = new_report("Search of factors", job.command, models, job.evaluation, candidates.evaluation, tables)
         report = replace(report, facts={**report.facts, **search_facts(searches)}, notes=search_notes(searches))
         finish(Path(job.workdir), replace(report, figures=search_figures(searches), data=search_data(searches)))

@@ -319,11 +319,13 @@ def abstract_tree(config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
 def init_tree(config: LlamaConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
     """Draw random weights for pre-training as transformers does: norms are 1, all others normal with `stddev`."""
     leaves, structure = jax.tree.flatten_with_path(abstract_tree(config, dtype))
+    # A draw begins with the same numbers however long it is. So all are as long as the longest, and are compiled once.
+    longest = max(leaf.size for _, leaf in leaves)
+    drawn = lambda key: stddev * jax.random.normal(key, longest, dtype)  # noqa: E731
+    draws = jax.lax.map(drawn, jax.random.split(key, len(leaves)))
     arrays = [
-        jnp.ones(leaf.shape, dtype)
-        if "norm" in path[-1].key
-        else stddev * jax.random.normal(leaf_key, leaf.shape, dtype)
-        for (path, leaf), leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True)
+        jnp.ones(leaf.shape, dtype) if "norm" in path[-1].key else draw[: leaf.size].reshape(leaf.shape)
+        for (path, leaf), draw in zip(leaves, draws, strict=True)
     ]
     return jax.tree.unflatten(structure, arrays)
 

@@ -6,6 +6,8 @@ Source: Zhu et al. 2024, tables 1, 2, 3, 5, 6 and 7 (appendix A).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio, task_ratio
 from dppa_jax.evaluate.scores import Scores
@@ -25,6 +27,8 @@ HIGHEST_RATE = (2, 3)  # tables of single experts at the highest rate alone
 MERGED_TABLES = {3: 5, 2: 6}  # the table of merges, by the number of experts
 
 RATIOS = "Domain ratio: the geometric mean, over a domain's tasks, of accuracy / the dense expert's accuracy."
+MEAN_RATIO = "Accuracy: the mean of the domain ratios, so 100 is what the dense experts reach."
+DENSITY = "Bytes of the delta: its density, 1 - rate: the share of its values in linears that is not set to 0."
 DEDUCED = "( ): not printed in the paper, but its tables 1 and 2 follow from them by its appendix A."
 
 Domains = Mapping[str, Sequence[Task]]
@@ -57,6 +61,8 @@ def paper_tables(
         tables += [builder.merge_ratios(), builder.merge_accuracies()]
     if builder.singles:
         tables.append(builder.appendix())
+    if builder.singles or builder.merges:
+        tables.append(builder.kept())
     return tables
 
 
@@ -227,6 +233,30 @@ class _Tables:
         title = "Accuracy of single experts, pruned (%), like table 7 (appendix A) of the paper"
         return ResultTable(title, "sparse ratio", tuple(map(label, methods)), rows, name="table_7")
 
+    def kept(self) -> ResultTable:
+        """Why one prunes: the share of a delta's bytes that is kept beside the share of the accuracy."""
+        rows: dict[tuple[str, str], list[Cell]] = {}
+        for method, rate in sorted(self.singles, key=lambda single: single[1]):
+            rows["single experts, pruned", self._name(method, rate)] = self._kept(
+                method, rate, lambda m, domain, at=(method, rate): m.single.get((*at, domain))
+            )
+        for key in sorted(self.merges, key=lambda key: key.rate):
+            rows["merge of all experts", self._merge_name(key)] = self._kept(
+                key.method, key.rate, lambda m, _, key=key: m.merged.get(key)
+            )
+        title, columns = "Why prune: what is kept of the delta's bytes and of the accuracy (%)", ("bytes", "accuracy")
+        return ResultTable(title, "method, pruning rate", columns, rows, (DENSITY, MEAN_RATIO, RATIOS), "kept")
+
+    def _kept(self, method: str, rate: float, scores_of: Callable[[Measurements, str], Scores | None]) -> list[Cell]:
+        """Density, and the mean over the domains of the domain ratio."""
+
+        def mean_ratio(m: Measurements) -> float | None:
+            ratios = [_ratio(scores_of(m, domain), m, tasks) for domain, tasks in self.domains.items()]
+            return None if None in ratios else float(np.mean(ratios))
+
+        density = 1.0 - rate if METHODS[method].score else 1.0
+        return [Cell((density,)), Cell(self._over_seeds(mean_ratio))]
+
     def _base(self, task: Task) -> Cell:
         return Cell.of_scores([m.base[task.name] for m in self.dense_seeds])
 
@@ -260,8 +290,11 @@ class _Tables:
         return sorted(self.merges, key=lambda key: (METHODS[key.method].score is not None, -key.rate))
 
     def _merge_name(self, key: Merged) -> str:
-        name = label(key.method) + (f", {label(key.coefficients)}" if key.coefficients else "")
-        return f"{name} {percent(key.rate)}" if METHODS[key.method].score else name
+        return self._name(key.method, key.rate, f", {label(key.coefficients)}" if key.coefficients else "")
+
+    def _name(self, method: str, rate: float, more: str = "") -> str:
+        name = label(method) + more
+        return f"{name} {percent(rate)}" if METHODS[method].score else name
 
 
 def _ratio(scores: Scores | None, measured: Measurements, tasks: Sequence[Task]) -> float | None:

@@ -138,11 +138,15 @@ def new_report(
     return Report(title, command, models, facts, tables, choices=choices)
 
 
+def show(tables: Sequence[ResultTable]) -> None:
+    """Print tables, in the first process only; before the figures, which take seconds to draw."""
+    for table in tables:
+        console().print(table.printed())
+
+
 def finish(workdir: Path, report: Report) -> None:
-    """Print the tables and write the report, in the first process only."""
+    """Write the report, in the first process only."""
     if processes.index():
         return
-    for table in report.tables:
-        console().print(table.printed())
     write_report(workdir, report)
     logging.info("report: %s", workdir / "report.html")

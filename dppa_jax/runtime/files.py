@@ -5,12 +5,18 @@ import json
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
 PACKAGE = Path(__file__).parent.parent
 
 
 def cache_directory() -> Path:
-    """Return $DPPA_JAX_CACHE, or ~/.cache/dppa_jax. It holds compiled functions and the demo family."""
-    return Path(os.environ.get("DPPA_JAX_CACHE") or Path.home() / ".cache" / "dppa_jax")
+    """Return the directory of compiled functions and the demo family.
+
+    It is $DPPA_JAX_CACHE where that is set, else `dppa_jax` in the user's cache directory: $XDG_CACHE_HOME or ~/.cache
+    on Linux.
+    """
+    return Path(os.environ.get("DPPA_JAX_CACHE") or user_cache_path("dppa_jax", appauthor=False))
 
 
 def digest(content) -> str:

@@ -7,10 +7,14 @@ from dppa_jax.runtime.files import cache_directory
 
 
 def keep_compilations() -> None:
-    """Keep what JAX compiles between runs: a merge compiles some forty small functions, 3 s of a run of 10 s."""
+    """Keep what JAX compiles between runs: a merge compiles some forty small functions, 3 s of a run of 10 s.
+
+    $JAX_COMPILATION_CACHE_DIR says where, if it is set.
+    """
     import jax
 
-    jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

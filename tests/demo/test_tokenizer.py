@@ -7,13 +7,18 @@ from transformers import AutoTokenizer
 
 from dppa_jax.demo.family import model_config
 from dppa_jax.demo.text import GENERATORS, held_out, stream
-from dppa_jax.demo.tokenizer import save_tokenizer
+from dppa_jax.demo.tokenizer import Encoder, save_tokenizer
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
+def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
     return AutoTokenizer.from_pretrained(directory)
 
 
@@ -49,3 +54,12 @@ def test_special_tokens_are_those_of_the_model(tokenizer):
     assert tokenizer.pad_token_id is not None
     assert config.vocab_size == max(tokenizer.get_vocab().values()) + 1
     assert 100 < config.vocab_size < 1000
+
+
+def test_training_encodes_as_transformers_does(directory, tokenizer):
+    encoder = Encoder(directory)
+    texts = ["", *(sample.plain for task in GENERATORS for sample in islice(stream(task, "train", "as"), 50))]
+    assert encoder(texts)["input_ids"] == tokenizer(texts)["input_ids"]
+    assert len(encoder) == len(tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(encoder, name) == getattr(tokenizer, name)

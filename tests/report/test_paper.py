@@ -43,19 +43,35 @@ def test_a_merge_of_two_experts_is_table_6_with_every_method_measured():
 
 
 def test_only_tables_whose_methods_were_measured_appear():
-    assert list(SMALL) == ["dense", "table_1", "table_6", "merge_accuracies", "table_7"]
+    assert list(SMALL) == ["dense", "table_1", "table_6", "merge_accuracies", "table_7", "kept"]
     assert {"table_1", "table_2", "table_3", "table_5", "table_7"} < set(AS_THE_PAPER)
     only_dense = Measurements(two_seeds()[0].base, two_seeds()[0].experts, {}, {})
     assert [table.name for table in paper_tables({0: only_dense}, PAIR, 2)] == ["dense"]
 
 
 def test_appendix_has_accuracies_with_intervals():
-    first = paper_tables({0: two_seeds()[0]}, PAIR, 2)[-1]
-    assert first.name == "table_7"
+    first = next(table for table in paper_tables({0: two_seeds()[0]}, PAIR, 2) if table.name == "table_7")
     assert body(first)[:2] == [
         "| **addition** |  |  |",
         "| 80 % | 20.0 [15.0, 26.1] | 40.0 [33.5, 46.9] |",
     ]
+
+
+def test_the_last_table_has_the_density_beside_the_mean_domain_ratio():
+    """Magnitude, single: (25 % + 50 %) / 2 with the first seed, (36.2 % + 50 %) / 2 with the second."""
+    table = paper_tables(two_seeds(), PAIR, 2)[-1]
+    assert table.columns == ("bytes", "accuracy")
+    assert body(table) == [
+        "| **single experts, pruned** |  |  |",
+        "| Magnitude 80 % | 20.0 | 40.3 ± 4.0 |",
+        "| DARE 80 % | 20.0 | 75.0 ± 0.0 |",
+        "| **merge of all experts** |  |  |",
+        "| Task arithmetic | 100.0 | 100.0 ± 0.0 |",
+        "| DARE 80 % | 20.0 | 37.5 ± 0.0 |",
+        "| TIES 80 % | 20.0 | 53.0 ± 4.2 |",
+        "| DARE, AdaMerging 80 % | 20.0 | 43.8 ± 0.0 |",
+    ]
+    assert "bytes of the delta: its density" in " ".join(table.footnotes()).lower()
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5, 7])
