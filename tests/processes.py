@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 
 LAUNCH = [sys.executable, "-m", "dppa_jax.launch"]
-IMPATIENT = "from dppa_jax import distributed; distributed.HEARTBEAT_SECONDS = 6"  # until one is taken for dead
+IMPATIENT = "from dppa_jax.runtime import processes; processes.HEARTBEAT_SECONDS = 6"  # until one is taken for dead
 
 
 def run_processes(
