@@ -14,7 +14,7 @@ from support import AWKWARD, make_family
 from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
-from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.presets import METHODS, PARAMETERS
 from dppa_jax.delta.score import SCORES, Rows
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.finetune import data
@@ -26,7 +26,7 @@ from dppa_jax.model import LlamaConfig, abstract_tree, forward
 from dppa_jax.model.decoder import Cache, init_tree
 from dppa_jax.model.generate import decode
 from dppa_jax.runtime.mesh import PerTensor, make_mesh, over_rows
-from dppa_jax.search import adamerging
+from dppa_jax.search import adamerging_step
 from dppa_jax.search.entropy import Batch
 from dppa_jax.search.mixture import Mixture
 
@@ -86,7 +86,7 @@ def inputs_of(score: str) -> jax.ShapeDtypeStruct | PerTensor | None:
 
 
 def defaults(score: str) -> tuple[tuple[str, float], ...]:
-    return tuple((name, parameter.default) for name, parameter in SCORES[score].parameters.items())
+    return tuple((name, PARAMETERS[name].default) for name in SCORES[score].parameters)
 
 
 # ---- merges
@@ -197,7 +197,7 @@ def test_step_of_adamerging_on_a_mesh(method, monkeypatch):
     raw = np.full((1, len(EXPERTS)), 0.3, np.float32)
     adam = optax.ScaleByAdamState(np.int32(0), raw, raw)
     arguments = (np.float32(1e-3), raw, adam, constants, mixture.tree, batch, ZERO)
-    assert_lowers(adamerging._step, mixture.arithmetic, *arguments)
+    assert_lowers(adamerging_step._step, mixture.arithmetic, *arguments)
 
 
 @pytest.mark.parametrize(("dtype", "accumulate"), [("float32", 1), ("bfloat16", 2)])

@@ -415,7 +415,7 @@ def test_models_larger_than_memory_are_read_from_the_disk(merge, monkeypatch, me
 @pytest.mark.parametrize("size", ["13b", "70b"])
 def test_layers_that_are_timed_have_the_proportions_of_the_model(size):
     config = LLAMA_2 | SIZES[size]
-    synthetic = speed.synthetic(config, np.dtype(np.float16), EXPERTS)[0]
+    synthetic = speed.synthetic(tensor_specs(config), np.dtype(np.float16), EXPERTS)[0]
     elements = [np.prod(spec.shape) for spec in synthetic.specs.values()]
     assert 20e6 < sum(elements) < 70e6
     layer = sum(np.prod(spec.shape) for spec in synthetic.specs.values() if spec.layer is not None)

@@ -17,8 +17,9 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
 
     Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
     """
+    wanted = layer_count(base.specs)
     for name, expert in experts.items():
-        layers, wanted = layer_count(expert.specs), layer_count(base.specs)
+        layers = layer_count(expert.specs)
         if layers != wanted:
             raise CheckpointError(
                 f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?"

@@ -24,6 +24,7 @@ from dppa_jax.evaluate.items import Item
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.merge import run_merge
+from dppa_jax.jobs.models import open_job
 from dppa_jax.model import LlamaConfig, forward, generate
 from dppa_jax.report.coefficient_figures import draw_adamerging
 from dppa_jax.report.styles import svg
@@ -245,7 +246,7 @@ def run(root, tmp_path):
     def run(given=SHORT, merge=DPPA, domains=DOMAINS, work="work", **more) -> AdaMerged:
         job = JobConfig(merge, str(root / "base"), {name: str(root / name) for name in EXPERTS}, mesh=ONE_DEVICE)
         evaluation = Evaluation(JaxEvaluator(), AutoTokenizer.from_pretrained(root / "base"), TaskOptions(), tmp_path)
-        with Candidates(job, evaluation) as candidates:
+        with open_job(job) as opened, Candidates(opened, evaluation) as candidates:
             return adamerge(candidates, domains, merge, given, tmp_path / work, **more)
 
     return run
