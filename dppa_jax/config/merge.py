@@ -59,7 +59,7 @@ class MergeConfig:
     HELP_GROUP: ClassVar[str] = "method"
 
     experts: tuple[str, ...]
-    method: str = option(REQUIRED, "a preset of score, allocate, scale and combine", choices=METHODS)
+    method: str = option(REQUIRED, "a preset", choices=METHODS)
     rate: float = option(
         0.9,
         "share of each delta that is removed; density = 1 − rate is the share that is kept",
@@ -68,7 +68,7 @@ class MergeConfig:
     )
     coefficients: Mapping[str, Coefficient] = option(
         {},
-        "weight of a delta: 0.7, NAME=0.7 (repeat), FILE.json, adamerging[_layerwise,_linearwise]; default 1",
+        "weight: 0.7, NAME=0.7, FILE.json, adamerging[_layerwise,_linearwise]; default 1",
         flag="coefficient",
         kind="named",
     )

@@ -71,7 +71,7 @@ class JobConfig:
     )
     residency: str = option(
         "auto",
-        "whether weights stay on the devices (read once) or are streamed",
+        "whether weights stay on the devices or are streamed",
         group="devices",
         choices=("auto", "resident", "streamed"),
     )
