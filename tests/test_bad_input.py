@@ -19,6 +19,9 @@ from families import (
 )
 
 from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.scale import SCALES
+from dppa_jax.delta.score import SCORES
 
 TWO_PASSES, ONE_PASS = "dppa", ("task_arithmetic", "magnitude", "dare", "ties", "dare_ties")
 EMBEDDINGS, NORM = "model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"
@@ -160,11 +163,11 @@ BAD_VALUES = {
     "--factors=nan": "--factors of 'math': nan is not a finite number",
     "--max_fluctuation=2": "--max_fluctuation=2.0: outside [0, 1]",
     "--significance_multiple=-1": "--significance_multiple=-1.0: it must be 0 or more",
-    "--method=dpa": "--method=dpa: not one of task_arithmetic, magnitude, owl, dp, dppa,",
+    "--method=dpa": f"--method=dpa: not one of {', '.join(METHODS)}.",
     "--method=taskarithmetic": "Did you mean 'task_arithmetic'?",
-    "--score=magnitud": "--score=magnitud: not one of magnitude, random, wanda, row, column. Did you mean 'magnitude'?",
+    "--score=magnitud": f"--score=magnitud: not one of {', '.join(SCORES)}. Did you mean 'magnitude'?",
     "--allocate=uniforn": "--allocate=uniforn: not one of uniform, owl, dp, dp_reference. Did you mean 'uniform'?",
-    "--scale=partitions": "--scale=partitions: not one of none, dare, q, partition. Did you mean 'partition'?",
+    "--scale=partitions": f"--scale=partitions: not one of {', '.join(SCALES)}. Did you mean 'partition'?",
     "--combine=tiez": "--combine=tiez: not one of sum, ties. Did you mean 'ties'?",
     "--dpa_combine=highst": "--dpa_combine=highst: not one of highest, max. Did you mean 'highest'?",
     "--delta_dtype=float23": "--delta_dtype=float23: not one of float32, bfloat16, float16. Did you mean 'float32'?",

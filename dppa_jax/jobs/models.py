@@ -38,15 +38,15 @@ def check_outputs(job: JobConfig) -> dict[str, Path]:
     """
     if not job.output:
         raise ValueError("--output is empty: give the directory of the merged model.")
-    deltas = {name: str(Path(job.save_delta) / name) for name in job.experts} if job.save_delta else {}
-    return {name: output_directory(where, job.overwrite) for name, where in {"--output": job.output, **deltas}.items()}
+    return {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
 
 
 def check_models(opened: Opened) -> None:
     """Refuse models that do not belong together, lack files, or lie where the output goes."""
     job, base = opened.job, opened.base
-    outputs = {flag: str(where) for flag, where in opened.outputs.items()}
-    check_apart(outputs, {name: model.directory for name, model in opened.models.items()})
+    check_apart(
+        _outputs(job) if opened.outputs else {}, {name: model.directory for name, model in opened.models.items()}
+    )
     check_compatible(base, opened.experts)
     companions(base.directory)
     companions(opened.tokenizer.directory)
@@ -56,3 +56,9 @@ def check_models(opened: Opened) -> None:
     if not job.allow_other_base:
         for name, expert in opened.experts.items():
             check_same_base(base, expert, name)
+
+
+def _outputs(job: JobConfig) -> dict[str, str]:
+    """The directories to write, as they were given."""
+    deltas = {name: str(Path(job.save_delta) / name) for name in job.experts} if job.save_delta else {}
+    return {"--output": job.output, **deltas}

@@ -102,7 +102,7 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
 
 
 def kept_counts(
-    base: Checkpoint, expert: Checkpoint, config: MergeConfig, thresholds: Mapping[str, Sequence[float]]
+    base: Checkpoint, expert: Checkpoint, config: MergeConfig, thresholds: Mapping[str, np.ndarray]
 ) -> list[KeptCounts]:
     """Count the parameters whose magnitude is above a threshold, by linear, rate and dimension.
 
