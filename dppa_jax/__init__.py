@@ -1,4 +1,4 @@
-"""Merge fine-tuned LLaMA models by pruning and amplifying their delta parameters.
+"""Merge fine-tuned language models by pruning and amplifying their delta parameters.
 
 For notebooks: `load`, `merge`, `save`, `methods`. The command line is `dppa_jax`, or `python -m dppa_jax.launch`.
 """
