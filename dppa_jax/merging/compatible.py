@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, Role, TensorSpec, layer_count
+from dppa_jax.architecture.table import architecture_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.runtime import processes
 
@@ -19,6 +20,9 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
     """
     wanted = layer_count(base.specs)
     for name, expert in experts.items():
+        ours, theirs = (_class(model.config) for model in (base, expert))
+        if ours and theirs and ours != theirs:
+            raise CheckpointError(f"expert {name!r} is a {theirs}, the base a {ours}: a different base model?")
         layers = layer_count(expert.specs)
         if layers != wanted:
             raise CheckpointError(
@@ -47,6 +51,11 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
         if extra:
             raise CheckpointError(f"expert {name!r} has {extra[0]}, which the base has not; a different base model?")
     return base.specs
+
+
+def _class(config: Mapping) -> str:
+    """The first class of the row that a config.json belongs to; empty for a model in memory without one."""
+    return architecture_of(config).classes[0] if config else ""
 
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1

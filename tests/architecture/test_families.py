@@ -135,3 +135,11 @@ def test_what_has_no_forward_pass_says_so_before_work(family, tmp_path):
     with pytest.raises(SystemExit, match="can be merged, and not yet evaluated"):
         launch(*flags, f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_of_another_architecture_is_refused(tmp_path):
+    model_of("Llama", 0).save_pretrained(tmp_path / "base")
+    model_of("Mistral", 0).save_pretrained(tmp_path / "law")
+    flags = [f"--base={tmp_path / 'base'}", f"--expert=law={tmp_path / 'law'}", "--method=dare"]
+    with pytest.raises(SystemExit, match="'law' is a MistralForCausalLM, the base a LlamaForCausalLM"):
+        launch(*flags, f"--output={tmp_path / 'out'}")
