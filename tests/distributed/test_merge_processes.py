@@ -92,6 +92,7 @@ def test_two_processes_make_the_bits_of_one_from_their_own_layers_alone(merge, o
     assert [sum(array.nbytes for array in load_file(file).values()) for file in files] == own
 
 
+@pytest.mark.slow
 def test_more_processes_than_layers_make_the_bits_of_one(tmp_path, monkeypatch):
     merge = Merge(write_family(tmp_path, num_hidden_layers=3))
     check_success(run_processes(4, [*LAUNCH, *merge.flags(), *DARE]))

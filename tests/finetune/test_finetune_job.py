@@ -77,6 +77,7 @@ def test_nothing_is_left_beside_the_expert(undisturbed):
     assert not list((undisturbed / "runs").iterdir())
 
 
+@pytest.mark.slow
 def test_bfloat16_with_parts_and_remat_in_single_rows_learns_as_well(material, tmp_path):
     launch(*flags(material, tmp_path, "--train_dtype=bfloat16", "--remat", "--accumulate=2", "--nopack", "--epochs=1"),
            "--output_dtype=bfloat16", "--checkpoint_every=0")  # fmt: skip
@@ -108,6 +109,7 @@ def weights(root: Path) -> bytes:
     return (root / "out" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(material, undisturbed, tmp_path):
     given = flags(material, tmp_path, "--checkpoint_every=3", "--eval_every=10")
     with started(given) as run:
@@ -124,6 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(material, undisturbed, tmp_path):
     assert not kept(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_terminated_run_keeps_where_it_was_and_another_mesh_goes_on(material, undisturbed, tmp_path, caplog):
     given = flags(material, tmp_path, "--checkpoint_every=1000", "--eval_every=10", "--train_steps=30")
     with started(given) as run:
@@ -184,6 +187,7 @@ def stop_before_writing(monkeypatch, given: list[str]) -> None:
             launch(*given)
 
 
+@pytest.mark.slow
 def test_two_runs_of_the_same_do_not_share_their_checkpoints(material, tmp_path):
     given = flags(material, tmp_path, "--train_steps=100000")
     with started(given) as run:

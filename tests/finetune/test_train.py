@@ -135,7 +135,7 @@ def test_progress_is_reported_up_to_the_last_step(tree, rows):
     assert reported[-1][1] == pytest.approx(losses[-1])
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
+@pytest.mark.parametrize("parts", [2, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (4, 8))])
 def test_accumulated_parts_are_one_batch(tree, rows, parts):
     """Also where parts have different numbers of learned tokens: a token counts the same in whatever part it is."""
     learned = rows.learned.copy()

@@ -114,6 +114,7 @@ def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_m
     assert max(found) > 0.05
 
 
+@pytest.mark.slow
 def test_entropies_and_gradients_do_not_depend_on_the_devices():
     """Of sizes that the devices cannot share evenly."""
     base, experts = make_family(EXPERTS, "bfloat16", **AWKWARD | {"head_dim": 30})
@@ -136,6 +137,7 @@ def test_devices_share_the_rows_of_every_layer():
     assert q_proj.base.addressable_shards[0].data.size == q_proj.base.size / 8
 
 
+@pytest.mark.slow
 def test_a_step_holds_no_second_copy_of_the_layers():
     """Not one of the merge, and none of base and experts in another dtype: little is added by a layer."""
     sizes = {"hidden_size": 128, "intermediate_size": 384, "vocab_size": 64}
