@@ -16,7 +16,9 @@ EXPONENT = np.int32(0x7F800000)  # the bits of a float32 that hold its exponent
 
 IDENTICAL, EQUAL, MASKS, DIFFERENT = "identical", "equal", "masks differ", "different"  # from best to worst
 VERDICTS = (IDENTICAL, EQUAL, MASKS, DIFFERENT)
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # rows that not all models have are ignored
+VOCABULARY = {  # rows that not all models have are ignored
+    f"{name}.weight" for row in ARCHITECTURES.values() for name in (*row.embeddings, *row.heads)
+}
 LINEARS = dict.fromkeys(linear.kind.split(".")[-1] for row in ARCHITECTURES.values() for linear in row.linears)
 KINDS = (*LINEARS, "embed_tokens", "lm_head", "norms", "biases", "other")
 

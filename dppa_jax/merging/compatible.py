@@ -12,6 +12,9 @@ from dppa_jax.architecture.table import architecture_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.runtime import processes
 
+OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
+PROBED_ROWS = 16  # of each linear of the first, middle and last layer
+
 
 def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Mapping[str, TensorSpec]:
     """Return the tensors to merge: the base's. Experts must have them all, in its shapes but for added vocabulary.
@@ -56,12 +59,6 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
 def _class(config: Mapping) -> str:
     """The first class of the row that a config.json belongs to; empty for a model in memory without one."""
     return architecture_of(config).classes[0] if config else ""
-
-
-OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
-
-
-PROBED_ROWS = 16  # of each linear of the first, middle and last layer
 
 
 def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path]) -> None:
