@@ -1,22 +1,13 @@
-"""The tokenizer that lies beside a model's weights, read by transformers, whose import takes seconds."""
+"""The tokenizer that lies beside a model's weights, read by transformers."""
 
 import os
-import threading
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that it did not find PyTorch
 
 
 def load_tokenizer(directory: Path | str):
     """Return the transformers tokenizer of a model's directory."""
-    return _auto_tokenizer().from_pretrained(directory)
+    from transformers import AutoTokenizer  # takes seconds, which are saved where no text is read
 
-
-def import_ahead() -> None:
-    """Begin the import of transformers in a thread, while other work goes on."""
-    threading.Thread(target=_auto_tokenizer, name="import transformers", daemon=True).start()
-
-
-def _auto_tokenizer():
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that it did not find PyTorch
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer
+    return AutoTokenizer.from_pretrained(directory)
