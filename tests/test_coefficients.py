@@ -60,6 +60,7 @@ def test_a_report_has_merges_with_given_and_with_found_coefficients_of_every_see
     assert merged == {"0": ["", "adamerging", ""], "1": ["adamerging"]}  # the others are the same with every seed
 
 
+@pytest.mark.slow
 def test_some_experts_may_have_given_factors_beside_a_search(family, tmp_path):
     flags = ("--method=dppa", "--rate=0.8", "--limit=10", "--search_limit=20", "--search_evaluations=2")
     factors = ("--factors=search", "--factors=math=1.2,1.1", "--factors=law=1.4,1")

@@ -132,6 +132,12 @@ def test_short_help_does_without_slow_imports():
     assert run.stdout.splitlines()[-1] == "[]", run.stderr
 
 
+def test_a_merge_does_without_slow_imports():
+    code = "import sys, dppa_jax.jobs.merge; print(sorted({'flax', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "[]", run.stderr
+
+
 def defined() -> list[flags.Flag]:
     return flags.FLAGS.flags_by_module_dict()["dppa_jax.flags"]
 

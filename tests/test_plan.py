@@ -334,7 +334,9 @@ class Step:
         return self.compiler.first(lambda b, e, x: self.kernels.counts(b, e, None, x), weights, weights, bounds)
 
 
-@pytest.mark.parametrize(("size", "mesh"), [("7b", "row=2"), ("70b", "layer=2,row=4")])
+@pytest.mark.parametrize(
+    ("size", "mesh"), [("7b", "row=2"), pytest.param("70b", "layer=2,row=4", marks=pytest.mark.slow)]
+)
 def test_compiled_steps_need_what_the_plan_says(plan, size, mesh, monkeypatch):
     """What XLA says that the kernels of a block of that shape take, put together as a streamed merge holds it."""
     compiler = Compiler()

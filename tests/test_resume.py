@@ -62,6 +62,7 @@ def log_of(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
+@pytest.mark.slow
 def test_killed_at_random_points_again_and_again_gives_the_same_bytes(merge, tmp_path):
     deltas = tmp_path / "deltas"
     flags = [*merge.flags(), *DPPA, f"--save_delta={deltas}"]

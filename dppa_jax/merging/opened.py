@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
-from dppa_jax.merging.activations import norms_of_experts
 from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.merging.plan import Plan, plan_of
@@ -64,7 +63,11 @@ class Opened:
 
     def norms(self, merge: MergeConfig) -> Norms | None:
         """Compute activation norms on --calibration text, where the score of a merge needs them."""
-        return norms_of_experts(replace(self.job, merge=merge), self.chosen(merge)) if merge.is_calibrated else None
+        if not merge.is_calibrated:
+            return None
+        from dppa_jax.merging.activations import norms_of_experts  # here, as Flax takes a third of a second
+
+        return norms_of_experts(replace(self.job, merge=merge), self.chosen(merge))
 
     def merger(self, merge: MergeConfig) -> Merger:
         """Prepare many merges that differ in factors and coefficients alone."""

@@ -100,7 +100,7 @@ def test_more_processes_than_layers_make_the_bits_of_one(tmp_path, monkeypatch):
     assert_same(merge.output, tmp_path / "one")
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_process_ends_the_others_with_the_reason_and_a_rerun_goes_on(merge, of_one, process):
     before = int(np.random.default_rng().integers(2, 20))
     code = IMPATIENT + INTERFERING.format(before=before, process=process)

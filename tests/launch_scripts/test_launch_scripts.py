@@ -21,7 +21,7 @@ from support import assert_same_bits
 from dppa_jax import launch as program  # noqa: F401  defines the flags
 
 ROOT = Path(__file__).parents[2]
-STARTERS = sorted(path.name for path in (ROOT / "launch").iterdir() if path.is_file())
+STARTERS = sorted(path.name for path in (ROOT / "launch").iterdir() if path.suffix != ".md" and path.is_file())
 GIVEN = ["--flagfile=a.cfg", "--tensor_rate=.*q_proj.*|it's $HOME=0", "--output=with space"]
 
 
@@ -50,10 +50,10 @@ def value(flag: str) -> str:
 
 
 def program_flags(name: str) -> list[list[str]]:
-    """The flags of dppa_jax in every command line that a starter, its header or the README's line of it shows."""
+    """The flags of dppa_jax in every command line that a starter, its header or the line of it in launch/README.md shows."""
     if name == "jobset.yaml":
         return [container()["args"]]
-    text = re.sub(r"\\\n *#? *", "", (ROOT / "launch" / name).read_text() + (ROOT / "README.md").read_text())
+    text = re.sub(r"\\\n *#? *", "", (ROOT / "launch" / name).read_text() + (ROOT / "launch/README.md").read_text())
     after = {
         "local.py": r"local\.py [^\n]*?-- (.*)",
         "slurm.sh": r"slurm\.sh (--.*)",
@@ -79,7 +79,7 @@ def test_starters_say_how_they_are_used(name):
     head = (ROOT / "launch" / name).read_text()[:2500]
     for what in ("Hardware: ", "How to start: ", "What to edit: "):
         assert what in head
-    assert f"launch/{name}" in (ROOT / "README.md").read_text()
+    assert f"| `{name}` |" in (ROOT / "launch/README.md").read_text()
 
 
 @pytest.mark.parametrize("name", [name for name in STARTERS if name.endswith(".sh")])

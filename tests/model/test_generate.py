@@ -86,6 +86,7 @@ def test_the_cache_changes_no_answer(tree):
     assert len({token for answer in answers for token in answer}) > 30  # not a model that says one thing
 
 
+@pytest.mark.slow
 def test_an_answer_does_not_depend_on_the_batch_it_is_in(tree):
     prompts = random_prompts([3, 30, 7, 1, 16, 5])
     together = generate((CONFIG, tree), prompts, 20, ())

@@ -266,6 +266,7 @@ def kill_after(steps: int):
     return report
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_numbers_of_an_uninterrupted_one(run, tmp_path):
     whole = run(work="whole")
     for steps in (5, 9):
