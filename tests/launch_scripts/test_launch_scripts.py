@@ -50,7 +50,7 @@ def value(flag: str) -> str:
 
 
 def program_flags(name: str) -> list[list[str]]:
-    """The flags of dppa_jax in every command line that a starter, its header or the line of it in launch/README.md shows."""
+    """The flags of dppa_jax in every command line of a starter, of its header and of its line in launch/README.md."""
     if name == "jobset.yaml":
         return [container()["args"]]
     text = re.sub(r"\\\n *#? *", "", (ROOT / "launch" / name).read_text() + (ROOT / "launch/README.md").read_text())
