@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Int32, UInt32
 
 Columns = jax.Array | np.ndarray
 Delta = Float[Array | np.ndarray, "rows columns"]
@@ -224,8 +224,15 @@ def _della_shift(delta: Delta, inputs: UInt32[Array, "rows 3"], window: float) -
     """What is added to the keep probability 1−p: from −w/2 for the smallest |δ| of a row to w/2 for the largest."""
     density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
     width = jnp.minimum(window, 2 * jnp.minimum(density, 1 - density))
-    rank = jnp.argsort(jnp.argsort(jnp.abs(delta), axis=1), axis=1).astype(jnp.float32)
+    rank = _ranks(jnp.abs(delta)).astype(jnp.float32)
     return width * (rank / max(delta.shape[1] - 1, 1) - 0.5)
+
+
+def _ranks(values: jax.Array) -> Int32[Array, "rows columns"]:
+    """Return the rank of each element within its row, from 0 for the smallest; of equal ones the first is smaller."""
+    row, column = (lax.broadcasted_iota(jnp.int32, values.shape, axis) for axis in (0, 1))
+    _, order = lax.sort((values, column), dimension=1, num_keys=1, is_stable=True)
+    return jnp.zeros(values.shape, jnp.int32).at[row, order].set(column, unique_indices=True)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
