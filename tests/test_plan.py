@@ -398,7 +398,7 @@ def test_time_comes_from_speeds_measured_here(merge, monkeypatch, capsys):
     before = sorted(merge.root.iterdir())
     launch("--job=plan", *merge.flags(), "--method=dppa", f"--workdir={workdir}")
     printed = capsys.readouterr().out
-    for text in (" s: start ", "compute ", " parameters/s", "read ", "write ", " GB/s"):
+    for text in (" s: start ", "compute ", " parameters/s", "read ", "write ", "B/s"):
         assert text in printed
     assert sorted(merge.root.iterdir()) == before
     found = read_json(workdir / "plan.json")

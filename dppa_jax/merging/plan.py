@@ -20,7 +20,7 @@ from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
 from dppa_jax.merging.survey import SURVEYS
 from dppa_jax.runtime import processes
-from dppa_jax.runtime.memory import device_memory
+from dppa_jax.runtime.memory import device_memory, size_text
 
 DEVICE_SHARE = 0.8  # of a device's memory that is filled; the rest is for the allocator
 BLOCK = 8 * 10**9  # bytes of base and experts in a block at most, where more would fit: the host holds two blocks
@@ -127,7 +127,7 @@ class Plan:
         several = f", in each of {self.processes} processes: {self.processes * layer * row} devices"
         one = f": {layer * row} devices"
         lines = [
-            ("models", f"base + {self.models - 1} experts of {self.parameters / 1e9:.3f} B parameters"),
+            ("models", f"base + {self.models - 1} experts of {count(self.parameters)} parameters"),
             ("mesh", f"layer={layer}, row={row}" + (several if self.processes > 1 else one)),
             ("blocks", f"{self.blocks}, of {self.block_layers} layers"),
             ("residency", "read once, kept on the devices" if self.resident else f"streamed, {self.passes} passes"),
@@ -151,17 +151,17 @@ class Plan:
         """What is done at the same time: its name, seconds and speed."""
         return (
             ("compute", self.process_parameters / speeds.merge, f"{speeds.merge / 1e9:.3f} B parameters/s"),
-            ("read", self.process_read / speeds.read, f"{gigabytes(speeds.read)}/s"),
-            ("write", self.process_written / speeds.write, f"{gigabytes(speeds.write)}/s"),
+            ("read", self.process_read / speeds.read, f"{size_text(speeds.read)}/s"),
+            ("write", self.process_written / speeds.write, f"{size_text(speeds.write)}/s"),
         )
 
     def _moved(self, total: int, most: int) -> str:
-        return gigabytes(total) + f", at most {gigabytes(most)} by a process" * (self.processes > 1)
+        return size_text(total) + f", at most {size_text(most)} by a process" * (self.processes > 1)
 
     def _fit(self, peak: int, memory: int) -> str:
         if not memory:
-            return gigabytes(peak)
-        fits = f"{gigabytes(peak)} of {gigabytes(memory)}"
+            return size_text(peak)
+        fits = f"{size_text(peak)} of {size_text(memory)}"
         return fits if peak <= memory else f"{fits}: too much; {self._advice()}"
 
     def _advice(self) -> str:
@@ -291,8 +291,9 @@ def dtype_name(config: Mapping) -> str:
     return name
 
 
-def gigabytes(count: float) -> str:
-    return f"{count / 1e9:,.2f} GB"
+def count(parameters: int) -> str:
+    """A number of parameters as people say it: 6.738 B, 0.413 M."""
+    return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.3f} M"
 
 
 def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], repeated: bool = False) -> Plan:

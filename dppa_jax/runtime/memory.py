@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import psutil
+from rich.filesize import decimal
 
 
 def device_memory(stated: int = 0) -> tuple[int, str]:
@@ -37,6 +38,15 @@ def peak_resident() -> int:
         return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
     except (OSError, TypeError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def size_text(count: float) -> str:
+    """Say a number of bytes in the unit that suits it.
+
+    >>> size_text(13_476_831_232), size_text(1_650_000)
+    ('13.48 GB', '1.65 MB')
+    """
+    return decimal(int(count), precision=2)
 
 
 def aligned(size: int, alignment: int) -> np.ndarray:

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from dppa_jax.runtime import processes, signals
+from dppa_jax.runtime.memory import size_text
 
 LINE_SECONDS = 60  # between two lines of a log that shows no bar
 _shown: list[Progress] = []  # the bars on the screen; rich allows one set of them, which nested steps join
@@ -84,7 +85,7 @@ def stage(name: str, total: int, already: int = 0, quiet: bool = False):
         yield Stage(name, total, None).start_at(already)
     seconds = time.perf_counter() - started
     if not quiet:
-        logging.info("%s: %.1f s, %.2f GB, %.2f GB/s", name, seconds, total / 1e9, total / 1e9 / max(seconds, 1e-9))
+        logging.info("%s: %.1f s, %s, %s/s", name, seconds, size_text(total), size_text(total / max(seconds, 1e-9)))
 
 
 @contextmanager
