@@ -42,7 +42,12 @@ LAYOUTS = {
 }
 EVERYWHERE = ("dppa", "dare_ties", "row", "wanda")  # of each kind of score, by what it needs beside the delta, one
 ELSEWHERE = ("one block of all layers", "4 by 2 devices")
-PAIRS = [(choice, layout) for choice in CHOICES for layout in LAYOUTS if choice in EVERYWHERE or layout in ELSEWHERE]
+PAIRS = [
+    pytest.param(choice, layout, marks=[] if choice == EVERYWHERE[0] or layout == ELSEWHERE[-1] else pytest.mark.slow)
+    for choice in CHOICES
+    for layout in LAYOUTS
+    if choice in EVERYWHERE or layout in ELSEWHERE
+]
 
 
 @pytest.mark.parametrize(("choice", "layout"), PAIRS)

@@ -47,6 +47,7 @@ def test_there_and_back_keeps_every_bit(tmp_path, mesh, changes):
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 1
 
 
+@pytest.mark.slow
 def test_two_processes_convert_there_and_back(pristine, tmp_path):
     there = ["--job=convert", f"--base={pristine / 'base'}", f"--output=orbax:{tmp_path / 'orbax'}"]
     assert_about_half_each(run_processes(2, [*LAUNCH, *there], devices=2, timeout=300))

@@ -96,7 +96,6 @@ def test_an_evaluated_merge_ends_with_a_report(job, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (work / "responses").rglob("*.jsonl")} == before
 
 
-@pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_where_it_was(job, monkeypatch):
     one = ("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8")
     undisturbed = job(*one, workdir="undisturbed")
@@ -117,7 +116,6 @@ def test_a_search_that_was_killed_goes_on_where_it_was(job, monkeypatch):
     assert len(calls) - 1 == wanted["answer"]["evaluations"] + 1  # of each candidate and of the dense expert once
 
 
-@pytest.mark.slow
 def test_dare_with_dpa_is_searched_downwards_from_its_own_factors(job):
     work = job("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8", "--method=dare_dpa")
     found = read_json(work / "search-finance.json")
@@ -126,7 +124,6 @@ def test_dare_with_dpa_is_searched_downwards_from_its_own_factors(job):
     assert all(nine <= 10.0 and eight <= 5.0 for nine, eight in factors)
 
 
-@pytest.mark.slow
 def test_a_search_by_what_is_reported_says_so(job, tmp_path, capsys):
     flags = ("--evaluate=sentiment", "--search_limit=10", "--limit=10", "--search_evaluations=3")
     work = job("--job=search", *flags, "--search_split=test", "--rate=0.8")
@@ -138,7 +135,6 @@ def test_a_search_by_what_is_reported_says_so(job, tmp_path, capsys):
     assert "--search_split=test" in (work / "report.html").read_text()
 
 
-@pytest.mark.slow
 def test_every_given_model_is_evaluated_on_every_task(job):
     work = job("--job=evaluate", "--evaluate=addition,sentiment", "--limit=20")
     rows = json.dumps(read_json(work / "tables.json"))
@@ -146,7 +142,6 @@ def test_every_given_model_is_evaluated_on_every_task(job):
     assert len(list((work / "responses").rglob("*.jsonl"))) == 8
 
 
-@pytest.mark.slow
 def test_a_report_has_the_papers_tables_and_figures(family, tmp_path):
     pair = [flag for flag in family if "law" not in flag]
     compared = ["--methods=magnitude,owl,dare,dp,dppa,dare_dpa", "--merge_methods=dare,dppa", "--rates=0.8:0.9:0.1"]

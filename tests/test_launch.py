@@ -52,7 +52,7 @@ def module(*given: str) -> list[str]:
     return [sys.executable, "-m", "dppa_jax.launch", *given]
 
 
-@pytest.mark.parametrize("program", [script, module])
+@pytest.mark.parametrize("program", [script, pytest.param(module, marks=pytest.mark.slow)])
 def test_the_first_word_is_the_job(program, merge):
     given = program("plan", *merge.flags(), f"--workdir={merge.root / 'runs'}")
     run = subprocess.run(given, capture_output=True, text=True)

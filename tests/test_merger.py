@@ -1,5 +1,7 @@
 """Merging again with other factors: the same bits as a merge of its own, without the work that is done."""
 
+import itertools
+
 import numpy as np
 import pytest
 from support import ONE_DEVICE, MemorySink, assert_same_bits, make_family, merge_to_arrays
@@ -24,9 +26,14 @@ def merged(merger: Merger, base, **numbers) -> dict[str, np.ndarray]:
     return sink.arrays({name: spec.shape for name, spec in base.specs.items()})
 
 
-@pytest.mark.parametrize("mesh", [ONE_DEVICE, "layer=1,row=8"])
-@pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("method", ["dppa", "dare_dpa"])
+FAST = (("dppa", False, "layer=1,row=8"), ("dare_dpa", True, ONE_DEVICE))
+WAYS = [
+    pytest.param(*way, marks=[] if way in FAST else pytest.mark.slow)
+    for way in itertools.product(("dppa", "dare_dpa"), (True, False), (ONE_DEVICE, "layer=1,row=8"))
+]
+
+
+@pytest.mark.parametrize(("method", "resident", "mesh"), WAYS)
 def test_other_factors_and_coefficients_give_the_bits_of_a_merge_with_them(models, method, resident, mesh):
     base, experts = models
     config = MergeConfig(experts=EXPERTS, method=method, rate=0.8)

@@ -223,7 +223,7 @@ def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
             np.testing.assert_array_equal(found[expert][name], wanted, err_msg=name)
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.9])
+@pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 @pytest.mark.parametrize("method", [method for method in RANDOM if METHODS[method].combine == "sum"])
 def test_expected_delta_is_the_delta(method, rate):
     """Over 16 seeds, within 5 sigma for every linear, rescaled by 1/(1−p), by its factors, or by 1/q with q = 1−p."""

@@ -121,7 +121,12 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+FAST = ("a weight of an expert", "factors")
+
+
+@pytest.mark.parametrize(
+    "change", [pytest.param(CHANGES[of], id=of, marks=[] if of in FAST else pytest.mark.slow) for of in CHANGES]
+)
 def test_anything_that_changes_the_merge_starts_it_anew(half, tmp_path, change):
     flags = change(half)
     written = written_by(half, *flags)

@@ -93,8 +93,15 @@ def as_tree(base, tensors: dict) -> dict:
     return Model(base.config, jax.tree.map(stack, tree, is_leaf=lambda x: isinstance(x, list))).tree
 
 
+SLOW = ("unpruned", "wanda", "column")
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*zip(MERGES | OTHERS, itertools.cycle(["float32", "bfloat16"]), strict=False)]
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=pytest.mark.slow if name in SLOW else [])
+        for name, dtype in zip(MERGES | OTHERS, itertools.cycle(["float32", "bfloat16"]), strict=False)
+    ],
 )
 def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_measured(name, dtype):
     sizes = AWKWARD | {"head_dim": 30, "vocab_size": 4500, "tie_word_embeddings": name == "random"}
