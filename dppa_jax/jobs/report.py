@@ -40,7 +40,7 @@ from dppa_jax.report.sections import (
     show,
 )
 from dppa_jax.report.tables import ResultTable
-from dppa_jax.runtime.ahead import import_ahead
+from dppa_jax.runtime.ahead import imported_ahead
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
@@ -201,8 +201,8 @@ def run_report(config: ReportConfig) -> list[ResultTable]:
         check_outputs(job)
     demo = any(where.startswith("demo:") for where in (job.base, *job.experts.values()))
     if demo:
-        import_ahead("transformers.models.auto.tokenization_auto", "scipy.stats")
-        families(sweep.seeds)  # trains those that are missing, side by side
+        with imported_ahead("transformers.models.auto.tokenization_auto", "scipy.stats"):
+            families(sweep.seeds)  # trains those that are missing, side by side
     searched: dict[int, dict[Compared, Searched]] = {}
     adamerged: dict[int, dict[Compared, AdaMerged]] = {}
     measured: dict[int, Measurements] = {}
