@@ -41,9 +41,10 @@ LAYOUTS = {
     "8 devices on the row axis": ("layer=1,row=8", Layout(1)),
 }
 EVERYWHERE = ("dppa", "dare_ties", "row", "wanda")  # of each kind of score, by what it needs beside the delta, one
+FAST = (("dppa", "the same again"), ("dppa", "8 devices on the row axis"), ("dppa", "resident"))
 ELSEWHERE = ("one block of all layers", "4 by 2 devices")
 PAIRS = [
-    pytest.param(choice, layout, marks=[] if choice == EVERYWHERE[0] or layout == ELSEWHERE[-1] else pytest.mark.slow)
+    pytest.param(choice, layout, marks=[] if (choice, layout) in FAST or layout == ELSEWHERE[-1] else pytest.mark.slow)
     for choice in CHOICES
     for layout in LAYOUTS
     if choice in EVERYWHERE or layout in ELSEWHERE

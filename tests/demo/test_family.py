@@ -85,6 +85,7 @@ def test_members_load_in_transformers(trained):
     assert tokenizer.decode(new, skip_special_tokens=True) in item.answers
 
 
+@pytest.mark.slow
 def test_a_seed_determines_every_bit(brief, monkeypatch):
     first = family.families([0, 1])
     monkeypatch.setenv("DPPA_JAX_CACHE", str(brief / "other"))

@@ -148,6 +148,7 @@ def test_accumulated_parts_are_one_batch(tree, rows, parts):
         np.testing.assert_allclose(a, b, atol=3e-5)  # Adam divides rounding errors by small second moments
 
 
+@pytest.mark.slow
 def test_bfloat16_is_for_computing_only(tree, rows):
     trainer = Trainer(CONFIG, replace(OPTIONS, dtype="bfloat16"))
     state = trainer.start(tree)

@@ -321,6 +321,7 @@ def test_the_file_it_writes_gives_the_merge_by_layer(run, root, tmp_path):
     assert "by tensor, mean" in (tmp_path / "merged" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_generated_positions_are_those_of_the_first_merge_s_answers(run, root, tmp_path):
     run(replace(SHORT, positions="generated", new_tokens=4, steps=1))
     kept = json.loads((tmp_path / "work" / "continuations.json").read_text())["answers"]
