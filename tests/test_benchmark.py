@@ -127,6 +127,7 @@ def test_wrong_flags_are_refused(wrong, message, tmp_path):
 # ---- the arithmetic on a device
 
 
+@pytest.mark.slow
 def test_device_benchmark_times_the_stages_of_a_merge(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

@@ -42,8 +42,11 @@ LAYOUTS = {
 }
 EVERYWHERE = ("dppa", "dare_ties", "row", "wanda")  # of each kind of score, by what it needs beside the delta, one
 ELSEWHERE = ("one block of all layers", "4 by 2 devices")
+FAST = [("dppa", layout) for layout in LAYOUTS if "8 devices on" not in layout] + [
+    (of, ELSEWHERE[-1]) for of in CHOICES
+]
 PAIRS = [
-    pytest.param(choice, layout, marks=[] if choice == EVERYWHERE[0] or layout == ELSEWHERE[-1] else pytest.mark.slow)
+    pytest.param(choice, layout, marks=[] if (choice, layout) in FAST else pytest.mark.slow)
     for choice in CHOICES
     for layout in LAYOUTS
     if choice in EVERYWHERE or layout in ELSEWHERE

@@ -96,6 +96,7 @@ def test_an_evaluated_merge_ends_with_a_report(job, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (work / "responses").rglob("*.jsonl")} == before
 
 
+@pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_where_it_was(job, monkeypatch):
     one = ("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8")
     undisturbed = job(*one, workdir="undisturbed")

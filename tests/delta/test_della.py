@@ -24,7 +24,10 @@ def deltas_of_seeds(rate: float, window: float) -> tuple[np.ndarray, np.ndarray]
     return expert.tensors[up], np.stack(pruned)
 
 
-@pytest.mark.parametrize(("rate", "window"), [(0.7, 0.4), (0.9, 0.1), (0.95, 0.5)])
+@pytest.mark.parametrize(
+    ("rate", "window"),
+    [pytest.param(0.7, 0.4, marks=pytest.mark.slow), pytest.param(0.9, 0.1, marks=pytest.mark.slow), (0.95, 0.5)],
+)
 def test_keep_probabilities_grow_with_the_rank_and_kept_elements_are_divided_by_them(rate, window):
     """A window that would leave [0, 1] is narrowed to it: 0.95 ± 0.25 becomes 0.95 ± 0.05."""
     dense, pruned = deltas_of_seeds(rate, window)

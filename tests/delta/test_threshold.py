@@ -152,7 +152,9 @@ def check_thresholds(deltas: list[np.ndarray], rate: float, dtype, **shapes) -> 
 class TestOnTheDevice:
     """A whole merge of one expert: sample, counts, search, mask."""
 
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        "dtype", [pytest.param(dtype, marks=pytest.mark.slow if dtype == "float16" else []) for dtype in DTYPES]
+    )
     @settings(max_examples=25, deadline=None)
     @given(kinds=st.tuples(*[st.sampled_from(KINDS)] * 7), rate=RATES, seed=st.integers(0, 2**32 - 1))
     @example(kinds=KINDS[:7], rate=0.0, seed=0)
