@@ -46,6 +46,7 @@ def leaves(tree: dict) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(tree, rows):
     trained, losses = train(CONFIG, tree, rows, OPTIONS)
     assert losses.shape == (OPTIONS.steps,)

@@ -242,6 +242,7 @@ def test_local_starter_hands_signals_on():
     assert (run.returncode, said) == (130, "[0] cleaned up\n")
 
 
+@pytest.mark.slow
 def test_local_starter_merges_to_the_same_bits_as_one_process(tmp_path):
     config = llama_config()
     base = random_weights(config)
