@@ -192,9 +192,16 @@ def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
         for norm in architecture.norms:
             add(f"{prefix}{norm}.weight", ("hidden",), Role.NORM, norm, layer)
     add_outside(architecture.final_norms, Role.NORM, ("hidden",))
-    if not config.get("tie_word_embeddings", architecture.tied):
+    if not tied_heads(config):
         add_outside(architecture.heads, Role.VOCABULARY, ("vocabulary", "hidden"))
     return specs
+
+
+def tied_heads(config: Mapping) -> tuple[str, ...]:
+    """Names of the heads that are the embeddings; some files carry them, as copies. None where the head is its own."""
+    architecture = architecture_of(config)
+    tied = config.get("tie_word_embeddings", architecture.tied)
+    return tuple(f"{head}.weight" for head in architecture.heads) if tied else ()
 
 
 def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpec]]:

@@ -21,6 +21,7 @@ from dppa_jax.architecture.specs import (
     first_linear,
     stacked_shape,
     tensor_specs,
+    tied_heads,
 )
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
@@ -111,7 +112,7 @@ class OrbaxDirectory:
     def _check(self) -> None:
         """Refuse a checkpoint whose arrays are not exactly those that config.json promises, in names and shapes."""
         expected = stacked_shapes(self.config)
-        copies = {("lm_head",)} if self.config.get("tie_word_embeddings") else set()  # of the embeddings
+        copies = {tuple(name.removesuffix(".weight").split(".")) for name in tied_heads(self.config)}
         present = set(self._arrays) - copies
         if missing := [path for path in expected if path not in present]:
             raise CheckpointError(

@@ -23,8 +23,9 @@ from dppa_jax.architecture.specs import (
     check_config,
     first_linear,
     tensor_specs,
+    tied_heads,
 )
-from dppa_jax.architecture.table import IGNORED, architecture_of
+from dppa_jax.architecture.table import IGNORED
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 
 DTYPE_BY_CODE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -80,9 +81,8 @@ class SafetensorsDirectory:
           CheckpointError: a tensor is missing, too many or of another shape.
         """
         specs = tensor_specs(self.config)
-        if self.config.get("tie_word_embeddings", architecture_of(self.config).tied):
-            for head in architecture_of(self.config).heads:
-                self.tensors.pop(f"{head}.weight", None)  # some exports carry this copy of the embeddings
+        for copy in tied_heads(self.config):
+            self.tensors.pop(copy, None)
         missing, extra = [n for n in specs if n not in self.tensors], [n for n in self.tensors if n not in specs]
         if missing:
             layers = self.config["num_hidden_layers"]

@@ -165,6 +165,16 @@ class MergeConfig:
         """Whether the score needs activation norms on `--calibration` text."""
         return bool(self.score) and axis("score")[self.score].calibrated
 
+    @property
+    def is_surveyed(self) -> bool:
+        """Whether the allocation looks at outliers, for which a pass over the layers comes before the merge."""
+        return bool(self.score) and bool(axis("allocate")[self.allocate].outliers)
+
+    @property
+    def takes_factors(self) -> bool:
+        """Whether the scale has partitions with a factor for each."""
+        return axis("scale")[self.scale].takes_factors
+
     def rates_of_tensor(self, rate: float) -> tuple[float, ...]:
         """Return the rates of a linear's partitions where `--tensor_rate` gives it this rate: for DPA all the same."""
         return (rate,) * len(self.partitions) or axis("scale")[self.scale].rates(rate, self.method_options)
@@ -215,9 +225,9 @@ class MergeConfig:
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"--q {name}={value}: outside (0, 1]; kept parameters are divided by it.")
         if list(self.partitions) != sorted(set(self.partitions), reverse=True):
-            raise ValueError(f"--partitions={_join(self.partitions)}: rates must fall, highest first: 0.9,0.8.")
+            raise ValueError(f"--partitions={listed(self.partitions)}: rates must fall, highest first: 0.9,0.8.")
         if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
-            raise ValueError(f"--partitions={_join(self.partitions)}: the last one must be --rate={self.rate:g}.")
+            raise ValueError(f"--partitions={listed(self.partitions)}: the last one must be --rate={self.rate:g}.")
 
     def _resolve_method_options(self) -> dict[str, float]:
         """Return the options of this score and scale, checked, with defaults for those that are not given."""
@@ -233,7 +243,7 @@ class MergeConfig:
         return 1.0 / (1.0 - self.rate) if self.has_random_score and self.rate < 1 else 1.0
 
     def _resolve_factors(self) -> dict[str, tuple[float, ...]]:
-        if not axis("scale")[self.scale].takes_factors:
+        if not self.takes_factors:
             if self.factors:
                 raise ValueError(f"--factors: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
             return {}
@@ -244,7 +254,7 @@ class MergeConfig:
             if len(factors) != len(self.partitions):
                 raise ValueError(
                     f"--factors of {name!r}: {len(factors)} factors for the {len(self.partitions)} partitions "
-                    f"{_join(self.partitions)}; give one each, highest rate first."
+                    f"{listed(self.partitions)}; give one each, highest rate first."
                 )
             resolved[name] = factors
         return resolved
@@ -318,5 +328,6 @@ def _coefficient(expert: str, given: object) -> Coefficient:
         raise ValueError(f"--coefficient of {expert!r}: {given!r} is not a number, or one for each tensor.") from None
 
 
-def _join(numbers: Iterable[float]) -> str:
+def listed(numbers: Iterable[float]) -> str:
+    """Write numbers as a flag takes them: 0.9,0.8."""
     return ",".join(f"{number:g}" for number in numbers)

@@ -33,8 +33,8 @@ def job_config(values: Values) -> JobConfig:
         experts=names,
         factors={} if searches(values) else _factors(values, names),
         coefficients=_coefficients(values, names),
-        q={} if values["job"] == "report" else per_expert("--q", values["q"], names, float),
-        method_options={} if values["job"] == "report" else _method_options(values),
+        q=per_expert("--q", values["q"], names, float),
+        method_options=_method_options(values),
     )
     return make(
         JobConfig,
@@ -66,7 +66,9 @@ def report_config(values: Values) -> ReportConfig:
         method_options=_method_options(values),
     )
     method = values["method"] or ("" if values["output"] else "dppa")  # nothing is merged by it without --output
-    run = replace(job_config({**values, "method": method}), flags=values, command=command(values))
+    plain = {name: one.default for name, one in PARAMETERS.items()}  # the sweep has the numbers of its methods
+    run = job_config({**values, "method": method, "q": [], **plain})
+    run = replace(run, flags=values, command=command(values))
     return ReportConfig(run, replace(sweep, rates=sweep.rates or (run.merge.rate,)))
 
 

@@ -46,7 +46,7 @@ def check_tasks(config: EvaluationConfig) -> None:
 
 def check_search(job: JobConfig) -> None:
     """Refuse a search of a method without partitions, or with bounds or given factors that do not fit them."""
-    if job.merge.scale != "partition":
+    if not job.merge.takes_factors:
         raise ValueError(
             f"a search needs partitions, which only --scale=partition has (--method=dppa, dare_dpa), not "
             f"--method={job.merge.method} with scale {job.merge.scale!r}."

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dppa_jax.architecture.specs import with_dtype
+from dppa_jax.architecture.specs import first_linear, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.checkpoint.output import check_space, output_directory
@@ -146,7 +146,7 @@ def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint
             if writer:
                 writer.write_rows(name, 0, np.asarray(tensor).astype(tensors[name][1], copy=False))
         if writer:
-            dtype = at(dtypes, specs["model.layers.0.self_attn.q_proj.weight"])
+            dtype = at(dtypes, first_linear(specs))
             writer.commit(with_dtype(base.config, dtype.name), base.directory, texts)
     processes.barrier("expert")
 

@@ -10,6 +10,7 @@ from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors
 from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 from dppa_jax.demo import families
 from dppa_jax.evaluate.scores import Scores
@@ -122,7 +123,7 @@ class SeedRun:
     def scores(self, model: Compared, experts: tuple[str, ...], tasks: Sequence[Task]) -> Scores:
         """Return the scores of one model, with the factors and coefficients that it needs."""
         config = config_of(model, experts, self.job.merge, self.sweep)
-        if METHODS[model.method].scale == "partition":
+        if config.takes_factors:
             config = replace(config, factors={name: self.factors(model, name) for name in experts})
         if model.coefficients:
             config = replace(config, coefficients=self.coefficients(model, config))
@@ -169,7 +170,7 @@ def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, swe
         rate=model.rate,
         partitions=(),
         factors={},
-        q={name: sweep.q[name] for name in experts if name in sweep.q and preset.scale == "q"},
+        q={name: sweep.q[name] for name in experts if name in sweep.q and SCALES[preset.scale].takes_q},
         coefficients=given.coefficients if merged else {},
         tensor_coefficients=given.tensor_coefficients if merged else (),
         tensor_rates=given.tensor_rates if preset.score else (),
@@ -181,7 +182,7 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
     """Refuse, before anything is measured, what cannot be measured."""
     for model in compared(sweep, domains):
         config = config_of(model, tuple(job.experts) if model.expert is None else (model.expert,), job.merge, sweep)
-        if job.search and config.scale == "partition":
+        if job.search and config.takes_factors:
             job.search.config(config).ranges(len(config.partitions))
             if model.expert is None:
                 check_searched(job, domains)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from dppa_jax.architecture.specs import tied_heads
 from dppa_jax.checkpoint import Checkpoint, tensor_specs
 from dppa_jax.checkpoint.compare import (
     DIFFERENT,
@@ -193,8 +194,8 @@ def compare(ours: Checkpoint, theirs: Checkpoint, base: Checkpoint | None = None
 
 def _names(source: Checkpoint) -> list[str]:
     """Return the names of a model's tensors, without the copy of a tied head that some exports carry."""
-    tied = source.config.get("tie_word_embeddings")
-    return [name for name in source.tensors if not (tied and name == "lm_head.weight")]
+    copies = tied_heads(source.config)
+    return [name for name in source.tensors if name not in copies]
 
 
 def _collect(pending: Sequence, sources: Sequence, progress: Stage) -> Iterator[tuple[str, Comparison]]:

@@ -4,7 +4,7 @@ A block is a few consecutive decoder layers, or a chunk of rows of the embedding
 of all the block's layers, their norms, a chunk.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dppa_jax.architecture.specs import TensorSpec, layer_count
@@ -64,7 +64,7 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Bloc
         for spec in specs.values():
             if spec.layer in chosen:
                 alike.setdefault((spec.kind, spec.shape), []).append(spec)
-        blocks.append(Block(tuple(map(_matrix, alike.values())), chosen))
+        blocks.append(Block(tuple(map(whole_matrix, alike.values())), chosen))
     largest = max((matrix.elements for block in blocks for matrix in block.matrices), default=CHUNK)
     for spec in specs.values():
         if spec.layer is None:
@@ -75,7 +75,7 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Bloc
     return blocks
 
 
-def _matrix(group: list[TensorSpec]) -> Matrix:
+def whole_matrix(group: Sequence[TensorSpec]) -> Matrix:
     """The tensors of one kind and shape, one below the other."""
     ranges = tuple(RowRange(spec.name, 0, spec.rows) for spec in group)
     return Matrix(ranges, group[0].columns, tuple(spec.linear for spec in group if spec.linear is not None))

@@ -1,6 +1,6 @@
 """The merge, top to bottom: survey, allocate, apply, write."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import elementwise_of
 from dppa_jax.merging.kernels import Kernels, shared_kernels
-from dppa_jax.merging.rows import DeviceMatrix, Matrix, RowRange
+from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.merging.stream import Stream
 from dppa_jax.merging.survey import NonfiniteError, surveyed
 from dppa_jax.runtime.files import sources_digest
@@ -243,16 +243,8 @@ def _key(matrix: Matrix) -> str:
     return f"merge {matrix.ranges[0].name} {matrix.ranges[0].start}"
 
 
-def _by_range(matrix: Matrix) -> Iterator[tuple[RowRange, slice]]:
-    """Each range and where its rows are in the matrix."""
-    row = 0
-    for rows in matrix.ranges:
-        yield rows, slice(row, row + rows.rows)
-        row += rows.rows
-
-
 def _write_ranges(sink: Sink, x: DeviceMatrix, array: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:
-    for rows, at in _by_range(x.matrix):
+    for rows, at in x.matrix.places():
         sink.write_rows(rows.name, rows.start, array[at].astype(dtype(rows.name), copy=False))
 
 
@@ -267,7 +259,7 @@ def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
 
 def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -> CheckpointError:
     """Say which model holds the first NaN or Inf or, where all are finite, what overflows."""
-    for rows, at in _by_range(x.matrix):
+    for rows, at in x.matrix.places():
         base, *experts = (np.asarray(array[at]).astype(np.float32) for array in (x.base, *x.experts))
         for name, weights in zip(("base", *config.experts), (base, *experts), strict=True):
             if not np.isfinite(weights).all():

@@ -9,13 +9,9 @@ import psutil
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
-from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.fold import WAYS
 from dppa_jax.merging.blocks import Block, make_blocks, shares
-from dppa_jax.merging.merger import (
-    SEARCHES,
-    WRITES_BEHIND,
-)
+from dppa_jax.merging.merger import SEARCHES, WRITES_BEHIND
 from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
 from dppa_jax.merging.survey import SURVEYS
@@ -270,7 +266,7 @@ def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, sav
         merged=ITEMSIZE[output_dtype],
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(configs) - 1,
-        survey=bool(config.score and ALLOCATIONS[config.allocate].outliers),
+        survey=config.is_surveyed,
         counts=bool(config.score) and not config.has_random_score,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,

@@ -1,5 +1,6 @@
 """Matrices that a merge works on: rows of tensors, side by side on the devices."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -42,6 +43,13 @@ class Matrix:
     def elements(self) -> int:
         """Elements of all ranges."""
         return self.rows * self.columns
+
+    def places(self) -> Iterator[tuple[RowRange, slice]]:
+        """Each range, and where its rows are in the matrix."""
+        row = 0
+        for rows in self.ranges:
+            yield rows, slice(row, row + rows.rows)
+            row += rows.rows
 
     def per_row(self, per_range: np.ndarray) -> np.ndarray:
         """Repeat one value (or row of values) per range for each of its rows."""

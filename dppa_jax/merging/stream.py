@@ -95,17 +95,14 @@ class Stream:
         padded = padded_rows(self.mesh, matrix.rows)
         array = buffer[offset : offset + padded * matrix.columns * dtype.itemsize].view(dtype)
         array = array.reshape(padded, matrix.columns)
-        row = 0
-        for rows in matrix.ranges:
-            stop = row + rows.rows
+        for rows, at in matrix.places():
             if source.tensors[rows.name].dtype == dtype:
-                source.read_rows(rows.name, rows.start, rows.stop, array[row:stop])
+                source.read_rows(rows.name, rows.start, rows.stop, array[at])
             else:
                 other = np.empty((rows.rows, matrix.columns), source.tensors[rows.name].dtype)
                 source.read_rows(rows.name, rows.start, rows.stop, other)
-                array[row:stop] = other
-            row = stop
-        array[row:] = 0
+                array[at] = other
+        array[matrix.rows :] = 0
         return array
 
     def _buffer(self, size: int, turn: int) -> np.ndarray:

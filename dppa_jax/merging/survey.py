@@ -32,7 +32,7 @@ def surveyed(
     journal: Journal | None = None,
 ) -> list[Statistics] | None:
     """Find the statistics of every expert in a pass over the weights; None where the allocation needs none."""
-    if not (config.allocate and ALLOCATIONS[config.allocate].outliers):
+    if not config.is_surveyed:
         return None
     with stage("survey", stream.pass_bytes(), quiet=quiet) as progress:
         return survey(stream, linears, dense, config, progress, journal)

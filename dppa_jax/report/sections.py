@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.config.evaluation import EvaluationConfig
-from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.merge import MergeConfig, listed
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.tasks import every_task
@@ -49,7 +49,7 @@ def search_tables(searches: Mapping[str, Searched]) -> list[ResultTable]:
     tables = []
     for name, searched in searches.items():
         rows = {
-            ",".join(f"{factor:g}" for factor in factors): [
+            listed(factors): [
                 *(Cell.of_scores([score]) for score in scores.values()),
                 Cell((searched.ratio(factors),)),
             ]

@@ -9,7 +9,7 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.merge import MergeConfig, listed
 from dppa_jax.config.search import Factors, FactorSearch
 from dppa_jax.evaluate.evaluation import Cost
 from dppa_jax.evaluate.ratios import domain_ratio
@@ -55,7 +55,7 @@ class Searched:
         if result is None:
             return "not found yet"
         return (
-            f"{_join(result.factors)} of the partitions {_join(self.partitions)}, by method {result.method} of "
+            f"{listed(result.factors)} of the partitions {listed(self.partitions)}, by method {result.method} of "
             f"{result.evaluations} candidates: domain ratio {100 * result.score:.2f} % on the {self.split} split"
         )
 
@@ -132,13 +132,13 @@ def search_expert(
 
     def report(visit: Visit) -> None:
         keep()
-        chosen = name, visit.method, _join(visit.factors), 100 * visit.score
+        chosen = name, visit.method, listed(visit.factors), 100 * visit.score
         logging.info("%s: method %d, factors %s: domain ratio %.2f %%", *chosen)
 
     with steps(f"search the factors of {name}", None, "candidates") as advance:
 
         def score(factors: Factors) -> float:
-            label = f"{name} with factors {_join(factors)}"
+            label = f"{name} with factors {listed(factors)}"
             chosen = {name: factors}
             searched.scores[factors] = candidates.merged(
                 label, merger, tasks, factor_search.split, options, factors=chosen
@@ -192,21 +192,17 @@ def print_searches(searches: Mapping[str, Searched], options: TaskOptions) -> No
         table.add_row(
             name,
             searched.split,
-            _join(searched.partitions),
-            _join(searched.result.factors),
+            listed(searched.partitions),
+            listed(searched.result.factors),
             f"{100 * searched.result.score:.2f} %",
             str(searched.result.evaluations),
             *(f"{value:.2f}" for value in seconds),
         )
     console().print(table)
-    flags = [f"--factors={name}={_join(searched.result.factors)}" for name, searched in searches.items()]
+    flags = [f"--factors={name}={listed(searched.result.factors)}" for name, searched in searches.items()]
     if "validation" in {searched.split for searched in searches.values()}:
         flags += [f"--validation_share={options.validation_share:g}", f"--split_seed={options.split_seed}"]
     console().print(" ".join(flags))
     for name, searched in searches.items():
         if searched.split == "test":
             console().print(f"{name}: chosen by the items that are reported (--search_split=test), as in the paper.")
-
-
-def _join(numbers: Sequence[float]) -> str:
-    return ",".join(f"{number:g}" for number in numbers)

@@ -24,7 +24,7 @@ from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import SCORES
-from dppa_jax.merging.blocks import make_blocks, shares
+from dppa_jax.merging.blocks import make_blocks, shares, whole_matrix
 from dppa_jax.merging.bounds import Norms, Pruner
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import Elementwise, elementwise_of
@@ -209,8 +209,7 @@ class Mixture:
 
     def _bounds_and_weights(self, group: Sequence[TensorSpec], e: int, placed: jax.Array) -> tuple:
         """Score inputs, bounds and weights of an expert; weights without the coefficient."""
-        ranges = tuple(RowRange(spec.name, 0, spec.rows) for spec in group)
-        matrix = Matrix(ranges, group[0].columns, tuple(spec.linear for spec in group if spec.linear is not None))
+        matrix = whole_matrix(group)
         if self._known and matrix.linears:
             inputs, bounds = zip(*(self._known[place, e] for place in matrix.linears), strict=True)
             return self._inputs(matrix, e, inputs), np.array(bounds), self._pruner.weights[e][:, list(matrix.linears)].T
