@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -45,7 +46,19 @@ def sources_digest(*patterns: str) -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file under another name and rename it: a crash leaves the old file or the new one, never a part."""
-    aside = file.with_name(f"{file.name}.incomplete")
-    aside.write_text(text)
-    aside.replace(file)
+    """Write a file under another name and rename it: a crash leaves the old file or the new one, never a part.
+
+    A link at the file's place is replaced, not followed. What UTF-8 cannot say, such as a file's name that is not UTF-8,
+    is written as an escape.
+    """
+    aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as out:
+            out.write(text)
+        os.replace(aside, file)
+    except BaseException as error:
+        aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(file)) from error
+        raise

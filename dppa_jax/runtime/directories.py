@@ -1,0 +1,75 @@
+"""Directories that the program makes for itself: taken by one run at a time, never through a link or from another user.
+
+Whoever can write into a shared directory can put a link, or a directory of their own, where the program is about to
+make one. What the program would then empty or fill is not its own. So a place that is taken over must be a directory,
+not a link, and must belong to the user who runs the program.
+"""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+
+class BusyError(ValueError):
+    """Another run holds the lock on a directory."""
+
+
+def claim_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:
+    """Make a directory, or take over one that is the user's own, and lock it against other runs.
+
+    The parent must be there. Nothing in the directory is touched.
+
+    Returns:
+      The descriptor that holds the lock. The lock ends when it is closed, or with the process. A file system without
+      locks gives none; then only the user keeps two runs apart.
+
+    Raises:
+      BusyError: another run has locked the directory.
+      ValueError: it is a link or a file, or belongs to another user; of the class `error`.
+      OSError: it cannot be made; names the directory.
+    """
+    try:
+        os.mkdir(path)
+        made = True
+    except FileExistsError:
+        made = False
+    descriptor = open_directory(path, error)
+    if not made and os.fstat(descriptor).st_uid != os.geteuid():
+        owner = os.fstat(descriptor).st_uid
+        os.close(descriptor)
+        raise error(
+            f"{path} belongs to another user (uid {owner}), so it is not taken over; remove it, or choose another name."
+        )
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise BusyError(f"{path} is in use by another run; wait for it, or end it.") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def open_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:
+    """Open a directory that is not a link, and return the descriptor.
+
+    Raises:
+      ValueError: it is a link or a file; of the class `error`.
+      OSError: it is not there, or may not be read.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as failure:
+        if failure.errno in (errno.ELOOP, errno.ENOTDIR):
+            what = f"a link to {os.readlink(path)}" if os.path.islink(path) else "a file"
+            raise error(f"{path} is {what} in place of a directory; remove it, or choose another name.") from None
+        raise
+
+
+def still_there(path: Path | str, descriptor: int) -> bool:
+    """Return whether a path is still the directory that was opened, and not one that was put in its place."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
