@@ -5,9 +5,11 @@ the command line that repeats a run. The flags are defined when this module is i
 """
 
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -36,6 +38,7 @@ TITLES = (  # of the groups of --help, in their order
     *("fine-tuning", "report, validate and benchmark"),
 )
 EXPLAINED = ("work", "models", "method", "devices")  # by --helpshort; the flags of other groups are named there
+SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I)?)?B?", re.IGNORECASE)
 WIDTH, COLUMN = 120, 32  # of a line, and of the flags' names in it
 INDENT = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
 
@@ -54,6 +57,19 @@ def read_numbers(flag: str, given: Sequence[str]) -> tuple[float, ...]:
 def read_integers(flag: str, given: Sequence[str]) -> tuple[int, ...]:
     """Read each text as a whole number."""
     return tuple(int(number) for number in read_numbers(flag, given))
+
+
+def read_size(flag: str, given: str) -> int:
+    """Read a number of bytes, with or without a unit.
+
+    >>> read_size("--max_shard_size", "5GB"), read_size("--max_shard_size", "1.5 MiB")
+    (5000000000, 1572864)
+    """
+    found = SIZE.fullmatch(given.strip())
+    if not found:
+        raise ValueError(f"{flag}={given}: a number of bytes, for example 2000000000, 500MB, 5GB or 2GiB.")
+    number, unit, binary = found[1], (found[2] or "").upper(), found[3]
+    return int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def read_ranges(flag: str, given: Sequence[str]) -> tuple[float, ...]:
@@ -122,6 +138,7 @@ KINDS = {
     "float": Kind(flags.DEFINE_float),
     "string": Kind(flags.DEFINE_string),
     "gigabytes": Kind(flags.DEFINE_float, lambda flag, given: int(given * 1e9)),
+    "size": Kind(flags.DEFINE_string, read_size),
     "words": Kind(flags.DEFINE_list, lambda flag, given: tuple(given)),
     "numbers": Kind(flags.DEFINE_list, read_numbers),
     "integers": Kind(flags.DEFINE_list, read_integers),

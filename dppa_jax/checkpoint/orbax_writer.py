@@ -104,20 +104,21 @@ class OrbaxWriter:
             os.close(self._lock)
             self._lock = None
 
-    def commit(self, tree: Mapping, config: Mapping, copies: Sequence[Path]) -> None:
+    def commit(self, tree: Mapping, config: Mapping, copies: Mapping[str, Path]) -> None:
         """Write the checkpoint and give the directory its final name.
 
         Args:
           tree: of `Deferred` arrays.
           config: the content of config.json.
-          copies: files to copy beside the arrays: tokenizer, generation config.
+          copies: files to copy beside the arrays, by their names there: tokenizer, generation config.
         """
         unnamed = self.aside / "checkpoint"
         _save(unnamed, tree)
         with processes.first_alone("checkpoint named"):
             if self._first:
-                for path in copies:
-                    shutil.copyfile(path, unnamed / path.name)
+                for name, path in copies.items():
+                    (unnamed / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(path, unnamed / name)
                 (unnamed / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
                 for path in (path for path in unnamed.rglob("*") if path.is_file()):
                     sync(path)  # the final name means complete, after a power failure, too

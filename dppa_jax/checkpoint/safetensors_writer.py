@@ -13,8 +13,10 @@ import numpy as np
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct_file import DirectFile
+from dppa_jax.checkpoint.headers import DTYPE_BY_CODE
+from dppa_jax.checkpoint.inside import companions
 from dppa_jax.checkpoint.output import aside_of, check_space, claim, output_directory, swap, sync
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPE_BY_CODE, companions
+from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.config.run import MAX_SHARD_SIZE
 from dppa_jax.runtime import processes
 
@@ -132,7 +134,9 @@ class SafetensorsWriter:
             if len(self.shards) > 1:
                 (self.aside / "model.safetensors.index.json").write_text(self._index())
             for path in companions(Path(copy_from)) if copy_from else ():
-                shutil.copyfile(path, self.aside / path.name)
+                place = self.aside / path.relative_to(copy_from)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
             for name, text in (texts or {}).items():
                 (self.aside / name).write_text(text)
             (self.aside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")

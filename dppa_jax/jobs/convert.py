@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
+from dppa_jax.checkpoint.inside import companions, records
 from dppa_jax.checkpoint.output import output_directory
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, companions
+from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.checkpoint.safetensors_writer import Tensors, total_bytes
 from dppa_jax.config.run import PREFIX, ConvertConfig
 from dppa_jax.merging.blocks import owners
@@ -31,7 +32,6 @@ from dppa_jax.runtime.progress import Stage, stage
 from dppa_jax.where import open_checkpoint
 
 PIECE = 1 << 26  # bytes read and written at a time when the output is safetensors
-RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # they tell how the weights were made
 
 
 def run_convert(job: ConvertConfig) -> None:
@@ -42,6 +42,7 @@ def run_convert(job: ConvertConfig) -> None:
         opened = open_checkpoint(job.base, job.seed)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
+        companions(source.directory), records(source.directory)  # refused, if need be, before the work
         tensors = converted_tensors(source, job.output_dtype)
         write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
         with stage("convert", total_bytes(tensors) // processes.count()) as progress:
@@ -84,7 +85,7 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
                 if journal.get(key) is None:
                     writer.write_rows(name, start, reader.rows([spec], dtype, start, min(start + step, spec.rows))[0])
                     journal.add(key, True)
-        texts = {path.name: path.read_text() for path in _records(source.directory)}
+        texts = {path.name: path.read_text() for path in records(source.directory)}
         writer.commit(_config(source, job.output_dtype), source.directory, texts)
 
 
@@ -93,7 +94,8 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
     from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # takes a second to import
 
     source = reader.source
-    copies = [*companions(source.directory), *_records(source.directory)]
+    files = (*companions(source.directory), *records(source.directory))
+    copies = {str(path.relative_to(source.directory)): path for path in files}
     with OrbaxWriter(output, total_bytes(tensors), job.overwrite) as writer:
         tree = _deferred(reader, tensors, across_processes(make_mesh(job.mesh)))
         writer.commit(tree, _config(source, job.output_dtype), copies)
@@ -146,8 +148,3 @@ def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:
 
 def _config(source: Checkpoint, output_dtype: str) -> dict:
     return with_dtype(source.config, output_dtype or source.dtype.name)
-
-
-def _records(directory: Path) -> list[Path]:
-    """Return the files of a model that tell how its weights were made."""
-    return [directory / name for name in RECORDS if (directory / name).is_file()]

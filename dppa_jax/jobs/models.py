@@ -4,8 +4,9 @@ from pathlib import Path
 
 from absl import logging
 
+from dppa_jax.checkpoint.card import licence
+from dppa_jax.checkpoint.inside import companions
 from dppa_jax.checkpoint.output import output_directory
-from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.compatible import check_apart, check_compatible, check_same_base
 from dppa_jax.merging.opened import Opened
@@ -48,6 +49,8 @@ def check_models(opened: Opened) -> None:
         _outputs(job) if opened.outputs else {}, {name: model.directory for name, model in opened.models.items()}
     )
     check_compatible(base, opened.experts)
+    for directory in (model.directory for model in opened.models.values()):
+        licence(directory)
     companions(base.directory)
     companions(opened.tokenizer.directory)
     tokens, rows = (model.config["vocab_size"] for model in (opened.tokenizer, base))
