@@ -28,6 +28,7 @@ COPIED = (  # beside the weights, verbatim; patterns of `Path.glob`
     "USE_POLICY*",
 )
 RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # they tell how the weights were made
+MAX_COPIED = 100_000_000  # bytes of such a file; the largest tokenizers have a third of it
 AGAIN = "Download it again."
 
 
@@ -80,7 +81,7 @@ def companions(directory: Path) -> list[Path]:
     Each may be read. One may lie in a folder of the directory.
 
     Raises:
-      CheckpointError: a file leads outside the directory, or may not be read.
+      CheckpointError: a file leads outside the directory, is too large, or may not be read.
     """
     return _present(directory, COPIED)
 
@@ -97,7 +98,13 @@ def _present(directory: Path, patterns: Sequence[str]) -> list[Path]:
             found += [path for path in sorted(directory.glob(pattern)) if not path.is_dir()]
         elif os.path.lexists(directory / pattern):
             found.append(directory / pattern)
-    return [readable(directory, str(path.relative_to(directory))) for path in found]
+    for path in found:
+        size = readable(directory, str(path.relative_to(directory))).stat().st_size
+        if size > MAX_COPIED:
+            raise CheckpointError(
+                f"{path}: {size} bytes, and such a file has at most {MAX_COPIED}. Remove or rename it."
+            )
+    return found
 
 
 def _is_blob(target: Path, root: Path, named: bool) -> bool:
