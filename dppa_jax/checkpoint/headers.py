@@ -113,7 +113,7 @@ def _damaged(file: Path, header: bytes, error: msgspec.ValidationError) -> Check
         try:
             msgspec.json.decode(entry, type=_Entry | None)
         except (ValueError, RecursionError):
-            said = bytes(entry[:99]).decode(errors="replace")
+            said = bytes(entry)[:99].decode(errors="replace")
             return CheckpointError(
                 f"{file}: the header's entry of {shown(name)} is damaged: {printable(said)}; download it again."
             )

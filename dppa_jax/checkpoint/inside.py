@@ -101,9 +101,7 @@ def _present(directory: Path, patterns: Sequence[str]) -> list[Path]:
     for path in found:
         size = readable(directory, str(path.relative_to(directory))).stat().st_size
         if size > MAX_COPIED:
-            raise CheckpointError(
-                f"{path}: {size} bytes, and such a file has at most {MAX_COPIED}. Remove or rename it."
-            )
+            raise CheckpointError(f"{path}: {size} bytes, and such a file has at most {MAX_COPIED}. Take it away.")
     return found
 
 

@@ -157,7 +157,7 @@ class OrbaxDirectory:
                 f"{shown('.'.join(extra[0]))!r}; save the weights alone, and check attention_bias, mlp_bias and "
                 f"tie_word_embeddings."
             )
-        arrays = {path: _opened(self.directory, path, zarr3) for path in sorted(present)}
+        arrays = {path: _opened(self.directory, path, zarr3) for path in (*expected, *(present - set(expected)))}
         for path, shape in expected.items():
             if arrays[path].shape != shape:
                 raise UnfitError(

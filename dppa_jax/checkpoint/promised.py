@@ -1,7 +1,7 @@
 """What config.json promises of the tensors, held against what the files have."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,32 +24,28 @@ from dppa_jax.checkpoint.headers import StoredTensor, UnfitError, shown
 WRAPPER = re.compile(r"^(module\.)+|\b(_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 INNER = "model."  # what names lack in a file that was saved from the decoder within the model
 ADAPTER = re.compile(r"^base_model\.model\.|\.(base_layer|modules_to_save)\.|\.lora_")
-MERGE_ADAPTERS = "merge adapters into the model before, with peft's merge_and_unload()"
 PIECE = 1 << 22  # bytes of each of two tensors that are compared at a time
 
 
-def promised_tensors(
-    tensors: Mapping[str, StoredTensor], config: Mapping, directory: Path
-) -> tuple[dict[str, TensorSpec], dict[str, StoredTensor]]:
-    """Return what config.json promises of each tensor, and where it lies, both by the names of the model.
+def promised_specs(tensors: Mapping[str, StoredTensor], config: Mapping, directory: Path) -> dict[str, TensorSpec]:
+    """Return what config.json promises of each tensor, if the files have these tensors and no others.
 
-    A head that is called the embeddings may be among the tensors (`drop_tied_heads`).
+    They may have a head that is called the embeddings (`drop_tied_heads`).
 
     Raises:
       UnfitError: a tensor is missing, too many or of another shape.
     """
     specs = tensor_specs(config)
-    tensors = _by_names_of_the_model(tensors, specs.keys() | tied_heads(config).keys(), directory)
     missing = [name for name in specs if name not in tensors]
     extra = [name for name in tensors if name not in specs and name not in tied_heads(config)]
     if extra:
-        raise UnfitError(f"{directory}: {_about_extra(tensors[extra[0]].file.name, extra, missing, config)}")
+        raise UnfitError(f"{directory}: {_about_extra(tensors[extra[0]].file.name, extra, missing)}")
     if missing:
         raise UnfitError(f"{directory}: {_about_missing(missing, config)}")
     for name, spec in specs.items():
         if tensors[name].shape != spec.shape:
             raise UnfitError(f"{tensors[name].file}: {_about_shape(spec, tensors[name].shape)}")
-    return specs, tensors
+    return specs
 
 
 def drop_tied_heads(source: Any) -> None:
@@ -110,39 +106,22 @@ def quantisation_left_over(config: Mapping, where: Path) -> Iterator[None]:
         logging.warning("%s: the weights are not quantised, so its %s is left out", where, QUANTISATION)
 
 
-def _by_names_of_the_model(
-    tensors: Mapping[str, StoredTensor], wanted: Set[str], directory: Path
-) -> dict[str, StoredTensor]:
-    """Return the tensors without what programs put before names, if the names that are left are all the model's."""
-    for renamed in (str, _unwrapped, lambda name: name if (name := _unwrapped(name)) in wanted else INNER + name):
-        names = {renamed(name): name for name in tensors}
-        if len(names) == len(tensors) and names.keys() <= wanted:
-            if renamed is not str and names:
-                new, old = next(iter(names.items()))
-                logging.warning("%s: names of tensors are read as the model's: %s as %s", directory, shown(old), new)
-            return {new: tensors[old] for new, old in names.items()}
-    return dict(tensors)
-
-
-def _unwrapped(name: str) -> str:
-    """Take off what wrappers of a model put into the names of its tensors.
-
-    >>> _unwrapped("module._orig_mod.model.layers.0._fsdp_wrapped_module.mlp.up_proj.weight")
-    'model.layers.0.mlp.up_proj.weight'
-    """
-    return WRAPPER.sub("", name)
-
-
-def _about_extra(file: str, extra: Sequence[str], missing: Sequence[str], config: Mapping) -> str:
+def _about_extra(file: str, extra: Sequence[str], missing: Sequence[str]) -> str:
     """Say which tensors are not the model's, and why that may be."""
-    fix = "check num_hidden_layers, attention_bias, mlp_bias and tie_word_embeddings in config.json"
+    wrapped = WRAPPER.search(extra[0])
     if any(map(ADAPTER.search, extra)):
-        fix = MERGE_ADAPTERS
+        fix = "merge adapters into the model before, with peft's merge_and_unload()"
+    elif missing and wrapped:
+        fix = f"{wrapped[0]!r} is what torch.compile, DeepSpeed or FSDP put there: save the model without that wrapper"
+    elif f"{INNER}{extra[0]}" in missing:
+        fix = f"the names lack {INNER!r}, so it is the decoder within the model that was saved: save the whole model"
     elif missing:
-        fix = "save the model again with transformers' save_pretrained, which writes these names"
-    first = f"{len(extra)} tensors that a model of this config.json does not have, first {shown(extra[0])!r}"
+        fix = "save the model with transformers' save_pretrained, which writes the names of the model"
+    else:
+        fix = "check num_hidden_layers, attention_bias, mlp_bias and tie_word_embeddings in config.json"
+    said = f"{len(extra)} tensors that a model of this config.json does not have, first {shown(extra[0])!r}"
     lacking = f", and lacks {len(missing)} that it has, first {missing[0]!r}" if missing else ""
-    return f"{file} has {first}{lacking}; {fix}."
+    return f"{file} has {said}{lacking}; {fix}."
 
 
 def _about_missing(missing: Sequence[str], config: Mapping) -> str:

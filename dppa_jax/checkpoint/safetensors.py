@@ -22,7 +22,7 @@ from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 from dppa_jax.checkpoint.inside import AGAIN, inside
 from dppa_jax.checkpoint.promised import (
     drop_tied_heads,
-    promised_tensors,
+    promised_specs,
     quantisation_left_over,
     without_quantisation,
 )
@@ -56,7 +56,7 @@ class SafetensorsDirectory:
         Raises:
           CheckpointError: a tensor is missing, too many or of another shape; a head is wrongly called the embeddings.
         """
-        specs, self.tensors = promised_tensors(self.tensors, self.config, self.directory)
+        specs = promised_specs(self.tensors, self.config, self.directory)
         drop_tied_heads(self)
         return specs
 

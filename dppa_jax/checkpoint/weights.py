@@ -16,9 +16,9 @@ from dppa_jax.runtime.reading import printable, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 ADAPTER = "is an adapter, not a model: merge it into its base, with peft's merge_and_unload().save_pretrained(DIR)."
 IN_PLACE = (  # what may be in a directory in place of weights, and what to do then; the first that is there counts
+    ("model-*-of-*.safetensors", f"is a shard, and {INDEX} says what is in which: fetch it from where the shards came"),
     ("zero_to_fp32.py", "puts the weights of a DeepSpeed checkpoint together: run it with --safe_serialization"),
     ("consolidated*.safetensors", "has Mistral's own names of tensors: take the files for transformers"),
     ("*.safetensors", f"has another name than {SINGLE}: rename it, if it holds all weights of the model"),
@@ -36,7 +36,7 @@ class Index(msgspec.Struct):
 
 def has_weights(directory: Path) -> bool:
     """Return whether weights seem to be there."""
-    return any(os.path.lexists(directory / name) for name in (SINGLE, INDEX)) or bool(_shards(directory))
+    return any(os.path.lexists(directory / name) for name in (SINGLE, INDEX))
 
 
 def find_tensors(directory: Path, heads: Container[str] = ()) -> dict[str, StoredTensor]:
@@ -54,8 +54,7 @@ def find_tensors(directory: Path, heads: Container[str] = ()) -> dict[str, Store
     elif os.path.lexists(directory / SINGLE):
         tensors, files = read_header(readable(directory, SINGLE)), {SINGLE}
     else:
-        files = _without_index(directory)
-        tensors = _together(directory, files)
+        raise CheckpointError(_no_weights(directory))
     _tell_unread(directory, files)
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}
 
@@ -90,46 +89,6 @@ def _listed(directory: Path, weight_map: Mapping[str, str], heads: Container[str
             raise CheckpointError(
                 f"{directory / shard}: has no tensor {shown(name)!r}, which {INDEX} says it holds; download both again."
             )
-    return tensors
-
-
-def _without_index(directory: Path) -> list[str]:
-    """Return the names of a full set of shards. Together they hold all weights, so that the index can be done without.
-
-    Raises:
-      CheckpointError: a shard is missing, or there is none.
-    """
-    shards = _shards(directory)
-    if not shards:
-        raise CheckpointError(_no_weights(directory))
-    count = SHARD.fullmatch(shards[0])[2]
-    whole = [f"model-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
-    if shards != whole:
-        lacking = next((name for name in whole if name not in shards), "a part of another set")
-        raise CheckpointError(
-            f"{directory}: {INDEX} is missing, and the shards that are there ({shards[0]} and {len(shards) - 1} more) "
-            f"are no full set without {lacking}; download the model again."
-        )
-    logging.warning("%s: %s is missing; all %d shards are there and are read", directory, INDEX, len(shards))
-    return shards
-
-
-def _shards(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.glob("model-*.safetensors") if SHARD.fullmatch(path.name))
-
-
-def _together(directory: Path, shards: Iterable[str]) -> dict[str, StoredTensor]:
-    """Return the tensors of all shards; none may be in two of them."""
-    tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        header = read_header(readable(directory, shard))
-        if twice := tensors.keys() & header.keys():
-            name = min(twice)
-            raise CheckpointError(
-                f"{directory}: {shown(name)} is in {tensors[name].file.name} and in {shard}, and without {INDEX} it is "
-                f"not known which counts; download the model again."
-            )
-        tensors |= header
     return tensors
 
 
