@@ -15,7 +15,7 @@ from dppa_jax.architecture.table import architecture_of
 
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 LARGEST = 10_000_000  # of a size in config.json; the largest vocabulary of a model is a tenth of it
-MOST_LAYERS = 10_000
+MOST_LAYERS = 2_000
 QUANTISATION = "quantization_config"  # a key of config.json
 DEQUANTISE = (
     "Quantised weights have no delta to a base: take the model as it was before quantisation, or dequantise it "
@@ -29,6 +29,18 @@ class CheckpointError(ValueError):
 
 Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Tokens = Whole | list[Whole] | None
+
+
+class RopeShape(msgspec.Struct):
+    """The types of what is read of rotary embeddings; see `ConfigShape`."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: float | None = None
 
 
 class ConfigShape(msgspec.Struct):
@@ -48,8 +60,8 @@ class ConfigShape(msgspec.Struct):
     rms_norm_eps: float | None = None
     max_position_embeddings: Whole | None = None
     rope_theta: float | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: RopeShape | None = None
+    rope_parameters: RopeShape | None = None
     bos_token_id: Tokens = None
     eos_token_id: Tokens = None
     pad_token_id: Tokens = None

@@ -24,7 +24,7 @@ OTHER_CODES = {  # what to do with a tensor of another code; one that is not her
     "F64": "Save the model in one of them (transformers: from_pretrained(DIR, dtype='float32').save_pretrained(NEW)).",
     **dict.fromkeys(("BOOL", "C64", "I16", "U16", "I64", "U64"), "It is no weight: leave it out of the file."),
 }
-MAX_HEADER = 25_000_000  # bytes; a model of 100,000 tensors has half of that
+MAX_HEADER = 16_000_000  # bytes; a model of 100,000 tensors has less
 NAMED = 4_000_000  # bytes of a header of which a damaged entry is looked for by name
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
