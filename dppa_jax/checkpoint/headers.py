@@ -85,7 +85,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 def shown(name: str) -> str:
     """Return a tensor's name as a message can have it."""
-    return printable(name if len(name) < 300 else f"{name[:300]}…")
+    return printable(name if len(name) < 300 else f"{name[:300]}…", keep="")
 
 
 def _parse(file: Path, header: bytes) -> dict[str, _Entry]:

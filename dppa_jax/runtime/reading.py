@@ -8,6 +8,7 @@ says what to do.
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import msgspec
 
 MAX_BYTES = 4_000_000  # of a config, an index of a demo or a card; a larger one is not what its name says
 MAX_LINES_BYTES = 1_000_000_000  # of a file with a JSON value in each line: data sets, responses, journals
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON: half of a character, or a whole one by its halves
 STEP = 1 << 20  # bytes that are read at a time, so that a file that grows meanwhile is cut off at the limit
 
 
@@ -79,7 +81,7 @@ def read_bytes(
                 content += piece
     finally:
         os.close(descriptor)
-    if max(size, len(content)) > most:
+    if (size := max(size, len(content))) > most:
         raise error(f"{path}: {size} bytes, and such a file has at most {most}. {fix}")
     return bytes(content)
 
@@ -130,9 +132,16 @@ def parse_json(
     """
     try:
         value = json.loads(text)
+        if SURROGATE.search(text if isinstance(text, bytes) else text.encode()):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair of surrogates is no text
     except (ValueError, RecursionError) as failure:
         reason = "nested too deep" if isinstance(failure, RecursionError) else failure
         raise error(f"{where} is not JSON ({printable(str(reason))}). {fix}") from None
+    return convert(value, where, shape, fix, error)
+
+
+def convert(value: Any, where: str, shape: Any, fix: str = "Correct it.", error: type[ValueError] = ValueError) -> Any:
+    """Return a JSON value as the declared shape; the arguments are those of `parse_json`."""
     try:
         return msgspec.convert(value, shape)
     except (msgspec.ValidationError, RecursionError, OverflowError) as failure:
@@ -153,13 +162,17 @@ def read_json_lines(
             yield number, parse_json(line, f"{path}:{number}", shape, fix, error)
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "\n\t") -> str:
     r"""Escape what a terminal would obey or could not show: control characters, bytes of a name that is not UTF-8.
 
     >>> printable("layer\x1b[2J, caf\udce9")
     'layer\\x1b[2J, caf\\udce9'
+    >>> printable("two\nlines", keep="")
+    'two\\nlines'
     """
-    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
 
 
 def _kind(path: Path | str) -> str:

@@ -274,7 +274,7 @@ def test_header_of_other_types(model, entry):
 
 def test_names_in_a_header_are_printed_escaped(model):
     edit_header(
-        model / "model.safetensors", lambda header: header.update({"a\x1b[2J" + "b" * 9999: header.pop(Q_PROJ)})
+        model / "model.safetensors", lambda header: header.update({"a\x1b[2J\n" + "b" * 9999: header.pop(Q_PROJ)})
     )
     with pytest.raises(CheckpointError) as error:
         _ = SafetensorsDirectory(model).specs
@@ -292,9 +292,9 @@ HEADERS = {
 
 @pytest.mark.parametrize("kind", HEADERS)
 def test_headers_take_little_more_memory_than_their_size(tmp_path, kind):
-    """An eighth of the largest header; the memory grows with it, and that of the largest must be below 200 MB."""
+    """A 32nd of the largest header; the memory grows with it, and that of the largest must be below 200 MB."""
     one = HEADERS[kind]
-    count = MAX_HEADER // 8 // (len(one(1 << 20)) + 1)
+    count = MAX_HEADER // 32 // (len(one(1 << 20)) + 1)
     header = ("{" + ",".join(map(one, range(count))) + "}").encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
@@ -302,7 +302,7 @@ def test_headers_take_little_more_memory_than_their_size(tmp_path, kind):
     tracemalloc.start()
     with suppress(CheckpointError):
         assert read_header(file)
-    assert tracemalloc.get_traced_memory()[1] < 200_000_000 / 8
+    assert tracemalloc.get_traced_memory()[1] < 200_000_000 / 32
     tracemalloc.stop()
 
 
