@@ -62,8 +62,8 @@ def read_integers(flag: str, given: Sequence[str]) -> tuple[int, ...]:
 def read_size(flag: str, given: str) -> int:
     """Read a number of bytes, with or without a unit.
 
-    >>> read_size("--max_shard_size", "5GB"), read_size("--max_shard_size", "1.5 MiB")
-    (5000000000, 1572864)
+    >>> [read_size("--max_shard_size", text) for text in ("2000000000", "5GB", "500mb", "1.5 MiB")]
+    [2000000000, 5000000000, 500000000, 1572864]
     """
     found = SIZE.fullmatch(given.strip())
     if not found:

@@ -46,7 +46,7 @@ class RopeShape(msgspec.Struct):
 class ConfigShape(msgspec.Struct):
     """The types of what is read from a config.json; other keys may hold anything.
 
-    A key may be absent or null. Sizes are not among them, as their messages say more.
+    Every key may be absent, and most may be null. Sizes are not among them, as their messages say more.
     """
 
     architectures: list[str] | None = None
@@ -57,8 +57,8 @@ class ConfigShape(msgspec.Struct):
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     hidden_act: str | None = None
-    rms_norm_eps: float | None = None
-    max_position_embeddings: Whole | None = None
+    rms_norm_eps: float = 0.0
+    max_position_embeddings: Whole = 0
     rope_theta: float | None = None
     rope_scaling: RopeShape | None = None
     rope_parameters: RopeShape | None = None

@@ -20,7 +20,7 @@ from dppa_jax.checkpoint import CheckpointError, SafetensorsDirectory, read_conf
 from dppa_jax.checkpoint.card import licence
 from dppa_jax.checkpoint.headers import MAX_HEADER, read_header
 from dppa_jax.checkpoint.inside import RECORDS, companions, records
-from dppa_jax.where import open_checkpoint
+from dppa_jax.where import load_tree, open_checkpoint
 
 INDEX = "model.safetensors.index.json"
 CONFIG = llama_config(num_hidden_layers=2)
@@ -139,6 +139,19 @@ def test_names_in_an_index(sharded, tmp_path, name):
         SafetensorsDirectory(sharded)
     assert str(sharded) in str(error.value)
     assert str(error.value).isprintable()
+
+
+def test_chunks_of_an_orbax_checkpoint_that_would_fill_the_memory(pristine, tmp_path):
+    import orbax.checkpoint as ocp
+
+    config, tree = load_tree(pristine / "base")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+        checkpointer.save(tmp_path / "orbax", args=ocp.args.PyTreeSave(tree))
+    write_json(tmp_path / "orbax" / "config.json", config)
+    assert open_checkpoint(tmp_path / "orbax").read(Q_PROJ).shape == (32, 32)
+    edit_json(tmp_path / "orbax" / "norm" / ".zarray", chunks=[10**12])
+    with pytest.raises(CheckpointError, match=r"norm has the shape \(32,\) and chunks of"):
+        open_checkpoint(tmp_path / "orbax")
 
 
 # ---- what is no file, or may not be read
