@@ -128,7 +128,7 @@ def exchange(what: str, mine: Any, shape: Any = Any) -> list[Any]:
     store = _store()
     if store is None:
         return [mine]
-    key = f"{next(_rounds)}/{what}"
+    key = f"{next(_rounds)}/{printable(what)}"
     with _coordinator():
         store.put(f"{key}/{index()}", pack(mine))
     return [_told(store, f"{key}/{process}", shape) for process in range(count())]

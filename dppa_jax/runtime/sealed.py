@@ -51,10 +51,9 @@ class SealedStore:
           ValueError: the value is too large.
           jax.errors.JaxRuntimeError: the coordinator has gone.
         """
-        pieces = [content[start : start + PIECE] for start in range(0, len(content), PIECE)] or [b""]
-        if len(pieces) > MOST_PIECES:
-            most = PIECE * MOST_PIECES
+        if len(content) > (most := PIECE * MOST_PIECES):
             raise ValueError(f"{name}: {len(content)} bytes, and processes tell each other at most {most} at a time.")
+        pieces = [content[start : start + PIECE] for start in range(0, len(content), PIECE)] or [b""]
         pieces[0] = bytes([len(pieces)]) + pieces[0]
         for number, piece in enumerate(pieces):
             key = f"{self._prefix}/{name}/{number}"

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 
-import psutil
 import pytest
 from processes import free_port
 
@@ -53,7 +52,7 @@ def test_process_0_listens_on_the_address_of_host_alone(port):
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]"])
 def test_loopback_is_listened_on_as_it_is_named(host, port, caplog):
-    if host == "[::1]" and not any(at.address == "::1" for at in sum(psutil.net_if_addrs().values(), [])):
+    if host == "[::1]" and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 here")
     assert listening_address(f"{host}:{port}") == f"{host}:{port}"
     assert not caplog.records
@@ -104,7 +103,7 @@ def test_processes_that_the_cluster_knows_listen_as_those_that_are_given(monkeyp
 
 @pytest.mark.parametrize("address", ["here", "here:", ":1", "::1:8476", "here:0", "here:65536", "here:1:2", "[::1]"])
 def test_addresses_that_are_none_are_refused(address):
-    with pytest.raises(ValueError, match="give HOST:PORT of process 0, or auto. An IPv6 address stands in brackets"):
+    with pytest.raises(ValueError, match=r"give HOST:PORT of process 0, or auto\. An IPv6 address"):
         split(address)
 
 
