@@ -66,6 +66,7 @@ def start(coordinator: str, num_processes: int = 0, process_id: int = -1) -> Non
     """
     _check(coordinator, num_processes, process_id)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_share_binary_between_hosts", False)  # no machine code comes from the coordinator
     place = meeting_place(coordinator, num_processes, process_id, START_SECONDS)
     try:
         jax.distributed.initialize(
