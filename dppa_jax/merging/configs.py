@@ -53,7 +53,7 @@ def compare_configs(base: Mapping, expert: Mapping, name: str, quiet: bool = Fal
     """
     ours, theirs = meaning(base), meaning(expert)
     different = [key for key in SETTINGS if ours[key] != theirs[key]]
-    said = ", ".join(f"{key} {theirs[key]!r}, the base's {ours[key]!r}" for key in different)
+    said = ", ".join(f"{key} {theirs[key]!r} (the base {ours[key]!r})" for key in different)
     if any(SETTINGS[key].fixed for key in different):
         raise CheckpointError(
             f"expert {name!r}: its config.json says {said}; equal shapes then mean different things. Give the base "
