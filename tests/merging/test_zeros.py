@@ -20,8 +20,9 @@ EMBEDDINGS, NORM, BIAS = (
 )  # fmt: skip
 
 
-def source(file: str | None = "file"):
-    return SimpleNamespace(specs=SPECS, tensors={name: SimpleNamespace(file=file) for name in SPECS})
+def source(file: str | None = "file") -> SimpleNamespace:
+    tensors = {name: SimpleNamespace(file=file) for name in SPECS}
+    return SimpleNamespace(config={}, specs=SPECS, tensors=tensors, read_rows=None)
 
 
 def is_refused(name: str, zeros: list[set[int]], dtype=np.float32, file: str | None = "file") -> bool:
