@@ -34,14 +34,14 @@ def check_zeros(sources: Sequence[Source], matrix: Matrix, arrays: Sequence[np.n
       CheckpointError: names file, tensor and fix.
     """
     zeros = [_zero_rows(array[: matrix.rows]) for array in arrays]
-    if not any(rows.size for rows in zeros):
+    if not any(zeros):
         return
     for expert in range(1, len(sources)):
         for one, other in ((expert, 0), (0, expert)):
-            alone = [row for row in np.setdiff1d(zeros[one], zeros[other]) if _is_weight(arrays[other][row])]
+            alone = [row for row in sorted(zeros[one] - zeros[other]) if _is_weight(arrays[other][row])]
             for rows, at in matrix.places():
                 found = [row - at.start + rows.start for row in alone if at.start <= row < at.stop]
-                if found and not _allowed(sources[one].specs[rows.name], np.array(found), one == 0):
+                if found and not _allowed(sources[one].specs[rows.name], found, one == 0):
                     _refuse(sources[one], sources[other], rows.name, found)
 
 
@@ -55,10 +55,11 @@ def _refuse(damaged: Source, sound: Source, name: str, zeros: Sequence[int]) -> 
         )
 
 
-def _allowed(spec: TensorSpec, zero: np.ndarray, is_base: bool) -> bool:
+def _allowed(spec: TensorSpec, zeros: Sequence[int], is_base: bool) -> bool:
     """Can a sound model have zeros in these rows, and the other model none?"""
     if spec.role is Role.VOCABULARY:
-        return np.sum(zero < spec.rows - spec.rows // AT_THE_END) <= max(1, spec.rows // ELSEWHERE)
+        last = spec.rows - spec.rows // AT_THE_END
+        return sum(row < last for row in zeros) <= max(1, spec.rows // ELSEWHERE)
     return spec.role is not Role.LINEAR and is_base
 
 
@@ -67,7 +68,7 @@ def _is_weight(row: np.ndarray) -> bool:
     return bool(np.abs(row.astype(np.float32)).max() >= TINY)
 
 
-def _zero_rows(array: np.ndarray) -> np.ndarray:
+def _zero_rows(array: np.ndarray) -> set[int]:
     """Return which rows of a matrix are zero bytes."""
     bits = array.view(f"u{array.itemsize}")
-    return np.array([row for row in np.flatnonzero(bits[:, 0] == 0) if not bits[row].any()], int)
+    return {row for row in np.flatnonzero(bits[:, 0] == 0).tolist() if not bits[row].any()}

@@ -136,7 +136,7 @@ def test_a_plan_says_the_same(merge):
 @given(st.sampled_from(list(SETTINGS)), st.data())
 def test_every_setting_is_compared(key, data):
     ours = configured(**data.draw(spelling()))
-    theirs = {**ours, key: data.draw(st.sampled_from([2, 16, "gelu"])), "use_sliding_window": True}
+    theirs = {**ours, key: 16, "use_sliding_window": True}
     if key.startswith(("rope", "partial")):
         rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
         changed = {"factor": 4.0} if key == "rope_scaling" else {key: 0.5}
