@@ -248,3 +248,25 @@ def test_save_delta_where_something_is(merge):
 def test_output_whose_parent_is_a_file(merge):
     (merge.root / "file").write_text("")
     assert f"{merge.root}/file" in merge.refusal(f"--output={merge.root}/file/out")
+
+
+WORKING = {  # by job: its flags beside the base and the output, up to where it looks at --workdir
+    "merge": ["--expert=math={math}", "--method=dare", "--evaluate=addition"],
+    "search": ["--expert=math={math}", "--method=dppa", "--evaluate=addition"],
+    "inspect": ["--expert=math={math}", "--method=dppa"],
+    "finetune": ["--train_data=none.jsonl"],
+    "evaluate": ["--evaluate=addition"],
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "where"),
+    [*((job, "base/runs") for job in WORKING), ("merge", "math"), ("merge", "out"), ("merge", "out/runs")]
+    + [("merge", "out.incomplete"), ("finetune", "out/runs"), ("finetune", "out.incomplete/runs")],
+)
+def test_workdir_in_a_model_or_an_output(merge, job, where):
+    """What a job keeps there would be lost with the output, or lie among the files of a model."""
+    output = [] if job == "evaluate" else [f"--output={merge.output}"]  # which it would evaluate as well
+    given = [f"--job={job}", f"--base={merge.base}", *output, f"--workdir={merge.root / where}"]
+    message = merge.refusal(of=[*given, *(flag.format(math=merge.math) for flag in WORKING[job])])
+    assert f"--workdir: {merge.root / where} is or lies in the " in message
