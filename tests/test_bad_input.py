@@ -4,6 +4,8 @@
 wrong within one directory is in checkpoint/test_damaged_files.py.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 from command import Merge
@@ -18,10 +20,11 @@ from families import (
     write_model,
 )
 
-from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax.checkpoint import CheckpointError, SafetensorsDirectory
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
+from dppa_jax.jobs.places import check_apart
 
 TWO_PASSES, ONE_PASS = "dppa", ("task_arithmetic", "magnitude", "dare", "ties", "dare_ties")
 EMBEDDINGS, NORM = "model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"
@@ -215,7 +218,8 @@ def test_no_expert(merge):
 @pytest.mark.parametrize("where", ["base", "law", "base/merged", "."])
 def test_output_that_would_destroy_or_enter_an_input(merge, where):
     edit_json(merge.root / "base" / "config.json")
-    (merge.root / "config.json").write_text("{}")  # the parent, too, could be taken for a model to replace
+    for name in ("config.json", "model.safetensors"):  # the parent, too, could be taken for a model to replace
+        shutil.copy(merge.base / name, merge.root)
     message = merge.refusal(f"--output={merge.root}/{where}", "--overwrite")
     assert "--output: " in message
     assert "are the same or one contains the other; choose a directory apart from it" in message
@@ -229,7 +233,9 @@ def test_output_that_is_an_input_by_another_name(merge):
 
 def test_input_that_has_the_name_of_unfinished_output(merge):
     merge.base = merge.base.rename(merge.root / "out.incomplete")
-    assert f"{merge.output} and the model 'base' in {merge.base} are the same" in merge.refusal()
+    assert f"{merge.base} holds files that no unfinished run has left there" in merge.refusal()
+    with pytest.raises(CheckpointError, match=f"{merge.output} and the model 'base' in {merge.base} are the same"):
+        check_apart({"--output": str(merge.output)}, {"base": merge.base})
 
 
 @pytest.mark.parametrize("deltas", ["out", "out/deltas", "law"])
@@ -261,8 +267,11 @@ WORKING = {  # by job: its flags beside the base and the output, up to where it 
 
 @pytest.mark.parametrize(
     ("job", "where"),
-    [*((job, "base/runs") for job in WORKING), ("merge", "math"), ("merge", "out"), ("merge", "out/runs")]
-    + [("merge", "out.incomplete"), ("finetune", "out/runs"), ("finetune", "out.incomplete/runs")],
+    [
+        *((job, "base/runs") for job in WORKING),
+        *(("merge", where) for where in ("math", "out", "out/runs", "out.incomplete")),
+        *(("finetune", where) for where in ("out/runs", "out.incomplete/runs")),
+    ],
 )
 def test_workdir_in_a_model_or_an_output(merge, job, where):
     """What a job keeps there would be lost with the output, or lie among the files of a model."""
