@@ -122,9 +122,9 @@ def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
             finite = np.isfinite(b) & np.isfinite(e)  # the merge tells where they are not
             difference += np.square(e[finite] - b[finite]).sum()
             norm += np.square(b[finite]).sum()
-    relative = np.sqrt(difference / norm) if norm else 0.0
-    if relative == 0:
+    if difference == 0:
         logging.warning("expert %r equals the base where it was probed; is %s fine-tuned?", name, expert.directory)
+    relative = np.sqrt(difference / norm) if norm else 0.0  # `zeros` tells of a base without weights
     if relative > OTHER_BASE:
         raise CheckpointError(
             f"expert {name!r}: its delta is {relative:.2f} times as large as the base's weights, that of a fine-tune "

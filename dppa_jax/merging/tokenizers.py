@@ -17,6 +17,7 @@ from dppa_jax.runtime.reading import printable, read_bytes, read_json
 
 MAX_TOKENIZER = 200_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # with one of them a directory has a tokenizer
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 TOLD = 3  # tokens that a warning names
 
@@ -61,10 +62,12 @@ class Tokenizer:
 
     @cached_property
     def ids(self) -> dict[str, int]:
-        """Every token's id, from tokenizer.json; empty where that is not there.
+        """Every token's id, from tokenizer.json and tokenizer_config.json; empty where the first is not there.
+
+        As in transformers, a special token that has no id gets the next one.
 
         Raises:
-          CheckpointError: the file is damaged.
+          CheckpointError: a file is damaged.
         """
         path = self.directory / "tokenizer.json"
         if not path.is_file():
@@ -74,10 +77,20 @@ class Tokenizer:
             found = msgspec.json.decode(read_bytes(path, MAX_TOKENIZER, fix, CheckpointError), type=_TokenizerFile)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {fix}") from None
-        vocabulary = found.model.vocab
-        if isinstance(vocabulary, list):
-            vocabulary = {token: place for place, (token, _) in enumerate(vocabulary)}
-        return vocabulary | {token.content: token.id for token in found.added_tokens}
+        ids = found.model.vocab
+        if isinstance(ids, list):
+            ids = {token: place for place, (token, _) in enumerate(ids)}
+        ids |= {token.content: token.id for token in found.added_tokens}
+        for token in filter(None, map(self.special, SPECIAL)):
+            if token not in ids:
+                ids[token] = max(ids.values(), default=-1) + 1
+        return ids
+
+    def special(self, key: str) -> str | None:
+        """Return a special token, as tokenizer_config.json names it."""
+        token = self.settings.get(key)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        return token if isinstance(token, str) else None
 
     @cached_property
     def settings(self) -> dict:
@@ -88,13 +101,6 @@ class Tokenizer:
     def generation(self) -> dict:
         """The content of generation_config.json."""
         return self._json("generation_config.json")
-
-    @property
-    def eos(self) -> str | None:
-        """The token by which its texts end."""
-        token = self.settings.get("eos_token")
-        token = token.get("content") if isinstance(token, Mapping) else token
-        return token if isinstance(token, str) else None
 
     @property
     def has_template(self) -> bool:
@@ -155,9 +161,10 @@ def _warnings_of_output(base: Tokenizer, output: Tokenizer) -> Iterable[str]:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if beyond := [id for id in _ids(content.get(key)) if id >= rows]:
                 yield f"{file} says {key} {beyond[0]}, the merged model has only the rows 0 to {rows - 1}"
-    ends, end = _ends(base.config, output.generation), output.ids.get(output.eos or "")
+    ends, token = _ends(base.config, output.generation), output.special("eos_token")
+    end = output.ids.get(token)
     if end is not None and ends and end not in ends:
-        yield f"its texts end with {output.eos!r} ({end}), those of the merge with {_listed(ends)} by config.json"
+        yield f"its texts end with {token!r} ({end}), those of the merge with {_listed(ends)} by config.json"
     if "auto_map" in output.settings:
         yield f"tokenizer_config.json names code (auto_map), which is not copied; it is in {output.directory}"
 

@@ -69,8 +69,14 @@ def test_chosen_tokenizer_that_is_not_there(merge):
 
 
 @pytest.mark.parametrize("model", ["law", "base"])
-def test_an_id_without_a_row_is_told(merge, model):
-    edit_vocabulary(merge.root / model, **{"[PAD]": ROWS})
+@pytest.mark.parametrize(
+    ("added", "pad_token"),
+    [({"[PAD]": ROWS}, None), ({"last": ROWS - 1}, "[PAD]"), ({"last": ROWS - 1}, {"content": "[PAD]"})],
+)
+def test_an_id_without_a_row_is_told(merge, model, added, pad_token):
+    """A token has it; or a special token has none, and gets the next one."""
+    edit_vocabulary(merge.root / model, **added)
+    edit_json(merge.root / model / "tokenizer_config.json", pad_token=pad_token)
     told = merge.warnings(FAST, f"--tokenizer={model}")
     assert (
         f"--tokenizer={model}: its tokens have ids up to 64 ('[PAD]'), the merged model has only the rows 0 to 63"
