@@ -4,6 +4,7 @@ One thing can be said in several ways. A default is written out or left out, and
 embeddings differently. So both configs are brought into one form first.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ def compare_configs(base: Mapping, expert: Mapping, name: str, quiet: bool = Fal
       CheckpointError: a setting differs that no fine-tune changes; names the key and both values.
     """
     ours, theirs = meaning(base), meaning(expert)
-    different = [key for key in SETTINGS if ours[key] != theirs[key]]
+    different = [key for key in SETTINGS if not _same(ours[key], theirs[key])]
     said = ", ".join(f"{key} {theirs[key]!r} (the base {ours[key]!r})" for key in different)
     if any(SETTINGS[key].fixed for key in different):
         raise CheckpointError(
@@ -84,6 +85,15 @@ def meaning(config: Mapping) -> dict[str, Any]:
     if given["hidden_act"] == "swish":  # another name of it
         found["hidden_act"] = "silu"
     return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Compare two values; some programs write a number as float32 has it: 9.999999747378752e-06 for 1e-05."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return math.isclose(one, other, rel_tol=1e-6)
+    return one == other
 
 
 def _rope(config: Mapping) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_default_of_the_family_is_no_difference(family, window, other):
 def test_another_spelling_is_merged_without_a_word(merge):
     edit_json(
         merge.law / "config.json", rope_parameters=None, rope_theta=10000, dtype=None, torch_dtype="bfloat16",
-        head_dim=8, use_cache=False,
+        head_dim=8, use_cache=False, rms_norm_eps=9.999999747378752e-06,
     )  # fmt: skip
     assert merge.warnings(FAST) == []
 
