@@ -260,6 +260,8 @@ WORKING = {  # by job: its flags beside the base and the output, up to where it 
     "merge": ["--expert=math={math}", "--method=dare", "--evaluate=addition"],
     "search": ["--expert=math={math}", "--method=dppa", "--evaluate=addition"],
     "inspect": ["--expert=math={math}", "--method=dppa"],
+    "plan": ["--expert=math={math}", "--method=dppa"],
+    "validate": ["--reference={math}"],
     "finetune": ["--train_data=none.jsonl"],
     "evaluate": ["--evaluate=addition"],
 }
@@ -275,7 +277,7 @@ WORKING = {  # by job: its flags beside the base and the output, up to where it 
 )
 def test_workdir_in_a_model_or_an_output(merge, job, where):
     """What a job keeps there would be lost with the output, or lie among the files of a model."""
-    output = [] if job == "evaluate" else [f"--output={merge.output}"]  # which it would evaluate as well
-    given = [f"--job={job}", f"--base={merge.base}", *output, f"--workdir={merge.root / where}"]
+    output = merge.base if job in ("evaluate", "validate") else merge.output  # one that they read
+    given = [f"--job={job}", f"--base={merge.base}", f"--output={output}", f"--workdir={merge.root / where}"]
     message = merge.refusal(of=[*given, *(flag.format(math=merge.math) for flag in WORKING[job])])
     assert f"--workdir: {merge.root / where} is or lies in the " in message

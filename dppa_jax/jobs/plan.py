@@ -9,6 +9,7 @@ from rich.table import Table
 from dppa_jax.architecture.specs import tensor_specs
 from dppa_jax.checkpoint import read_config
 from dppa_jax.config.run import JobConfig
+from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.plan import Plan, plan_of
 from dppa_jax.merging.speed import measure_speeds
@@ -25,6 +26,7 @@ def run_plan(job: JobConfig) -> Plan:
     """
     where = {"base": job.base, **job.experts}
     places = {name: locate(place, job.merge.seed, weights=False) for name, place in where.items()}
+    check_apart({}, places, job.workdir)
     configs = {name: read_config(place) for name, place in places.items()}
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
     check_compatible(models.pop("base"), models)

@@ -176,9 +176,11 @@ def test_fewer_rows_than_the_base(merge):
 # ---- code that config.json names
 
 
-def test_code_is_not_copied_and_not_named(merge):
+@pytest.mark.parametrize("job", ["merge", "convert"])
+def test_code_is_not_copied_and_not_named(merge, job):
     edit_json(merge.base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     (merge.base / "modeling_x.py").write_text("")
-    assert any("modeling_x.X" in told and str(merge.base) in told for told in merge.warnings(FAST))
+    told = merge.warnings(FAST, f"--job={job}")
+    assert any("modeling_x.X" in said and str(merge.base) in said for said in told)
     assert "auto_map" not in read_json(merge.output / "config.json")
     assert not (merge.output / "modeling_x.py").exists()
