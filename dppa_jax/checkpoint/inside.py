@@ -49,12 +49,18 @@ def inside(directory: Path, name: str, named_by: Path | None = None) -> Path:
         raise CheckpointError(f"{named_by or directory} names a file {name!r:.99}; no file can be called so. {AGAIN}")
     path = directory / name
     root, target = Path(os.path.realpath(directory)), Path(os.path.realpath(path))
-    if target.is_relative_to(root) or _is_blob(target, root, bool(named_by)):
+    cached = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    if root.parent.name == "snapshots":
+        allowed = target.is_relative_to(root.parent.parent / "blobs")
+    else:
+        allowed = cached and not named_by
+    if allowed or target.is_relative_to(root):
         return path
     what = f"{named_by} names a file" if named_by else f"{path} leads"
+    snapshot = f", or give {target.parent.parent}/snapshots/REVISION as the model" if cached else ""
     raise CheckpointError(
         f"{what} outside the directory: {printable(repr(name))} is {printable(str(target))}. Copy the file into "
-        f"{directory}."
+        f"{directory}{snapshot}."
     )
 
 
@@ -103,13 +109,6 @@ def _present(directory: Path, patterns: Sequence[str]) -> list[Path]:
         if size > MAX_COPIED:
             raise CheckpointError(f"{path}: {size} bytes, and such a file has at most {MAX_COPIED}. Take it away.")
     return found
-
-
-def _is_blob(target: Path, root: Path, named: bool) -> bool:
-    """Return whether a file is one of the hub's cache that a model in `root` may have."""
-    if root.parent.name == "snapshots":
-        return target.is_relative_to(root.parent.parent / "blobs")
-    return not named and target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
 
 
 def _encodable(name: str) -> bool:

@@ -13,6 +13,7 @@ import msgspec
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.checkpoint.inside import inside
 from dppa_jax.runtime.reading import printable, read_bytes, read_json
 
 MAX_TOKENIZER = 200_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
@@ -69,7 +70,7 @@ class Tokenizer:
         Raises:
           CheckpointError: a file is damaged.
         """
-        path = self.directory / "tokenizer.json"
+        path = inside(self.directory, "tokenizer.json")
         if not path.is_file():
             return {}
         fix = "Fetch it again."
@@ -110,14 +111,14 @@ class Tokenizer:
     def differs(self, other: "Tokenizer") -> str:
         """Return the name of the tokenizer's file where both have it, with other bytes; else the empty string."""
         for name in FILES:
-            ours, theirs = self.directory / name, other.directory / name
+            ours, theirs = inside(self.directory, name), inside(other.directory, name)
             if ours.is_file() and theirs.is_file():
                 equal = read_bytes(ours, MAX_TOKENIZER) == read_bytes(theirs, MAX_TOKENIZER)
                 return "" if equal else name
         return ""
 
     def _json(self, name: str) -> dict:
-        path = self.directory / name
+        path = inside(self.directory, name)
         return read_json(path, fix="Fetch it again.", error=CheckpointError) if path.is_file() else {}
 
 
