@@ -13,7 +13,7 @@ from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
-from dppa_jax.flags import Values, command, make, read_experts, read_numbers
+from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path, read_value
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
 UNSET = -1.0
@@ -74,7 +74,7 @@ def report_config(values: Values) -> ReportConfig:
 
 def evaluate_config(values: Values) -> EvaluateConfig:
     """Make the config of --job=evaluate: the base, the experts and, where it is given, the merge."""
-    named = {"base": values["base"], **_experts(values), "merge": values["output"]}
+    named = {"base": read_value(values, "base"), **_experts(values), "merge": read_value(values, "output")}
     models = {name: where for name, where in named.items() if where}
     return make(EvaluateConfig, values, models=models, evaluation=evaluation(values), command=command(values))
 
@@ -158,7 +158,7 @@ def _coefficients(values: Values, names: tuple[str, ...]) -> dict[str, Any]:
         return {}
     given = [text for text in values["coefficient"] if text not in ADAMERGING]
     if given and given[-1].endswith(".json"):
-        return read_coefficients(given[-1], names)
+        return read_coefficients(read_path("--coefficient", given[-1]), names)
     return per_expert("--coefficient", [text for text in given if not text.endswith(".json")], names, float)
 
 

@@ -48,8 +48,8 @@ def sources_digest(*patterns: str) -> str:
 def write_whole(file: Path, text: str) -> None:
     """Write a file under another name and rename it: a crash leaves the old file or the new one, never a part.
 
-    A link at the file's place is replaced, not followed. What UTF-8 cannot say, such as a file's name that is not UTF-8,
-    is written as an escape.
+    A link at the file's place is replaced, not followed. What UTF-8 cannot say, such as a file's name that is not
+    UTF-8, is written as an escape.
     """
     aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
