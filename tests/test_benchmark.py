@@ -202,4 +202,4 @@ def test_scaling_runs_every_number_of_processes_on_the_family_and_on_larger_ones
 
 
 def model_config_of(output) -> int:
-    return json.loads((output.parent / "base" / "config.json").read_text())["num_hidden_layers"]
+    return json.loads((output.parent.parent / "base" / "config.json").read_text())["num_hidden_layers"]
