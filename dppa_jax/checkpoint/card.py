@@ -82,7 +82,8 @@ def model_card(
         for expert, where in experts.items()
     )
     pruned = f" {100 * config['rate']:g} % of each expert's delta is removed." if config["score"] else ""
-    licence_note = f"The inputs' licences: {markdown.text(', '.join(dict.fromkeys(licences)))}. Check that they allow what you do with the merge."
+    named = markdown.text(", ".join(dict.fromkeys(licences)))
+    licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
     repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""
     header = "\n".join(metadata)
     return f"""{header}

@@ -29,11 +29,13 @@ def keep_compilations() -> None:
 def _own(path: Path) -> Path:
     """Make a directory of machine code, and return it; refuse one in which another user could put code to be run."""
     status = kept_directory(path).stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        whose = f"belongs to another user (uid {status.st_uid})"
+    fault = "can be written by others (chmod go-w it)" if status.st_mode & 0o022 else ""
+    if status.st_uid != os.geteuid():
+        fault = f"belongs to another user (uid {status.st_uid})"
+    if fault:
         raise PermissionError(
-            f"{path} {whose if status.st_uid != os.geteuid() else 'can be written by others (chmod go-w it)'}, who could "
-            f"put code there that would run as you; $DPPA_JAX_CACHE names another directory for what is kept."
+            f"{path} {fault}, who could put code there that would run as you; $DPPA_JAX_CACHE names another directory "
+            f"for what is kept."
         )
     return path
 
