@@ -255,13 +255,9 @@ def make(config: type, values: Values, **given: Any) -> Any:
     read = {}
     for name, said in options(config).items():
         if name not in given:
-            read[name] = None if said.optional and not values[said.flag] else read_value(values, said.flag)
+            value = values[said.flag]
+            read[name] = None if said.optional and not value else KINDS[said.kind].read(f"--{said.flag}", value)
     return config(**read, **given)
-
-
-def read_value(values: Values, name: str) -> Any:
-    """Return what a config holds for the value of a flag."""
-    return KINDS[BY_NAME[name].kind].read(f"--{name}", values[name])
 
 
 def command(values: Values) -> str:

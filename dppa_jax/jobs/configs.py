@@ -13,7 +13,7 @@ from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
-from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path, read_value
+from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
 UNSET = -1.0
@@ -74,7 +74,8 @@ def report_config(values: Values) -> ReportConfig:
 
 def evaluate_config(values: Values) -> EvaluateConfig:
     """Make the config of --job=evaluate: the base, the experts and, where it is given, the merge."""
-    named = {"base": read_value(values, "base"), **_experts(values), "merge": read_value(values, "output")}
+    base, merge = (read_path(f"--{flag}", values[flag]) for flag in ("base", "output"))
+    named = {"base": base, **_experts(values), "merge": merge}
     models = {name: where for name, where in named.items() if where}
     return make(EvaluateConfig, values, models=models, evaluation=evaluation(values), command=command(values))
 

@@ -12,7 +12,7 @@ from dppa_jax.runtime.reading import printable
 
 def text(given: str) -> str:
     """Escape what Markdown or HTML would take for a sign; one line."""
-    return re.sub(r"([\\`*\[\]<>&])", r"\\\1", printable(given, keep=""))
+    return re.sub(r"[\\`*~\[\]<>&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", printable(given, keep=""))
 
 
 def code(given: str) -> str:

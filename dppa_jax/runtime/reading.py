@@ -70,7 +70,7 @@ def read_bytes(
         raise OSError(failure.errno, failure.strerror, str(path)) from failure
     finally:
         os.close(descriptor)
-    if max(size, len(content)) > most:
+    if (size := max(size, len(content))) > most:
         raise error(f"{path}: {size} bytes, and such a file has at most {most}. {fix}")
     return bytes(content)
 
