@@ -65,7 +65,7 @@ def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path]) -> None:
     """Refuse an output that is, contains or lies in an input or another output."""
     taken = {f"the model {name!r}": path.resolve() for name, path in inputs.items()}
     for flag, given in outputs.items():
-        path = Path(given).expanduser().resolve()
+        path = Path(given).resolve()
         for what, other in taken.items():
             for place in (path, path.with_name(path.name + ".incomplete")):
                 if place.is_relative_to(other) or other.is_relative_to(place):

@@ -76,16 +76,16 @@ def write_speed(output: Path) -> float:
     """Write a file without a name on the disk of `output`, which need not be there yet; return bytes a second."""
     existing = next(place for place in (output, *output.parents) if place.is_dir())
     piece = memoryview(np.random.default_rng(0).bytes(PIECE))
-    with tempfile.TemporaryFile(dir=existing) as unnamed:  # a killed process leaves nothing
-        file = DirectFile(Path(f"/dev/fd/{unnamed.fileno()}"))
-        try:
-            begin = time.perf_counter()
-            for position in range(0, WRITTEN, PIECE):
-                file.write(piece, position)
-            file.sync()
-            return WRITTEN / (time.perf_counter() - begin)
-        finally:
-            file.close()
+    with tempfile.NamedTemporaryFile(dir=existing, prefix=".dppa_jax-") as named:
+        file = DirectFile(Path(named.name))  # and, when the block ends, without a name: a killed process leaves nothing
+    try:
+        begin = time.perf_counter()
+        for position in range(0, WRITTEN, PIECE):
+            file.write(piece, position)
+        file.sync()
+        return WRITTEN / (time.perf_counter() - begin)
+    finally:
+        file.close()
 
 
 class _Synthetic:
