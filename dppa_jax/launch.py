@@ -189,7 +189,7 @@ def run() -> None:
         return
     end_on_signals()
     logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold("info")
+    FLAGS.set_default("logtostderr", True)  # to the stderr of the moment: above a bar, where one is shown
     logging.get_absl_handler().addFilter(_worth_telling)
     logging.get_absl_handler().setFormatter(LogFormatter())
     app.run(main, [sys.argv[0], *arguments(given)], flags_parser=parse)

@@ -29,7 +29,6 @@ def open_streams() -> None:
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__"):  # else someone has put another one in its place, to capture it
             setattr(sys, name, _lasting(number, stream))
-            logging.get_absl_handler().python_handler.stream = sys.stderr
 
 
 class LogFormatter(logging.PythonFormatter):
