@@ -90,9 +90,9 @@ def read_ranges(flag: str, given: Sequence[str]) -> tuple[float, ...]:
 
 def read_gigabytes(flag: str, given: float) -> int:
     """Return bytes."""
-    if not math.isfinite(given):
+    if not math.isfinite(bytes_ := given * 1e9):
         raise ValueError(f"{flag}={given}: give a finite number of GB.")
-    return int(given * 1e9)
+    return int(bytes_)
 
 
 def read_path(flag: str, given: str) -> str:

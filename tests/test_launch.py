@@ -8,10 +8,12 @@ import tomllib
 from pathlib import Path
 
 import grain  # noqa: F401  defines flags, which flagsaver would take back
+import hypothesis
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from command import launch, tree
+from hypothesis import strategies as st
 
 from dppa_jax import launch as program
 from dppa_jax.delta.presets import METHODS
@@ -156,6 +158,8 @@ WRONG_FLAGS = {
     "--base=a\nb": r"--base=a\nb: holds the control character '\n'; leave it out.",
     "--base=\x1b[2J": r"--base=\x1b[2J: holds the control character '\x1b'; leave it out.",
     "--device_memory=inf": "--device_memory=inf: give a finite number of GB.",
+    "--device_memory=1e308": "--device_memory=1e+308: give a finite number of GB.",
+    "--num_processes=-1": "--num_processes and --process_id need --coordinator=HOST:PORT, the first process's address.",
     "--seeds=0.5": "--seeds: '0.5' is not a whole number of at most 18 digits.",
     "--seeds=inf": "--seeds: 'inf' is not a whole number of at most 18 digits.",
     "--rates=0:1:1e-9": "--rates=0:1:1e-9: give numbers, or FIRST:LAST:STEP such as 0.1:0.9:0.1.",
@@ -184,6 +188,19 @@ WRONG_FLAGFILES = {
     b"# next\n--flagfile=gone.cfg": "{file}:2: --flagfile=gone.cfg: No such file or directory; give a file of flags.",
     b"--flagfile={folder}": "{folder} is a directory in place of a file",
 }
+
+
+@hypothesis.settings(max_examples=50, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(st.one_of(st.binary(max_size=60), st.text("-=ratesdm01,.\n#/ \0", max_size=60).map(str.encode)))
+def test_no_flagfile_gives_anything_but_flags_or_a_line(tmp_path, content):
+    (tmp_path / "merge.cfg").write_bytes(content)
+    told = "error: none"
+    with flagsaver.flagsaver():
+        try:
+            program.parse(["dppa_jax", f"--flagfile={tmp_path}/merge.cfg"])
+        except SystemExit as error:
+            told = error.code
+    assert re.fullmatch("error: .+", told)
 
 
 @pytest.mark.parametrize("content", WRONG_FLAGFILES)

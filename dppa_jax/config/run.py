@@ -21,7 +21,9 @@ class StartConfig:
 
     job: str = option("merge", "what to do; the first word does it as well: dppa_jax plan …", group="work")
     coordinator: str = option("", "the first process, HOST:PORT; auto: from Slurm, TPU, Kubernetes or MPI")
-    num_processes: int = option(0, "how many there are, with --coordinator=HOST:PORT; plan: to plan for")
+    num_processes: int = option(
+        0, "how many there are, with --coordinator=HOST:PORT; plan: to plan for", within=(0, 10_000)
+    )
     process_id: int = option(-1, "which process this is, from 0 on")
 
 
