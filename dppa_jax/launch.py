@@ -79,7 +79,7 @@ def _with_flagfiles(words: Iterable[Word], inside: tuple[str, ...] = ()) -> Iter
             continue
         file = os.path.expanduser(file if equals else next(words, Word("")).text).strip()
         if not file:
-            continue
+            continue  # as absl does: a script may have none
         if (real := os.path.realpath(file)) in inside:
             raise ValueError(f"{word.place}{word.text}: the file includes itself; remove the line.")
         try:
@@ -92,7 +92,7 @@ def _with_flagfiles(words: Iterable[Word], inside: tuple[str, ...] = ()) -> Iter
 
 
 def _check_characters(words: Iterable[Word]) -> None:
-    """Refuse what no flag can mean, and no file can be called."""
+    """Refuse control characters: no file or model has one in its name on purpose."""
     for text, place in words:
         if found := re.search(r"[\x00-\x08\x0a-\x1f\x7f]", text):
             shown = printable(text, keep="")

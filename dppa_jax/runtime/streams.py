@@ -50,7 +50,7 @@ class _Output(io.FileIO):
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.fileno())
             os.close(null)
-            if error.errno != errno.EPIPE and self.fileno() != sys.stderr.fileno():
+            if self.fileno() == 1 and error.errno != errno.EPIPE:
                 logging.warning("what is printed is lost from here on: %s", error.strerror)
             return len(content)
 
