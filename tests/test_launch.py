@@ -1,5 +1,6 @@
 """The command line: the first word, help, flagfiles, densities, spelling, and what the process says when it ends."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -173,6 +174,20 @@ def test_a_wrong_flag_is_told_in_one_line(given):
     assert error.value.code.startswith("error: ")
     assert error.value.code.endswith(WRONG_FLAGS[given])
     assert "\n" not in error.value.code
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "convert"])
+def test_a_workdir_that_cannot_be_made_is_refused_before_the_work(merge, job):
+    (merge.root / "file").write_text("")
+    given = [f"--job={job}", f"--workdir={merge.root}/file/runs", "--evaluate=addition", "--methods=dppa"]
+    message = merge.refusal(*given, f"--reference={merge.law}", "--shape=0.3b")
+    assert f"--workdir={merge.root}/file/runs: {merge.root}/file is no directory; give a directory for the" in message
+
+
+def test_a_workdir_that_may_not_be_written_to_is_refused(merge, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(merge.root))
+    message = merge.refusal("--job=inspect", f"--workdir={merge.root}/runs")
+    assert f"--workdir={merge.root}/runs: {merge.root} may not be written to" in message
 
 
 # ---- flagfiles
