@@ -118,7 +118,7 @@ class Unfinished:
         file, mark = self.path / MARK, Mark(os.fstat(self._lock).st_ino, self._identity, list(outputs), old)
         if not file.exists():
             file.touch()  # a run that is killed here leaves no other file without a mark
-        write_whole(file, json.dumps(msgspec.structs.asdict(mark)))  # msgspec takes no path that is not UTF-8
+        write_whole(file, json.dumps(msgspec.to_builtins(mark)))  # in ASCII: a path need not be UTF-8
 
     def unmoved(self) -> bool:
         """Return whether the directory is still the one that was claimed, under its unfinished name."""
