@@ -16,6 +16,7 @@ from dppa_jax.runtime.reading import printable, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_INDEX = 8_000_000  # bytes; a model of 128 experts in 94 layers has half of that
 ADAPTER = "is an adapter, not a model: merge it into its base, with peft's merge_and_unload().save_pretrained(DIR)."
 IN_PLACE = (  # what may be in a directory in place of weights, and what to do then; the first that is there counts
     ("model-*-of-*.safetensors", f"is a shard, and {INDEX} says what is in which: fetch it from where the shards came"),
@@ -62,7 +63,7 @@ def find_tensors(directory: Path, heads: Container[str] = ()) -> dict[str, Store
 def _weight_map(directory: Path) -> Mapping[str, str]:
     """Return the file of each tensor as the index says, unless there is another set of weights beside these."""
     fix = "It must have a weight_map from tensors to files; download it again."
-    weight_map = read_json(inside(directory, INDEX), Index, fix=fix, error=CheckpointError).weight_map
+    weight_map = read_json(inside(directory, INDEX), Index, MAX_INDEX, fix, CheckpointError).weight_map
     if os.path.lexists(directory / SINGLE) and SINGLE not in weight_map.values():
         raise CheckpointError(
             f"{directory} holds two sets of weights: {SINGLE}, and the shards that {INDEX} names. Some programs read "
