@@ -1,0 +1,90 @@
+"""Which of the elements that tie at a threshold are kept.
+
+Deltas of 16-bit weights have few distinct sizes, so that many elements of a linear have the score of its threshold t.
+The authors drop them all, which can be far more than the rate. A rule of `TIES` says how many elements are dropped; it
+is between #{score < t} and #{score ≤ t}, so only elements that tie are in question. Where some of them are kept, a hash
+of their place in the tensor chooses: an element is then ranked by the pair (score, hash), and a bound is such a pair.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int64, Shaped, UInt32
+
+from dppa_jax.delta.score import Columns, Keys, random
+from dppa_jax.delta.threshold import Thresholds
+
+STEP = np.uint32(0x9E3779B1)  # what `random` multiplies a column with
+
+TIES = {  # from (⌈n·rate⌉, thresholds) to how many elements are dropped
+    "drop": lambda asked, found: found.through,
+    "keep": lambda asked, found: found.below,
+    "exact": lambda asked, found: asked,
+}
+
+
+class Placed(NamedTuple):
+    """What a score needs beside the delta, and two words per row with which `places` tells tied elements apart."""
+
+    inputs: jax.Array | tuple | None
+    words: UInt32[Array, "rows 2"]
+
+
+class Pair(NamedTuple):
+    """What ranks an element where ties are told apart: by `place` where `key` is equal."""
+
+    key: Keys
+    place: Keys
+
+
+def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int64[np.ndarray, "problems ranks"]:
+    """How many elements of each linear a rule drops. Rate 0 drops none and rate 1 all, whatever the rule.
+
+    "exact" drops ⌈n·rate⌉, in float64, and so keeps ⌊n·(1−rate)⌋. Where no two scores are equal, "drop" keeps as many,
+    and one less where n·rate is a whole number.
+    """
+    asked = np.ceil(numel * np.asarray(rates, np.float64)).astype(np.int64)
+    return np.where(np.isin(rates, (0, 1)), asked, TIES[ties](asked, found))
+
+
+def place_words(expert: str, tensor: str, start: int, stop: int, columns: int) -> UInt32[np.ndarray, "rows 2"]:
+    """Make the words of the rows start..stop with which `places` is a permutation of the elements' numbers.
+
+    `random` mixes column · STEP + first word, each step of which can be undone while the second word stays the same. So
+    with row · columns · STEP in the first word no two elements of a tensor, of which there are fewer than 2³², share a
+    hash.
+    """
+    digest = hashlib.blake2b(f"ties\0{expert}\0{tensor}".encode(), digest_size=8).digest()
+    low, high = np.frombuffer(digest, "<u4")
+    first = np.arange(start, stop, dtype=np.uint32) * np.uint32(columns) * STEP + low
+    return np.stack([first, np.full_like(first, high)], axis=1)
+
+
+def places(words: UInt32[Array | np.ndarray, "rows 2"], column: Columns) -> Keys:
+    """Hash the place of each element, without collisions within a tensor."""
+    return random(None, words, column)
+
+
+def chosen(
+    tied: Bool[np.ndarray, "rows columns"], count: int, expert: str, tensor: str
+) -> Bool[np.ndarray, "rows columns"]:
+    """Say which `count` of the tied elements of a whole tensor are kept: those whose places have the largest hashes."""
+    hashes = places(place_words(expert, tensor, 0, *tied.shape), np.arange(tied.shape[1])[None])
+    return tied & (hashes >= np.sort(hashes[tied])[-count])
+
+
+def pairs(bounds: UInt32[np.ndarray, "partitions ..."]) -> UInt32[np.ndarray, "partitions 2"]:
+    """Turn bounds of keys into those of pairs that say the same; leave bounds of pairs as they are."""
+    return bounds if bounds.ndim == 2 else np.stack([bounds, np.zeros_like(bounds)], axis=-1)
+
+
+def reaches(
+    keys: Keys | Pair, bounds: Shaped[Array | np.ndarray, "rows 1 ..."]
+) -> Bool[Array | np.ndarray, "rows columns"]:
+    """Is an element at or above its row's bound? Bounds of pairs are pairs, on the last axis."""
+    if not isinstance(keys, Pair):
+        return keys >= bounds
+    key, place = bounds[..., 0], bounds[..., 1]
+    return (keys.key > key) | ((keys.key == key) & (keys.place >= place))
