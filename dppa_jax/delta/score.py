@@ -24,6 +24,7 @@ Keys = UInt32[Array | np.ndarray, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
+COLUMN_STEP = np.uint32(0x9E3779B1)  # between the numbers that `hashed` mixes, of one column and the next
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,21 @@ def magnitude(delta: Delta, inputs: None = None, column: Columns | None = None) 
 def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
     """Draw u, uniform on the 2³² integers, by a counter-based hash of (words of the row, column).
 
-    `inputs` begins with two words per row, folded from (seed, expert name, tensor name, row) by `row_words`. The hash
-    is a multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never shifted
-    copies of each other. Drop-and-rescale keeps u ≥ p·2³². Source: Yu et al. 2023 (DARE), algorithm 1.
+    `inputs` begins with two words per row, folded from (seed, expert name, tensor name, row) by `row_words`.
+    Drop-and-rescale keeps u ≥ p·2³². Source: Yu et al. 2023 (DARE), algorithm 1.
     """
-    x = column.astype(jnp.uint32) * np.uint32(0x9E3779B1) + inputs[:, :1]
+    return hashed(inputs, column)
+
+
+def hashed(words: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
+    """Hash (two words of the row, column) to a number of 32 bits.
+
+    This is a multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never
+    shifted copies of each other.
+    """
+    x = column.astype(jnp.uint32) * COLUMN_STEP + words[:, :1]
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) ^ inputs[:, 1:2]
+    x = (x ^ (x >> 15)) ^ words[:, 1:2]
     x = x * np.uint32(0x846CA68B)
     x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1)
     return x ^ (x >> 15)

@@ -13,10 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int64, Shaped, UInt32
 
-from dppa_jax.delta.score import Columns, Keys, random
+from dppa_jax.delta.score import COLUMN_STEP, Keys, hashed
 from dppa_jax.delta.threshold import Thresholds
-
-STEP = np.uint32(0x9E3779B1)  # what `random` multiplies a column with
 
 TIES = {  # from (⌈n·rate⌉, thresholds) to how many elements are dropped
     "drop": lambda asked, found: found.through,
@@ -26,7 +24,7 @@ TIES = {  # from (⌈n·rate⌉, thresholds) to how many elements are dropped
 
 
 class Placed(NamedTuple):
-    """What a score needs beside the delta, and two words per row with which `places` tells tied elements apart."""
+    """What a score needs beside the delta, and the `place_words` of its rows."""
 
     inputs: jax.Array | tuple | None
     words: UInt32[Array, "rows 2"]
@@ -50,28 +48,23 @@ def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int6
 
 
 def place_words(expert: str, tensor: str, start: int, stop: int, columns: int) -> UInt32[np.ndarray, "rows 2"]:
-    """Make the words of the rows start..stop with which `places` is a permutation of the elements' numbers.
+    """Make the words of the rows start..stop with which no two elements of a tensor are `hashed` to one number.
 
-    `random` mixes column · STEP + first word, each step of which can be undone while the second word stays the same. So
-    with row · columns · STEP in the first word no two elements of a tensor, of which there are fewer than 2³², share a
-    hash.
+    What is hashed is column · COLUMN_STEP + first word, and each step of that can be undone where the second word is
+    one and the same. With row · columns · COLUMN_STEP in the first word, all elements, of which a tensor has fewer than
+    2³², differ.
     """
     digest = hashlib.blake2b(f"ties\0{expert}\0{tensor}".encode(), digest_size=8).digest()
     low, high = np.frombuffer(digest, "<u4")
-    first = np.arange(start, stop, dtype=np.uint32) * np.uint32(columns) * STEP + low
+    first = np.arange(start, stop, dtype=np.uint32) * np.uint32(columns) * COLUMN_STEP + low
     return np.stack([first, np.full_like(first, high)], axis=1)
-
-
-def places(words: UInt32[Array | np.ndarray, "rows 2"], column: Columns) -> Keys:
-    """Hash the place of each element, without collisions within a tensor."""
-    return random(None, words, column)
 
 
 def chosen(
     tied: Bool[np.ndarray, "rows columns"], count: int, expert: str, tensor: str
 ) -> Bool[np.ndarray, "rows columns"]:
     """Say which `count` of the tied elements of a whole tensor are kept: those whose places have the largest hashes."""
-    hashes = places(place_words(expert, tensor, 0, *tied.shape), np.arange(tied.shape[1])[None])
+    hashes = hashed(place_words(expert, tensor, 0, *tied.shape), np.arange(tied.shape[1])[None])
     return tied & (hashes >= np.sort(hashes[tied])[-count])
 
 

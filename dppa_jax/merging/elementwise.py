@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS, scaled
-from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta
-from dppa_jax.delta.tied import Pair, Placed, places
+from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed
+from dppa_jax.delta.tied import Pair, Placed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Elementwise:
     def keys(self, delta: jax.Array, inputs, column: jax.Array) -> Keys | Pair:
         """Return the keys of a delta whose columns have these numbers; pairs where the inputs are `Placed`."""
         if isinstance(inputs, Placed):
-            return Pair(self.keys(delta, inputs.inputs, column), places(inputs.words, column))
+            return Pair(self.keys(delta, inputs.inputs, column), hashed(inputs.words, column))
         return SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
 
     def pruned(self, base, expert, inputs, bounds, weights, zero) -> Float[Array, "rows columns"]:
