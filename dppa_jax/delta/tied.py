@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int64, Shaped, UInt32
+from jaxtyping import Array, Bool, Int64, UInt32
 
 from dppa_jax.delta.score import COLUMN_STEP, Keys, hashed
 from dppa_jax.delta.threshold import Thresholds
@@ -74,7 +74,7 @@ def pairs(bounds: UInt32[np.ndarray, "partitions ..."]) -> UInt32[np.ndarray, "p
 
 
 def reaches(
-    keys: Keys | Pair, bounds: Shaped[Array | np.ndarray, "rows 1 ..."]
+    keys: Keys | Pair, bounds: UInt32[Array | np.ndarray, "#rows 1 ..."]
 ) -> Bool[Array | np.ndarray, "rows columns"]:
     """Is an element at or above its row's bound? Bounds of pairs are pairs, on the last axis."""
     if not isinstance(keys, Pair):

@@ -16,8 +16,8 @@ from support import (
     MemorySource,
     Merge,
     assert_same_bits,
+    coarse_family,
     from_linears,
-    make_family,
     merge_to_arrays,
     random_norms,
 )
@@ -138,15 +138,7 @@ def test_masks_and_densities_equal_sorting(ties, kinds, rate, seed):
 
 
 def coarse() -> tuple[MemorySource, dict[str, MemorySource]]:
-    """A family of two layers with deltas of some ten distinct sizes, over a base of zeros."""
-    base, experts = make_family(EXPERTS, "float32", num_hidden_layers=2, **SHAPES)
-    zeros = {name: np.zeros_like(array) for name, array in base.tensors.items()}
-
-    def rounded(expert):
-        deltas = {name: np.rint((array - base.tensors[name]) * 100) / 64 for name, array in expert.tensors.items()}
-        return MemorySource(base.config, {name: delta.astype(np.float32) for name, delta in deltas.items()})
-
-    return MemorySource(base.config, zeros), {name: rounded(expert) for name, expert in experts.items()}
+    return coarse_family(EXPERTS, num_hidden_layers=2, **SHAPES)
 
 
 def merged(mesh: str = ONE_DEVICE, block_layers: int = 1, **given) -> Merge:
