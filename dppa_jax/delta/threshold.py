@@ -196,7 +196,7 @@ class _CutSearch(_Search):
         tied, width = self.below_high - self.below_low, self.high - self.low
         share = (self.index - self.below_low) / tied if self.reads <= SAMPLED_READS else 0.5
         spread = np.sqrt(share * (1.0 - share) / tied)
-        near = [self.low + round(width * (share + way * spread)) for way in (-0.5, 0.5, -2.0, 2.0)]
+        near = [self.low + round(width * (share + way * spread)) for way in (-0.4, 0.4, -1.5, 1.5)]
         return [*near, min(max(self.low + round(width * share), self.low + 1), self.high - 1)]
 
 
