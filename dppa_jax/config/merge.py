@@ -103,8 +103,9 @@ class MergeConfig:
     significance_multiple: float = option(5.0, "DP, OWL: |delta| above this times the mean is an outlier", least=0)
     dpa_combine: str = option("highest", "DPA: factor of an element in several partitions", choices=("highest", "max"))
     ties: str = option(
-        "drop",
-        "elements that tie at a threshold: all dropped, all kept, or as many as --rate asks for",
+        "auto",
+        "elements that tie at a threshold: drop all, as the authors do; keep all; exact: keep as many as the rate asks "
+        "for; auto: drop, but exact where far too little would be kept",
         choices=lambda: axis("ties"),
     )
     tensor_rates: tuple[tuple[str, float], ...] = option(
@@ -177,6 +178,12 @@ class MergeConfig:
     def is_surveyed(self) -> bool:
         """Whether the allocation looks at outliers, for which a pass over the layers comes before the merge."""
         return bool(self.score) and bool(axis("allocate")[self.allocate].outliers)
+
+    @property
+    def ties_rule(self) -> str:
+        """The rule for ties: the allocation's own, unless one is given."""
+        own = axis("allocate")[self.allocate].ties if self.allocate else ""
+        return own if own and self.ties == "auto" else self.ties
 
     @property
     def takes_factors(self) -> bool:

@@ -1,9 +1,9 @@
 """Which of the elements that tie at a threshold are kept.
 
 Deltas of 16-bit weights have few distinct sizes, so that many elements of a linear have the score of its threshold t.
-The authors drop them all, which can be far more than the rate. A rule of `TIES` says how many elements are dropped; it
-is between #{score < t} and #{score ≤ t}, so only elements that tie are in question. Where some of them are kept, a hash
-of their place in the tensor chooses: an element is then ranked by the pair (score, hash), and a bound is such a pair.
+The authors drop them all, which can be far more than the rate. A rule of `TIES` says how many elements are dropped, at
+least #{score < t} and at most #{score ≤ t}, so that only those that tie are in question. Where some of them are kept, a
+hash of their place in the tensor chooses: an element is then ranked by the pair (score, hash), and a bound is a pair.
 """
 
 import hashlib
@@ -16,10 +16,13 @@ from jaxtyping import Array, Bool, Int64, UInt32
 from dppa_jax.delta.score import COLUMN_STEP, Keys, hashed
 from dppa_jax.delta.threshold import Thresholds
 
-TIES = {  # from (⌈n·rate⌉, thresholds) to how many elements are dropped
-    "drop": lambda asked, found: found.through,
-    "keep": lambda asked, found: found.below,
-    "exact": lambda asked, found: asked,
+FAR = 0.25  # of what is asked to be kept: a difference that matters
+
+TIES = {  # from (n, ⌈n·rate⌉, thresholds) to how many elements are dropped
+    "auto": lambda numel, asked, found: np.where(_is_far(numel, asked, found), asked, found.through),
+    "drop": lambda numel, asked, found: found.through,
+    "keep": lambda numel, asked, found: found.below,
+    "exact": lambda numel, asked, found: asked,
 }
 
 
@@ -41,10 +44,10 @@ def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int6
     """How many elements of each linear a rule drops. Rate 0 drops none and rate 1 all, whatever the rule.
 
     "exact" drops ⌈n·rate⌉, in float64, and so keeps ⌊n·(1−rate)⌋. Where no two scores are equal, "drop" keeps as many,
-    and one less where n·rate is a whole number.
+    and one less where n·rate is a whole number. "auto" is "exact" where "drop" would keep far less, else "drop".
     """
     asked = np.ceil(numel * np.asarray(rates, np.float64)).astype(np.int64)
-    return np.where(np.isin(rates, (0, 1)), asked, TIES[ties](asked, found))
+    return np.where(np.isin(rates, (0, 1)), asked, TIES[ties](numel, asked, found))
 
 
 def place_words(expert: str, tensor: str, start: int, stop: int, columns: int) -> UInt32[np.ndarray, "rows 2"]:
@@ -81,3 +84,8 @@ def reaches(
         return keys >= bounds
     key, place = bounds[..., 0], bounds[..., 1]
     return (keys.key > key) | ((keys.key == key) & (keys.place >= place))
+
+
+def _is_far(numel: int, asked: np.ndarray, found: Thresholds) -> np.ndarray:
+    """Whether to drop all that tie keeps far less than asked. A score of zero is no change, which nobody misses."""
+    return (found.through - asked > FAR * (numel - asked)) & (found.keys > 0)

@@ -171,7 +171,7 @@ class Pruner:
         numel = matrix.ranges[0].rows * matrix.columns
         count = partial(self._count, x, e, inputs)
         found = order_statistics(count, numel, index(numel, rates), self._sample(x, e, inputs))
-        gone = dropped(self.config.ties, numel, rates, found)
+        gone = dropped(self.config.ties_rule, numel, rates, found)
         self.thresholds[e][:, places] = np.where(rates == 0, -1.0, found.keys.view(np.float32)).T
         self.densities[e][:, places] = (1.0 - gone / numel).T
         self.tied[e][:, places] = ((found.through - found.below) / numel).T

@@ -24,12 +24,13 @@ from support import (
 
 from dppa_jax.architecture.specs import linears_of
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.score import SCORES, hashed
 from dppa_jax.delta.threshold import BOUNDS, Thresholds, cuts, index
 from dppa_jax.delta.tied import TIES, chosen, place_words
 from dppa_jax.merging.bounds import Pruner
-from dppa_jax.merging.kept import warn_of_ties
+from dppa_jax.merging.kept import tell_of_ties
 from dppa_jax.merging.merger import Layout, Merger, kernels_of
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.mesh import make_mesh
@@ -104,6 +105,9 @@ def kept(ties: str, size: np.ndarray, rate: float, expert: str, tensor: str) -> 
         return np.full(size.shape, rate == 0)
     threshold = np.sort(size, axis=None)[index(size.size, rate)]
     exact = ranked(size, expert, tensor) >= ceil(size.size * rate)
+    if ties == "auto":
+        far = (size > threshold).sum() < 0.75 * exact.sum() and threshold > 0
+        ties = "exact" if far else "drop"
     return {"drop": size > threshold, "keep": size >= threshold, "exact": exact}[ties]
 
 
@@ -202,7 +206,11 @@ def test_a_merge_that_goes_on_has_the_tables_of_one_that_did_not_stop(tmp_path):
                 raise OSError(ENOSPC, "full")
             super().write_rows(name, start, rows)
 
-    first, second = Full(), MemorySink()
+    class Filled(MemorySink):
+        def has_rows(self, name, start, stop):
+            return start in first.rows.get(name, {})
+
+    first, second = Full(), Filled()
     with pytest.raises(OSError, match="full"):
         merge(first, keep=False)
     resumed = merge(second, keep=True)
@@ -211,6 +219,13 @@ def test_a_merge_that_goes_on_has_the_tables_of_one_that_did_not_stop(tmp_path):
     assert_same_bits(second.arrays(shapes), wanted.tensors)
     np.testing.assert_array_equal(resumed._pruner.densities, wanted.outcome.densities)
     assert (resumed._pruner.tied > 0).all()
+
+
+def test_the_authors_rates_come_with_the_authors_rule_unless_another_is_given():
+    reference = {"method": "dppa", "allocate": "dp_reference"}
+    rules = [MergeConfig(EXPERTS, **given).ties_rule for given in ({"method": "dppa"}, reference)]
+    assert [*rules, MergeConfig(EXPERTS, **reference, ties="exact").ties_rule] == ["auto", "drop", "exact"]
+    assert {allocation.ties for allocation in ALLOCATIONS.values()} <= {"", *TIES}
 
 
 def test_what_a_report_counts_are_those_with_the_largest_places():
@@ -230,10 +245,11 @@ def test_what_a_report_counts_are_those_with_the_largest_places():
         ((0.9,), (0.25,), (0.35,), (0.3,), "'math': 35.0 % kept in place of 10 %, as 30 % of its deltas tie at"),
         ((0.9, 0.8), (0.5, 0.25), (0.04, 0.19), (0.07, 0.02), "4.0 % kept in place of 10 % at rate 0.9, as 7 %"),
         ((0.5,), (0.25,), (0.45,), (0.1,), ""),
+        ((0.5,), (0.25,), (0.5,), (1.0,), "'math': 50 % kept, and 100 % of its deltas tie at the threshold"),
         ((0.5,), (0.0,), (0.1,), (0.9,), ""),
         ((1.0,), (0.25,), (0.0,), (1.0,), ""),
     ],
-    ids=["too little", "too much", "of one partition", "near enough", "what is zero", "nothing asked"],
+    ids=["too little", "too much", "of one partition", "near enough", "told apart", "what is zero", "nothing asked"],
 )
 def test_a_share_that_is_far_from_what_was_asked_is_said(rates, thresholds, densities, tied, wanted, caplog):
     linears = linears_of(coarse()[0].specs)
@@ -242,8 +258,9 @@ def test_a_share_that_is_far_from_what_was_asked_is_said(rates, thresholds, dens
     pruner = Pruner(kernels_of(make_mesh(ONE_DEVICE), config)[0], config, linears)
     for name, value in {"rates": rates, "thresholds": thresholds, "densities": densities, "tied": tied}.items():
         getattr(pruner, name)[0] = np.array(value)[:, None]
+    caplog.set_level("INFO", absl_logging.get_absl_logger().name)
     absl_logging.get_absl_logger().addHandler(caplog.handler)
-    warn_of_ties(pruner)
+    tell_of_ties(pruner)
     absl_logging.get_absl_logger().removeHandler(caplog.handler)
     assert wanted in caplog.text
     assert bool(caplog.text) == bool(wanted)
