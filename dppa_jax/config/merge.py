@@ -181,9 +181,9 @@ class MergeConfig:
 
     @property
     def ties_rule(self) -> str:
-        """The rule for ties: the allocation's own, unless one is given."""
-        own = axis("allocate")[self.allocate].ties if self.allocate else ""
-        return own if own and self.ties == "auto" else self.ties
+        """The rule for ties: that of the score or of the allocation, if one has its own and none is given."""
+        own = [axis(name)[getattr(self, name)].ties for name in ("score", "allocate") if getattr(self, name)]
+        return next(filter(None, own), self.ties) if self.ties == "auto" else self.ties
 
     @property
     def takes_factors(self) -> bool:

@@ -76,6 +76,7 @@ class Score:
       gain: from the arguments of `keys` to a scale for each element, beside the weight of its partition; None for 1.
       calibrated: does it need activation norms on `--calibration` text?
       parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `keys` and `gain` take by name.
+      ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
     """
 
     keys: Callable[..., Keys]
@@ -84,6 +85,7 @@ class Score:
     gain: Callable[..., jax.Array] | None = None
     calibrated: bool = False
     parameters: tuple[str, ...] = ()
+    ties: str = ""
 
 
 def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
@@ -224,8 +226,8 @@ SCORES = {
         parameters=("della_window",),
     ),
     "wanda": Score(wanda, Inputs(lambda rows: rows.norms, per_column=True), calibrated=True),
-    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None])),
-    "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True)),
+    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None]), ties="drop"),
+    "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True), ties="drop"),
 }
 
 

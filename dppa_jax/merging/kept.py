@@ -28,7 +28,7 @@ def tell_of_ties(pruner: Pruner) -> None:
                 "--ties=exact keeps what was asked",
                 *(name, 100 * kept[p], 100 * asked[p], place, 100 * tied[p]),
             )
-        elif tied[p] > FAR * asked[p]:
+        elif tied[p] > FAR * asked[p] > 0:
             logging.info(
                 "expert %r: %.3g %% kept%s, and %.3g %% of its deltas tie at the threshold",
                 *(name, 100 * kept[p], place, 100 * tied[p]),

@@ -138,7 +138,7 @@ def magnitude_on_device(delta: np.ndarray) -> np.ndarray:
 
 def check_thresholds(deltas: list[np.ndarray], rate: float, dtype, **shapes) -> None:
     base, expert, names = from_linears(deltas, dtype, **shapes)
-    config = MergeConfig(("e",), method="magnitude", rate=rate)
+    config = MergeConfig(("e",), method="magnitude", rate=rate, ties="drop")
     merge = merge_to_arrays(base, {"e": expert}, config, deltas=True)
     for j, name in enumerate(names):
         delta = expert.tensors[name]
