@@ -1,11 +1,11 @@
 """The command line in this process: a merge of a small family, or what the program says when it refuses."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 import grain  # noqa: F401  defines flags, which flagsaver would take back
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
 
@@ -14,7 +14,7 @@ def launch(*given: str) -> None:
     from dppa_jax import launch as program
 
     with flagsaver.flagsaver():
-        program.main(flags.FLAGS(["dppa_jax.launch", *given]))
+        program.main(program.parse(["dppa_jax.launch", *given]))
 
 
 class Merge:
@@ -32,6 +32,17 @@ class Merge:
     def flags(self) -> list[str]:
         models = [f"--base={self.base}", f"--expert=math={self.math}", f"--expert=law={self.law}"]
         return [*models, f"--output={self.output}", "--method=dppa"]
+
+    def warnings(self, *given: str) -> list[str]:
+        """What the merge warns of."""
+        told, handler = [], logging.Handler(logging.WARNING)
+        handler.emit = lambda record: told.append(record.getMessage())
+        logging.getLogger("absl").addHandler(handler)
+        try:
+            self(*given)
+        finally:
+            logging.getLogger("absl").removeHandler(handler)
+        return told
 
     def refusal(self, *given: str, of: list[str] | None = None) -> str:
         """The error message, of the whole command line `of` when given; nothing may have been written."""
