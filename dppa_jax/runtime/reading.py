@@ -10,6 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def open_regular(path: Path | str, error: type[ValueError] = ValueError) -> int:
     return descriptor
 
 
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Add a file's name to an error of the operating system that lacks it, as one of reading from a descriptor does."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno is None or failure.filename is not None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+
+
 def read_bytes(
     path: Path | str, most: int = MAX_BYTES, fix: str = "Correct it.", error: type[ValueError] = ValueError
 ) -> bytes:
@@ -60,12 +72,11 @@ def read_bytes(
     """
     descriptor = open_regular(path, error)
     try:
-        size = os.fstat(descriptor).st_size
-        content = bytearray()
-        while size <= most and (piece := os.read(descriptor, min(STEP, most + 1 - len(content)))):
-            content += piece
-    except OSError as failure:
-        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+        with naming(path):
+            size = os.fstat(descriptor).st_size
+            content = bytearray()
+            while size <= most and (piece := os.read(descriptor, min(STEP, most + 1 - len(content)))):
+                content += piece
     finally:
         os.close(descriptor)
     if (size := max(size, len(content))) > most:
@@ -124,7 +135,7 @@ def parse_json(
         raise error(f"{where} is not JSON ({printable(str(reason))}). {fix}") from None
     try:
         return msgspec.convert(value, shape)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as failure:
+    except (msgspec.ValidationError, RecursionError, OverflowError, UnicodeError) as failure:
         raise error(f"{where}: {printable(str(failure))}. {fix}") from None
 
 
