@@ -98,6 +98,18 @@ def make_family(
     }
 
 
+def coarse_family(experts: tuple[str, ...], **changes) -> tuple[MemorySource, dict[str, MemorySource]]:
+    """A base of zeros and experts with deltas of some ten distinct sizes, in float32: ties at every threshold."""
+    base, tuned = make_family(experts, "float32", **changes)
+    zeros = {name: np.zeros_like(array) for name, array in base.tensors.items()}
+
+    def rounded(expert: MemorySource) -> MemorySource:
+        deltas = {name: np.rint((array - base.tensors[name]) * 100) / 64 for name, array in expert.tensors.items()}
+        return MemorySource(base.config, {name: delta.astype(np.float32) for name, delta in deltas.items()})
+
+    return MemorySource(base.config, zeros), {name: rounded(expert) for name, expert in tuned.items()}
+
+
 def heavy_tailed(base: Mapping[str, np.ndarray], generator: np.random.Generator) -> dict[str, np.ndarray]:
     tuned = {}
     for name, array in base.items():

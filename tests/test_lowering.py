@@ -17,6 +17,7 @@ from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.presets import METHODS, PARAMETERS
 from dppa_jax.delta.score import SCORES, Rows
 from dppa_jax.delta.threshold import BOUNDS
+from dppa_jax.delta.tied import Placed
 from dppa_jax.finetune import data
 from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
 from dppa_jax.merging import activations, kernels
@@ -44,6 +45,7 @@ LLAMA = LlamaConfig(
     head_dim=4,
 )
 PRESETS = sorted({(of.score or "magnitude", of.combine) for of in METHODS.values()})
+RANKING = [score for score in SCORES if not SCORES[score].random]  # thresholds of the others are the rates
 OTHERS = [(score, "sum") for score in SCORES if (score, "sum") not in PRESETS]
 
 
@@ -94,6 +96,20 @@ def defaults(score: str) -> tuple[tuple[str, float], ...]:
 BASE, EXPERT = array(ROWS, COLUMNS), array(ROWS, COLUMNS, dtype=np.float32)
 
 
+@pytest.mark.parametrize("score", RANKING)
+def test_kernels_that_tell_ties_apart_on_a_mesh(score, lowered):
+    of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32"))
+
+    def drive(base, expert, inputs, bounds, pairs, weights):
+        each = tuple(zip(*[(expert, inputs, pairs, weights)] * len(EXPERTS), strict=True))
+        return of.merge(base.dtype, base, *each), of.counts(base, expert, inputs, bounds)
+
+    inputs = Placed(inputs_of(score), array(ROWS, 2, dtype=np.uint32))
+    bounds, pairs = (array(ROWS, count, 2, dtype=np.uint32) for count in (BOUNDS, 2))
+    merged, counts = jax.eval_shape(drive, BASE, EXPERT, inputs, bounds, pairs, array(ROWS, 2, dtype=np.float32))
+    assert (merged.shape, counts.shape) == (BASE.shape, (ROWS, BOUNDS))
+
+
 @pytest.mark.parametrize(("score", "combine"), PRESETS + OTHERS)
 def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
     of = Kernels(make_mesh(MESH), Elementwise(score, combine, "float32", parameters=defaults(score)))
@@ -108,9 +124,7 @@ def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
     assert merged.shape == pruned.shape == BASE.shape
 
 
-@pytest.mark.parametrize(
-    "score", [score for score in SCORES if not SCORES[score].random]
-)  # whose thresholds are the rates
+@pytest.mark.parametrize("score", RANKING)
 def test_kernels_of_thresholds_on_a_mesh(score, lowered):
     of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32", parameters=defaults(score)))
 

@@ -177,6 +177,7 @@ GIVEN = MergeConfig(
     max_fluctuation=0.04,
     significance_multiple=3.0,
     dpa_combine="max",
+    ties="exact",
     tensor_rates=(("mlp", 0.5),),
     tensor_coefficients=(("o_proj", 0.5),),
     seed=3,

@@ -26,13 +26,15 @@ Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of 
 
 
 def axis(name: str) -> Mapping[str, Any]:
-    """Return the table of the choices on an axis: score, allocate, scale or combine."""
+    """Return the table of the choices on an axis: score, allocate, scale or combine, or of --ties."""
     from dppa_jax.delta.allocate import ALLOCATIONS  # here, as some of them import JAX, which --help does without
     from dppa_jax.delta.combine import COMBINATIONS
     from dppa_jax.delta.scale import SCALES
     from dppa_jax.delta.score import SCORES
+    from dppa_jax.delta.tied import TIES
 
-    return {"score": SCORES, "allocate": ALLOCATIONS, "scale": SCALES, "combine": COMBINATIONS}[name]
+    tables = {"score": SCORES, "allocate": ALLOCATIONS, "scale": SCALES, "combine": COMBINATIONS, "ties": TIES}
+    return tables[name]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class MergeConfig:
         amplification: 1, and 1/(1−rate) for random scores.
       coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default.
       q: the divisor of scale "q", global or per expert; in (0, 1].
+      ties: what becomes of elements whose score is the threshold, a key of `delta.tied.TIES`.
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
       method_options: the numbers that the score and the scale have to themselves, by the name of their flag; defaults
         are filled in.
@@ -99,6 +102,12 @@ class MergeConfig:
     )
     significance_multiple: float = option(5.0, "DP, OWL: |delta| above this times the mean is an outlier", least=0)
     dpa_combine: str = option("highest", "DPA: factor of an element in several partitions", choices=("highest", "max"))
+    ties: str = option(
+        "auto",
+        "elements that tie at a threshold: drop all, as the authors do; keep all; exact: keep as many as the rate asks "
+        "for; auto: drop, but exact where far too little would be kept",
+        choices=lambda: axis("ties"),
+    )
     tensor_rates: tuple[tuple[str, float], ...] = option(
         (), "REGEX=RATE, first match wins; 0 keeps a linear dense", flag="tensor_rate", kind="rules",
         complement="tensor_density",
@@ -169,6 +178,12 @@ class MergeConfig:
     def is_surveyed(self) -> bool:
         """Whether the allocation looks at outliers, for which a pass over the layers comes before the merge."""
         return bool(self.score) and bool(axis("allocate")[self.allocate].outliers)
+
+    @property
+    def ties_rule(self) -> str:
+        """The rule for ties: that of the score or of the allocation, if one has its own and none is given."""
+        own = [axis(name)[getattr(self, name)].ties for name in ("score", "allocate") if getattr(self, name)]
+        return next(filter(None, own), self.ties) if self.ties == "auto" else self.ties
 
     @property
     def takes_factors(self) -> bool:

@@ -84,19 +84,21 @@ class Allocation:
       outliers: "sum" or "count" of the |δ| above the threshold; None where no survey is needed.
       layer_multiple: N for layers; None takes `--significance_multiple`, which N for linears always is.
       divides: is a layer's outlier a |δ|/mean > N, rounded, in place of |δ| > N·mean?
+      ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
     """
 
     rates: Callable[[float, Statistics, float], Rates]
     outliers: str | None
     layer_multiple: float | None = None
     divides: bool = False
+    ties: str = ""
 
 
 ALLOCATIONS = {
     "uniform": Allocation(uniform, None),
     "owl": Allocation(owl, "count"),
     "dp": Allocation(dp, "sum"),
-    "dp_reference": Allocation(dp_reference, "count", layer_multiple=3.0, divides=True),
+    "dp_reference": Allocation(dp_reference, "count", layer_multiple=3.0, divides=True, ties="drop"),
 }
 
 

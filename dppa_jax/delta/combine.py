@@ -10,6 +10,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from dppa_jax.delta.tied import Pair, reaches
+
 Delta = Float[Array | np.ndarray, "*shape"]
 
 
@@ -41,7 +43,7 @@ COMBINATIONS = {"sum": sum_, "ties": ties}
 
 def scaled(
     delta: jax.Array,
-    keys: jax.Array,
+    keys: jax.Array | Pair,
     bounds: jax.Array,
     weights: jax.Array,
     zero: jax.Array,
@@ -51,15 +53,15 @@ def scaled(
 
     Args:
       delta: (rows, columns) float32.
-      keys: (rows, columns) uint32, the score.
-      bounds: (rows, partitions) uint32, not increasing along partitions.
+      keys: (rows, columns) uint32, the score; with `tied.Pair` ties are told apart.
+      bounds: (rows, partitions) uint32, not increasing along partitions; of pairs (rows, partitions, 2).
       weights: (rows, partitions) float32, factor times coefficient.
       gain: a scale for each element beside the weight, (rows, columns) float32; None for 1.
       zero: the int32 number 0, unknown to the compiler; see `rounded`.
     """
     weight = jnp.zeros_like(delta)
     for p in reversed(range(bounds.shape[1])):
-        weight = jnp.where(keys >= bounds[:, p : p + 1], weights[:, p : p + 1], weight)
+        weight = jnp.where(reaches(keys, bounds[:, p : p + 1]), weights[:, p : p + 1], weight)
     return rounded((weight if gain is None else weight * gain) * delta, zero)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
+from dppa_jax.delta.tied import Pair, reaches
+
 WAYS = 8
 
 
@@ -51,9 +53,11 @@ def above(delta: Float[Array, "rows columns"], thresholds: Float[Array, "rows 2"
     return lax.complex(first, second)
 
 
-def reached(keys: UInt32[Array, "rows columns"], bounds: UInt32[Array, "rows 4"]) -> UInt32[Array, "rows columns"]:
+def reached(
+    keys: UInt32[Array, "rows columns"] | Pair, bounds: UInt32[Array, "rows 4 ..."]
+) -> UInt32[Array, "rows columns"]:
     """Four counters of eight bits: byte c is 1 where the key is at or above bound c. Two folds reach 64."""
-    return sum((keys >= bounds[:, c : c + 1]).astype(jnp.uint32) << (8 * c) for c in range(4))
+    return sum(reaches(keys, bounds[:, c : c + 1]).astype(jnp.uint32) << (8 * c) for c in range(4))
 
 
 def fold_bytes(packed: UInt32[Array, "rows width"]) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,7 @@ Keys = UInt32[Array | np.ndarray, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
+COLUMN_STEP = np.uint32(0x9E3779B1)  # between the numbers that `hashed` mixes, of one column and the next
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Score:
       gain: from the arguments of `keys` to a scale for each element, beside the weight of its partition; None for 1.
       calibrated: does it need activation norms on `--calibration` text?
       parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `keys` and `gain` take by name.
+      ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
     """
 
     keys: Callable[..., Keys]
@@ -83,6 +85,7 @@ class Score:
     gain: Callable[..., jax.Array] | None = None
     calibrated: bool = False
     parameters: tuple[str, ...] = ()
+    ties: str = ""
 
 
 def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
@@ -120,13 +123,21 @@ def magnitude(delta: Delta, inputs: None = None, column: Columns | None = None) 
 def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
     """Draw u, uniform on the 2³² integers, by a counter-based hash of (words of the row, column).
 
-    `inputs` begins with two words per row, folded from (seed, expert name, tensor name, row) by `row_words`. The hash
-    is a multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never shifted
-    copies of each other. Drop-and-rescale keeps u ≥ p·2³². Source: Yu et al. 2023 (DARE), algorithm 1.
+    `inputs` begins with two words per row, folded from (seed, expert name, tensor name, row) by `row_words`.
+    Drop-and-rescale keeps u ≥ p·2³². Source: Yu et al. 2023 (DARE), algorithm 1.
     """
-    x = column.astype(jnp.uint32) * np.uint32(0x9E3779B1) + inputs[:, :1]
+    return hashed(inputs, column)
+
+
+def hashed(words: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
+    """Hash (two words of the row, column) to a number of 32 bits.
+
+    This is a multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never
+    shifted copies of each other.
+    """
+    x = column.astype(jnp.uint32) * COLUMN_STEP + words[:, :1]
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) ^ inputs[:, 1:2]
+    x = (x ^ (x >> 15)) ^ words[:, 1:2]
     x = x * np.uint32(0x846CA68B)
     x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1)
     return x ^ (x >> 15)
@@ -215,8 +226,8 @@ SCORES = {
         parameters=("della_window",),
     ),
     "wanda": Score(wanda, Inputs(lambda rows: rows.norms, per_column=True), calibrated=True),
-    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None])),
-    "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True)),
+    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None]), ties="drop"),
+    "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True), ties="drop"),
 }
 
 

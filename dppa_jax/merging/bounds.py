@@ -1,6 +1,7 @@
 """Pass 2, before the arithmetic: which bounds and weights every row of every expert gets."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,14 +12,15 @@ from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.scale import SCALES, Numbers
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, random_bound
-from dppa_jax.delta.threshold import BOUNDS, SAMPLE, index, order_statistics, sample_starts
+from dppa_jax.delta.threshold import BOUNDS, SAMPLE, cuts, index, order_statistics, sample_starts
+from dppa_jax.delta.tied import Placed, dropped, place_words
 from dppa_jax.merging.blocks import layer_owners
 from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import PerTensor, put_rows
 
-DECIDED = ("thresholds", "densities")
+DECIDED = ("thresholds", "densities", "tied")
 
 Norms = Mapping[str, Mapping[str, np.ndarray]]  # by expert and tensor: ‖x_j‖ of its inputs, (columns,)
 
@@ -47,6 +49,7 @@ class Pruner:
 
     Attributes:
       rates, weights, thresholds, densities: (experts, partitions, linears).
+      tied: the share of each linear whose score is the threshold, (experts, partitions, linears).
     """
 
     def __init__(self, kernels: Kernels, config: MergeConfig, linears: Linears, norms: Norms | None = None):
@@ -56,6 +59,7 @@ class Pruner:
         self.weights = np.ones(shape)
         self.thresholds = np.zeros(shape)
         self.densities = np.ones(shape)
+        self.tied = np.zeros(shape)
         self._starts: dict[tuple[int, int, int], jax.Array] = {}
         self._found: dict[tuple, tuple] = {}  # inputs and bounds, by matrix and expert: no factor changes them
 
@@ -100,7 +104,8 @@ class Pruner:
     def bounds_and_weights(self, x: DeviceMatrix, e: int) -> tuple:
         """(score inputs, bounds, weights) of expert e for a matrix; weights without the coefficient.
 
-        Bounds and weights are (ranges, partitions), on the host; the score inputs are on the devices.
+        Bounds and weights are (ranges, partitions), on the host; the score inputs are on the devices. Where ties are
+        told apart, the inputs are `Placed` and the bounds pairs, (ranges, partitions, 2).
         """
         matrix, name = x.matrix, self.config.experts[e]
         if not matrix.linears or self.config.score is None:
@@ -108,7 +113,7 @@ class Pruner:
             return None, np.full((ranges, 1), FIRST_BOUND, np.uint32), np.full((ranges, 1), self._dense_weight(name))
         if (matrix, e) not in self._found:
             inputs = self._placed(matrix, self.score_inputs(x, e))
-            self._found[matrix, e] = inputs, self._bounds(x, e, inputs)
+            self._found[matrix, e] = self._bounds(x, e, inputs)
         return *self._found[matrix, e], self.weights[e][:, list(matrix.linears)].T
 
     def decided(self, matrix: Matrix) -> dict[str, list]:
@@ -156,24 +161,35 @@ class Pruner:
         tensor = matrix.per_row(np.arange(len(inputs), dtype=np.int32))
         return PerTensor(jax.numpy.asarray(np.stack(inputs), np.float32), put_rows(self.kernels.mesh, tensor))
 
-    def _bounds(self, x: DeviceMatrix, e: int, inputs) -> np.ndarray:
-        """(ranges, partitions) uint32 bounds of a matrix of linears; what is below is dropped."""
+    def _bounds(self, x: DeviceMatrix, e: int, inputs) -> tuple:
+        """Score inputs and uint32 bounds of a matrix of linears; what is below is dropped."""
         matrix, places = x.matrix, list(x.matrix.linears)
         rates = self.rates[e][:, places].T
         if self.config.has_random_score:
             self.thresholds[e][:, places], self.densities[e][:, places] = rates.T, 1.0 - rates.T
-            return random_bound(rates)
+            return inputs, random_bound(rates)
         numel = matrix.ranges[0].rows * matrix.columns
+        count = partial(self._count, x, e, inputs)
+        found = order_statistics(count, numel, index(numel, rates), self._sample(x, e, inputs))
+        gone = dropped(self.config.ties_rule, numel, rates, found)
+        self.thresholds[e][:, places] = np.where(rates == 0, -1.0, found.keys.view(np.float32)).T
+        self.densities[e][:, places] = (1.0 - gone / numel).T
+        self.tied[e][:, places] = ((found.through - found.below) / numel).T
+        bounds = np.where(gone < found.through, found.keys, found.keys + np.uint32(1))
+        if not ((found.below < gone) & (gone < found.through)).any():
+            return inputs, bounds
+        inputs = Placed(inputs, put_rows(self.kernels.mesh, self._place_words(matrix, e)))
+        return inputs, np.stack([bounds, cuts(partial(self._count, x, e, inputs), numel, found, gone)], axis=-1)
 
-        def count(bounds: np.ndarray) -> np.ndarray:
-            rows = np.asarray(self.kernels.counts(x.base, x.experts[e], inputs, self.on_rows(x, bounds)))
-            return rows[: matrix.rows].reshape(len(bounds), -1, BOUNDS).sum(axis=1, dtype=np.int64)
+    def _count(self, x: DeviceMatrix, e: int, inputs, bounds: np.ndarray) -> np.ndarray:
+        """How many elements of each range are at or above each of its four bounds, (ranges, 4)."""
+        rows = np.asarray(self.kernels.counts(x.base, x.experts[e], inputs, self.on_rows(x, bounds)))
+        return rows[: x.matrix.rows].reshape(len(bounds), -1, BOUNDS).sum(axis=1, dtype=np.int64)
 
-        keys, dropped = order_statistics(count, numel, index(numel, rates), self._sample(x, e, inputs))
-        everything = rates == 0
-        self.thresholds[e][:, places] = np.where(everything, -1.0, keys.view(np.float32)).T
-        self.densities[e][:, places] = np.where(everything, 1.0, 1.0 - dropped / numel).T
-        return np.where(everything, FIRST_BOUND, keys + np.uint32(1)).astype(np.uint32)
+    def _place_words(self, matrix: Matrix, e: int) -> np.ndarray:
+        """(rows, 2) uint32 words with which tied elements are told apart."""
+        name, columns = self.config.experts[e], matrix.columns
+        return np.concatenate([place_words(name, r.name, r.start, r.stop, columns) for r in matrix.ranges])
 
     def _sample(self, x: DeviceMatrix, e: int, inputs) -> np.ndarray:
         """Keys at a few columns of every row, (ranges, samples)."""

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS, scaled
-from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta
+from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed
+from dppa_jax.delta.tied import Pair, Placed
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,18 @@ class Elementwise:
         """Return expert − base, rounded to the delta's dtype, as float32."""
         return (finite_delta if self.allow_nonfinite else delta)(base, expert, self.delta_dtype)
 
-    def keys(self, delta: jax.Array, inputs, column: jax.Array) -> Keys:
-        """Return the keys of a delta whose columns have these numbers."""
+    def keys(self, delta: jax.Array, inputs, column: jax.Array) -> Keys | Pair:
+        """Return the keys of a delta whose columns have these numbers; pairs where the inputs are `Placed`."""
+        if isinstance(inputs, Placed):
+            return Pair(self.keys(delta, inputs.inputs, column), hashed(inputs.words, column))
         return SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
 
     def pruned(self, base, expert, inputs, bounds, weights, zero) -> Float[Array, "rows columns"]:
         """Return keep·scale·δ of one expert, float32.
 
         Args:
-          inputs: what the score needs beside the delta.
-          bounds, weights: (rows, partitions), highest rate first.
+          inputs: what the score needs beside the delta; `Placed` where ties are told apart.
+          bounds, weights: (rows, partitions), highest rate first; bounds of pairs (rows, partitions, 2).
           zero: the int32 number 0, unknown to the compiler; see `delta.combine.rounded`.
         """
         difference = self.delta(base, expert)

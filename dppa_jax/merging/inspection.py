@@ -11,6 +11,7 @@ from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.delta.threshold import sample_starts
+from dppa_jax.delta.tied import chosen
 from dppa_jax.merging.bounds import merge_rates
 from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.merging.merger import kernels_of
@@ -102,21 +103,25 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
 
 
 def kept_counts(
-    base: Checkpoint, expert: Checkpoint, config: MergeConfig, thresholds: Mapping[str, np.ndarray]
+    base: Checkpoint, expert: Checkpoint, config: MergeConfig, name: str, decided: Mapping[str, tuple]
 ) -> list[KeptCounts]:
-    """Count the parameters whose magnitude is above a threshold, by linear, rate and dimension.
+    """Count the parameters of an expert that a merge by magnitude kept, by linear, rate and dimension.
 
     Args:
-      config: of the merge that chose the thresholds.
-      thresholds: one for each rate of `config.rates`, by the name of the linear.
+      config: of the merge.
+      name: of the expert in it.
+      decided: thresholds and densities, each one for each rate of `config.rates`, by the name of the linear.
     """
     counts = []
-    for name, of_rates in thresholds.items():
-        tuned, plain = (model.read(name).astype(np.float32) for model in (expert, base))
+    for tensor, of_rates in decided.items():
+        tuned, plain = (model.read(tensor).astype(np.float32) for model in (expert, base))
         size = np.abs((tuned[: len(plain)] - plain).astype(DTYPE_BY_NAME[config.delta_dtype]).astype(np.float32))
-        for rate, threshold in zip(config.rates, of_rates, strict=True):
+        for rate, threshold, density in zip(config.rates, *of_rates, strict=True):
             kept = size > threshold
-            counts.append(KeptCounts(base.specs[name].kind, rate, kept.sum(axis=1), kept.sum(axis=0)))
+            more = round(density * size.size) - int(kept.sum())
+            if more > 0:
+                kept |= chosen(size == threshold, more, name, tensor)
+            counts.append(KeptCounts(base.specs[tensor].kind, rate, kept.sum(axis=1), kept.sum(axis=0)))
     return counts
 
 

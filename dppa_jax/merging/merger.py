@@ -19,6 +19,7 @@ from dppa_jax.merging.blocks import Block, make_blocks, shares
 from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import elementwise_of
+from dppa_jax.merging.kept import tell_of_ties
 from dppa_jax.merging.kernels import Kernels, shared_kernels
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.merging.stream import Stream
@@ -170,6 +171,8 @@ class Merger:
             for future in pending:
                 future.result()
         pruner.join()
+        if not self.quiet:
+            tell_of_ties(pruner)
         tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())
         return Outcome(self._linears, *tables, self._statistics, stream.bytes_read)
 

@@ -37,8 +37,9 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
         layer = linears.layers // 2
         places = np.flatnonzero(linears.layer == layer)
         for e, name in enumerate(config.experts):
-            thresholds = {linears.names[place]: outcome.thresholds[e, :, place] for place in places}
-            counts = kept_counts(candidates.base, candidates.opened.experts[name], config, thresholds)
+            tables = outcome.thresholds[e], outcome.densities[e]
+            decided = {linears.names[place]: tuple(table[:, place] for table in tables) for place in places}
+            counts = kept_counts(candidates.base, candidates.opened.experts[name], config, name, decided)
             caption = f"Parameters of {name} that are left in layer {layer}, by dimension (figure 3 of the paper)."
             illustrations.append(illustration(f"remaining-{name}", draw_kept_counts(counts), caption))
     return illustrations

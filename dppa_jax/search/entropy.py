@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dppa_jax.delta.tied import Placed
 from dppa_jax.model.decoder import decoder_layer, rms_norm, rotary, unembed, visibility
 from dppa_jax.runtime.mesh import PerTensor
 from dppa_jax.search.mixture import Arithmetic, Tensor, chunks_of, decoded, is_tensor, some_rows
@@ -126,7 +127,15 @@ def _pruned(arithmetic: Arithmetic, tensor: Tensor, weights, zero) -> list[Array
     """weight · keep(δ) of every expert."""
     elementwise, pruned = arithmetic.elementwise(tensor), []
     for expert, inputs, bounds, weight in zip(tensor.experts, tensor.inputs, tensor.bounds, weights, strict=True):
-        if isinstance(inputs, PerTensor):
-            inputs = PerTensor(inputs.values[None], jnp.zeros(tensor.base.shape[0], jnp.int32))
+        inputs = _of_one_tensor(inputs, tensor.base.shape[0])
         pruned.append(elementwise.pruned(tensor.base, expert, inputs, bounds[None], weight[None], zero))
     return pruned
+
+
+def _of_one_tensor(inputs, rows: int):
+    """Give score inputs, of one tensor, the form in which a matrix of several has them."""
+    if isinstance(inputs, Placed):
+        return Placed(_of_one_tensor(inputs.inputs, rows), inputs.words)
+    if isinstance(inputs, PerTensor):
+        return PerTensor(inputs.values[None], jnp.zeros(rows, jnp.int32))
+    return inputs

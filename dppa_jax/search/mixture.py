@@ -24,6 +24,7 @@ from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.score import SCORES
+from dppa_jax.delta.tied import Placed, pairs, place_words
 from dppa_jax.merging.blocks import make_blocks, shares, whole_matrix
 from dppa_jax.merging.bounds import Norms, Pruner
 from dppa_jax.merging.compatible import check_compatible
@@ -52,8 +53,9 @@ class Tensor:
     Attributes:
       base, experts: (layers, rows, columns) or (rows, columns); a vector is one row. Weights of 16 bits are held as
         integers until a layer is cut out: XLA on CPUs would convert all layers to float32 first.
-      inputs: per expert, what its score needs beside the delta (`delta.score`).
-      bounds, weights: per expert, (layers, partitions) or (partitions,); weights without the coefficient.
+      inputs: per expert, what its score needs beside the delta (`delta.score`); `Placed` where ties are told apart.
+      bounds, weights: per expert, (layers, partitions) or (partitions,); weights without the coefficient. Bounds of
+        pairs have one axis more.
       place: where the tensor's coefficients are, (layers,) or ().
       linear: is it pruned?
       vector: is it a vector?
@@ -214,7 +216,10 @@ class Mixture:
         matrix = whole_matrix(group)
         if self._known and matrix.linears:
             inputs, bounds = zip(*(self._known[place, e] for place in matrix.linears), strict=True)
-            return self._inputs(matrix, e, inputs), np.array(bounds), self._pruner.weights[e][:, list(matrix.linears)].T
+            inputs, weights = self._inputs(matrix, e, inputs), self._pruner.weights[e][:, list(matrix.linears)].T
+            if all(table.ndim == 1 for table in bounds):
+                return inputs, np.array(bounds), weights
+            return Placed(inputs, self._words(matrix, e)), np.array([pairs(table) for table in bounds]), weights
         # A dense tensor, or a linear of a random score: its bounds and weights depend on no weight of a model.
         _, bounds, weights = self._pruner.bounds_and_weights(DeviceMatrix(matrix, placed, ()), e)
         return self._inputs(matrix, e) if matrix.linears else None, bounds, weights
@@ -233,6 +238,15 @@ class Mixture:
             part = RowRange(matrix.ranges[i].name, start, stop)
             return wanted.make(self._pruner.rows(e, i, replace(matrix, ranges=(*matrix.ranges[:i], part))))
 
+        return self._of_rows(matrix, rows)
+
+    def _words(self, matrix: Matrix, e: int) -> jax.Array:
+        """What tells tied elements of all layers apart."""
+        expert, columns = self._pruner.config.experts[e], matrix.columns
+        return self._of_rows(matrix, lambda i, *rows: place_words(expert, matrix.ranges[i].name, *rows, columns))
+
+    def _of_rows(self, matrix: Matrix, rows: Callable[[int, int, int], np.ndarray]) -> jax.Array:
+        """(layers, rows, numbers) from a function of a layer and the first and last of its rows, spread like rows."""
         shape = (len(matrix.ranges), matrix.ranges[0].rows, rows(0, 0, 1).shape[1])
 
         def of_slice(index: tuple[slice, ...]) -> np.ndarray:

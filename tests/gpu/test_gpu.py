@@ -36,6 +36,7 @@ CHOICES = {
     **{score: {"method": "magnitude", "score": score, "rate": 0.8} for score in ("wanda", "row", "column")},
     "dp_reference": {"method": "dppa", "allocate": "dp_reference", "dpa_combine": "max", **PARTITIONS},
     "bfloat16 deltas": {"method": "dppa", "delta_dtype": "bfloat16", **PARTITIONS},
+    "ties told apart": {"method": "dppa", "delta_dtype": "bfloat16", "ties": "exact", **PARTITIONS},
     "float16 deltas": {"method": "dare", "delta_dtype": "float16", "rate": 0.8},
 }
 DIVIDES = [name for name, axes in CHOICES.items() if METHODS[axes["method"]].combine == "ties"]

@@ -70,6 +70,7 @@ def run(request, golden, open_model, offset_as_expert) -> Run:
         method="magnitude",
         allocate=ALLOCATE[case.method],
         rate=case.rate,
+        ties="drop",
         delta_dtype=DTYPES[prune_dtype].name,
     )
     merge = merge_to_arrays(base, {"expert0": expert}, config, deltas=True)

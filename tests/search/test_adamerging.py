@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from families import write_family
-from support import AWKWARD, ONE_DEVICE, make_family, merge_to_arrays, random_norms
+from support import AWKWARD, ONE_DEVICE, coarse_family, make_family, merge_to_arrays, random_norms
 from transformers import AutoTokenizer
 
 from dppa_jax.config.evaluation import TaskOptions
@@ -34,7 +34,8 @@ from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.adamerging_step import Step, coefficients_of
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.coefficients import fixed_coefficients, groups_of
-from dppa_jax.search.mixture import Mixture
+from dppa_jax.search.entropy import merged
+from dppa_jax.search.mixture import Mixture, decoded
 from dppa_jax.search.prompts import draw, prompts_of
 from dppa_jax.where import load_tree
 
@@ -119,6 +120,20 @@ def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_m
     total = sum(len(prompt.tokens) for prompt in prompts)
     assert sorted(found) == pytest.approx(sorted(np.array(wanted) / total), rel=3e-6 if dtype == "float32" else 1e-4)
     assert max(found) > 0.05
+
+
+def test_ties_are_told_apart_as_in_a_merge():
+    """The very bits of the merge, of deltas of which a tenth ties at every threshold."""
+    base, experts = coarse_family(EXPERTS, num_hidden_layers=2)
+    merge = MergeConfig(EXPERTS, ties="exact", **MERGES["magnitude"])
+    wanted, mixture = (
+        merge_to_arrays(base, experts, merge).tensors,
+        Mixture(base, experts, merge, make_mesh(ONE_DEVICE)),
+    )
+    tensor, ones = mixture.tree["layers"]["mlp"]["up_proj"], jnp.ones(len(EXPERTS))
+    for layer in range(2):
+        found = merged(mixture.arithmetic, ones, decoded(jax.tree.map(lambda x, at=layer: x[at], tensor)), jnp.int32(0))
+        np.testing.assert_array_equal(found, wanted[f"model.layers.{layer}.mlp.up_proj.weight"])
 
 
 @pytest.mark.slow

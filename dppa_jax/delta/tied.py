@@ -1,0 +1,91 @@
+"""Which of the elements that tie at a threshold are kept.
+
+Deltas of 16-bit weights have few distinct sizes, so that many elements of a linear have the score of its threshold t.
+The authors drop them all, which can be far more than the rate. A rule of `TIES` says how many elements are dropped, at
+least #{score < t} and at most #{score ≤ t}, so that only those that tie are in question. Where some of them are kept, a
+hash of their place in the tensor chooses: an element is then ranked by the pair (score, hash), and a bound is a pair.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Int64, UInt32
+
+from dppa_jax.delta.score import COLUMN_STEP, Keys, hashed
+from dppa_jax.delta.threshold import Thresholds
+
+FAR = 0.25  # of what is asked to be kept: a difference that matters
+
+TIES = {  # from (n, ⌈n·rate⌉, thresholds) to how many elements are dropped
+    "auto": lambda numel, asked, found: np.where(_is_far(numel, asked, found), asked, found.through),
+    "drop": lambda numel, asked, found: found.through,
+    "keep": lambda numel, asked, found: found.below,
+    "exact": lambda numel, asked, found: asked,
+}
+
+
+class Placed(NamedTuple):
+    """What a score needs beside the delta, and the `place_words` of its rows."""
+
+    inputs: jax.Array | tuple | None
+    words: UInt32[Array, "rows 2"]
+
+
+class Pair(NamedTuple):
+    """What ranks an element where ties are told apart: by `place` where `key` is equal."""
+
+    key: Keys
+    place: Keys
+
+
+def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int64[np.ndarray, "problems ranks"]:
+    """How many elements of each linear a rule drops. Rate 0 drops none and rate 1 all, whatever the rule.
+
+    "exact" drops ⌈n·rate⌉, in float64, and so keeps ⌊n·(1−rate)⌋. Where no two scores are equal, "drop" keeps as many,
+    and one less where n·rate is a whole number. "auto" is "exact" where "drop" would keep far less, else "drop".
+    """
+    asked = np.ceil(numel * np.asarray(rates, np.float64)).astype(np.int64)
+    return np.where(np.isin(rates, (0, 1)), asked, TIES[ties](numel, asked, found))
+
+
+def place_words(expert: str, tensor: str, start: int, stop: int, columns: int) -> UInt32[np.ndarray, "rows 2"]:
+    """Make the words of the rows start..stop with which no two elements of a tensor are `hashed` to one number.
+
+    What is hashed is column · COLUMN_STEP + first word, and each step of that can be undone where the second word is
+    one and the same. With row · columns · COLUMN_STEP in the first word, all elements, of which a tensor has fewer than
+    2³², differ.
+    """
+    digest = hashlib.blake2b(f"ties\0{expert}\0{tensor}".encode(), digest_size=8).digest()
+    low, high = np.frombuffer(digest, "<u4")
+    first = np.arange(start, stop, dtype=np.uint32) * np.uint32(columns) * COLUMN_STEP + low
+    return np.stack([first, np.full_like(first, high)], axis=1)
+
+
+def chosen(
+    tied: Bool[np.ndarray, "rows columns"], count: int, expert: str, tensor: str
+) -> Bool[np.ndarray, "rows columns"]:
+    """Say which `count` of the tied elements of a whole tensor are kept: those whose places have the largest hashes."""
+    hashes = hashed(place_words(expert, tensor, 0, *tied.shape), np.arange(tied.shape[1])[None])
+    return tied & (hashes >= np.sort(hashes[tied])[-count])
+
+
+def pairs(bounds: UInt32[np.ndarray, "partitions ..."]) -> UInt32[np.ndarray, "partitions 2"]:
+    """Turn bounds of keys into those of pairs that say the same; leave bounds of pairs as they are."""
+    return bounds if bounds.ndim == 2 else np.stack([bounds, np.zeros_like(bounds)], axis=-1)
+
+
+def reaches(
+    keys: Keys | Pair, bounds: UInt32[Array | np.ndarray, "#rows 1 ..."]
+) -> Bool[Array | np.ndarray, "rows columns"]:
+    """Is an element at or above its row's bound? Bounds of pairs are pairs, on the last axis."""
+    if not isinstance(keys, Pair):
+        return keys >= bounds
+    key, place = bounds[..., 0], bounds[..., 1]
+    return (keys.key > key) | ((keys.key == key) & (keys.place >= place))
+
+
+def _is_far(numel: int, asked: np.ndarray, found: Thresholds) -> np.ndarray:
+    """Whether to drop all that tie keeps far less than asked. A score of zero is no change, which nobody misses."""
+    return (found.through - asked > FAR * (numel - asked)) & (found.keys > 0)
