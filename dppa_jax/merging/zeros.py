@@ -3,6 +3,7 @@
 Rows that are exactly 0 in one model and not in the other are no fine-tune's, with these exceptions:
 - rows of padding or added tokens, which are few, or at the end of the vocabulary;
 - norms and biases of the base, which may start at 0 and be trained by the expert;
+- whole tensors of the base: a base of zeros makes a merge of deltas (a file that ends in zeros also cuts a tensor);
 - rows so small that float16 holds them as 0.
 """
 
@@ -41,7 +42,8 @@ def check_zeros(sources: Sequence[Source], matrix: Matrix, arrays: Sequence[np.n
             alone = [row for row in sorted(zeros[one] - zeros[other]) if _is_weight(arrays[other][row])]
             for rows, at in matrix.places():
                 found = [row - at.start + rows.start for row in alone if at.start <= row < at.stop]
-                if found and not _allowed(sources[one].specs[rows.name], found, one == 0):
+                whole = one == 0 and len(found) == rows.rows
+                if found and not whole and not _allowed(sources[one].specs[rows.name], found, one == 0):
                     _refuse(sources[one], sources[other], rows.name, found)
 
 

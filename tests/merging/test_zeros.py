@@ -61,6 +61,8 @@ def test_rows_that_only_one_model_has_as_zeros(name, zeros, dtype):
     wanted = False
     for expert in experts:
         for alone, is_base in ((expert - base, False), (base - expert, True)):
+            if is_base and len(alone) == spec.rows:
+                continue
             if spec.role is Role.VOCABULARY:
                 wanted |= len([row for row in alone if row < spec.rows * (1 - 1 / AT_THE_END)]) > 1
             elif spec.role is Role.LINEAR or not is_base:
