@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dppa_jax.evaluate.items import Dataset, Item
+from dppa_jax.evaluate.sources import Dataset, Item
 
 SENTIMENTS = ("negative", "neutral", "positive")
 ISSUE_AREAS = (

@@ -21,8 +21,8 @@ from pathlib import Path
 from absl import logging
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.evaluate.items import with_cue
 from dppa_jax.evaluate.paper_tasks import DATASETS
+from dppa_jax.evaluate.sources import with_cue
 from dppa_jax.evaluate.tasks import TASKS, Item
 
 FPB_TEST = 970  # rows; AdaptLLM tests as many

@@ -11,8 +11,8 @@ from dppa_jax.config.evaluation import Split, TaskOptions
 from dppa_jax.config.option import choose
 from dppa_jax.demo import text
 from dppa_jax.evaluate import answers
-from dppa_jax.evaluate.items import Item, read, set_aside
 from dppa_jax.evaluate.paper_tasks import DATASETS
+from dppa_jax.evaluate.sources import Item, read, set_aside
 
 SPLITS = ("test", "validation")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dppa_jax.evaluate.items import Item, read, set_aside
 from dppa_jax.evaluate.paper_tasks import DATASETS, ISSUE_AREAS, SENTIMENTS, UNFAIR_TERMS, last_boxed
+from dppa_jax.evaluate.sources import Item, read, set_aside
 
 CLASSIFICATION = ("fiqa_sa", "fpb", "scotus", "unfair_tos")
 FPB = {"id": "a", "question": "Sales rose.\nQuestion: what is the sentiment?", "answer": "positive"}
