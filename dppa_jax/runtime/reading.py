@@ -8,15 +8,18 @@ says what to do.
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from absl import logging
 
 MAX_BYTES = 4_000_000  # of a config, an index of a demo or a card; a larger one is not what its name says
 MAX_LINES_BYTES = 1_000_000_000  # of a file with a JSON value in each line: data sets, responses, journals
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON: half of a character, or a whole one by its halves
 STEP = 1 << 20  # bytes that are read at a time, so that a file that grows meanwhile is cut off at the limit
 
 T = TypeVar("T")
@@ -121,13 +124,33 @@ def parse_json(
     """
     try:
         value = json.loads(text)
+        if SURROGATE.search(text if isinstance(text, bytes) else text.encode()):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair of surrogates is no text
     except (ValueError, RecursionError) as failure:
         reason = "nested too deep" if isinstance(failure, RecursionError) else failure
         raise error(f"{where} is not JSON ({printable(str(reason))}). {fix}") from None
+    return convert(value, where, shape, fix, error)
+
+
+def convert(
+    value: Any, where: str, shape: type[T], fix: str = "Correct it.", error: type[ValueError] = ValueError
+) -> T:
+    """Return a JSON value as the declared shape; the arguments are those of `parse_json`."""
     try:
         return msgspec.convert(value, shape)
     except (msgspec.ValidationError, RecursionError, OverflowError) as failure:
         raise error(f"{where}: {printable(str(failure))}. {fix}") from None
+
+
+def read_kept(path: Path | str, shape: type[T], most: int = MAX_LINES_BYTES) -> T | None:
+    """Read what an earlier run has left; None where there is nothing, or with a warning where it cannot be read."""
+    try:
+        return read_json(path, shape, most, fix="The work begins anew.")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as failure:
+        logging.warning("%s", failure)
+        return None
 
 
 def read_json_lines(
