@@ -8,8 +8,6 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-LEFTOVERS = (".incomplete", ".replaced")
-
 
 def launch(*given: str) -> None:
     """`python -m dppa_jax.launch GIVEN...`; a refusal is a SystemExit whose code is the message."""
@@ -38,12 +36,17 @@ class Merge:
     def refusal(self, *given: str, of: list[str] | None = None) -> str:
         """The error message, of the whole command line `of` when given; nothing may have been written."""
         before = tree(self.root)
+        message = self.failure(*given, of=of)
+        assert tree(self.root) == before
+        return message
+
+    def failure(self, *given: str, of: list[str] | None = None) -> str:
+        """The error message of a run that may leave an unfinished output."""
         with pytest.raises(SystemExit) as error:
             self._run(*(self.flags() if of is None else of), *given)
         message = error.value.code
         assert isinstance(message, str), f"not a message for a person: {message!r}"
         assert message.startswith("error: ")
-        assert tree(self.root) == before
         return message
 
 

@@ -13,6 +13,8 @@ import os
 import threading
 from pathlib import Path
 
+import xxhash
+
 PAGE = 4096
 STEP = 8 << 20  # bytes that are copied to aligned memory and written at a time
 
@@ -28,7 +30,7 @@ class DirectFile:
     """
 
     def __init__(self, path: Path, keep: bool = False):
-        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o666)
+        self._cached = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | (0 if keep else os.O_TRUNC), 0o666)
         try:
             self._direct = os.open(path, os.O_WRONLY | getattr(os, "O_DIRECT", 0))
         except OSError:
@@ -52,6 +54,17 @@ class DirectFile:
     def sync(self) -> None:
         """Flush all that was written to the disk, where it survives a power failure."""
         os.fsync(self._cached)
+
+    def checksum(self, position: int, nbytes: int) -> int | None:
+        """Return the 64-bit XXH3 of bytes of the file; None where the file ends before."""
+        checksum = xxhash.xxh3_64()
+        while nbytes:
+            piece = os.pread(self._cached, min(nbytes, STEP), position)
+            if not piece:
+                return None
+            checksum.update(piece)
+            position, nbytes = position + len(piece), nbytes - len(piece)
+        return checksum.intdigest()
 
     def close(self) -> None:
         """Close the file."""

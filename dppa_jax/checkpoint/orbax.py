@@ -97,6 +97,10 @@ class OrbaxDirectory:
         self.read_rows(name, 0, out.shape[0], out)
         return out
 
+    def files(self) -> dict[str, Path]:
+        """Return the files of the arrays by their paths in the checkpoint."""
+        return _files(self.directory)
+
     def fingerprint(self) -> str:
         """Hash the config, and names, sizes and 64 pages of every file of the arrays: quick, but not exact."""
         return fingerprint(self.config, _files(self.directory))

@@ -1,8 +1,6 @@
 """Write Orbax checkpoints of the stacked tree: sharded, one array at a time, and renamed when complete."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,9 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import type_handlers
 
-from dppa_jax.checkpoint.output import aside_of, check_space, claim, output_directory, swap, sync
+from dppa_jax.checkpoint.output import TakenError, Unfinished, check_space, output_directory, publish, sync
+from dppa_jax.checkpoint.small_files import copies, write_small_files
+from dppa_jax.checkpoint.unfinished import aside_of
 from dppa_jax.runtime import processes
 
 CHUNK = 8 << 20  # bytes: small, as a chunk is read for each row in it; but large enough for few accesses to a matrix
@@ -84,45 +84,47 @@ class OrbaxWriter:
     """
 
     def __init__(self, directory: Path | str, nbytes: int, overwrite: bool = False):
-        self.directory, self._overwrite = output_directory(directory, overwrite), overwrite
-        self.aside = aside_of(self.directory)
+        self._overwrite = overwrite
+        self.directory = output_directory(directory, overwrite) if self._first else Path(directory).resolve()
+        self.path = aside_of(self.directory)
+        self._unfinished: Unfinished | None = None
         check_space({self.directory: nbytes})
-        self._lock: int | None = None
         with processes.first_alone("checkpoint claimed"):
             if self._first:
-                self.directory.parent.mkdir(parents=True, exist_ok=True)
-                self._lock = claim(self.aside)
-                for path in self.aside.iterdir():  # a run that was killed left it
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._unfinished = Unfinished(self.directory)
 
     def __enter__(self) -> "OrbaxWriter":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._lock is not None:
-            shutil.rmtree(self.aside, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = None
+    def __exit__(self, _, error: BaseException | None, __) -> None:
+        if self._unfinished:
+            self._unfinished.close() if isinstance(error, TakenError) else self._unfinished.remove()
 
-    def commit(self, tree: Mapping, config: Mapping, copies: Sequence[Path]) -> None:
+    def commit(
+        self, tree: Mapping, config: Mapping, beside: Sequence[Path], source: Path, check: Callable[[], None]
+    ) -> None:
         """Write the checkpoint and give the directory its final name.
 
         Args:
           tree: of `Deferred` arrays.
           config: the content of config.json.
-          copies: files to copy beside the arrays: tokenizer, generation config.
+          beside: files of `source` to copy beside the arrays: tokenizer, generation config.
+          source: the directory of the model that is written.
+          check: is called before the directory gets its name; what it raises ends the run.
         """
-        unnamed = self.aside / "checkpoint"
+        contents = copies(beside, source)
+        unnamed = self.path / "checkpoint"  # Orbax makes its directory itself
         _save(unnamed, tree)
         with processes.first_alone("checkpoint named"):
             if self._first:
-                for path in copies:
-                    shutil.copyfile(path, unnamed / path.name)
-                (unnamed / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-                for path in (path for path in unnamed.rglob("*") if path.is_file()):
-                    sync(path)  # the final name means complete, after a power failure, too
-                output_directory(self.directory, self._overwrite)  # another program may have written there
-                swap(unnamed, self.directory)
+                for path in list(unnamed.iterdir()):
+                    path.rename(self.path / path.name)
+                unnamed.rmdir()
+                write_small_files(self.path, contents | {"config.json": json.dumps(dict(config), indent=2) + "\n"})
+                for path in self.path.rglob("*"):
+                    sync(path)
+                check()
+                publish([self._unfinished], self._overwrite)
 
     @property
     def _first(self) -> bool:

@@ -1,34 +1,56 @@
-"""Output directories: written under a name that ends in .incomplete, and renamed when they are complete."""
+"""Output directories: written under a name that ends in .incomplete, and given their names when they are complete."""
 
-import fcntl
+import errno
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
+
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.checkpoint.unfinished import (
+    MARK,
+    NOTES,
+    Mark,
+    aside_of,
+    exchange,
+    finish,
+    inode,
+    put_right,
+    read_mark,
+    settle,
+)
+from dppa_jax.runtime import signals
+from dppa_jax.runtime.directories import BusyError, claim_directory, open_directory, still_there
+from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.reading import read_json
+
+SHARDS = ("*.safetensors", "*.safetensors.incomplete")  # what a run goes on from, beside its journals
+MODEL_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "_METADATA")  # what a model holds beside its config
+
+
+class TakenError(CheckpointError):
+    """Something else stands where a finished output should go; what was written is kept."""
 
 
 def output_directory(directory: Path | str, overwrite: bool = False) -> Path:
     """Return the absolute path of a directory to write, and refuse it where writing would destroy something.
 
+    What a run that was killed left half done is put right first, see `settle`.
+
     Raises:
-      CheckpointError: it is a mount point, a file, or not empty; with `overwrite`, a model may be replaced.
+      CheckpointError: it is a mount point, a file, or not empty (with `overwrite`, a model may be replaced); its parent
+        may not be written to; or OUTPUT.incomplete, where it is written first, is not ours.
     """
     path = Path(directory).expanduser().resolve()
     if path.is_mount():
         raise CheckpointError(f"{directory} is a mount point, which cannot be replaced; give a directory inside it.")
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{directory} is a file; choose another name for the output directory.")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise CheckpointError(f"{directory} is not empty; choose another --output, or --overwrite to replace it.")
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{directory} is not empty and holds no model (no config.json), so --overwrite does not replace it; "
-                f"choose another --output."
-            )
+    _refuse_locked_parent(path)
+    settle(path)
+    _refuse_taken(path, overwrite)
+    _refuse_foreign(aside_of(path))
     return path
 
 
@@ -43,7 +65,7 @@ def check_space(sizes: Mapping[Path, int]) -> None:
     """
     needed: dict[int, int] = {}
     for directory, nbytes in sizes.items():
-        existing = next(place for place in (directory, *directory.parents) if place.exists())
+        existing = _existing(directory)
         disk = existing.stat().st_dev
         needed[disk] = needed.get(disk, 0) + max(0, nbytes - _taken(aside_of(directory)))
         free = shutil.disk_usage(existing).free
@@ -54,55 +76,188 @@ def check_space(sizes: Mapping[Path, int]) -> None:
             )
 
 
-def aside_of(directory: Path) -> Path:
-    """Return where a directory is written before it gets its name."""
-    return directory.with_name(directory.name + ".incomplete")
+class Unfinished:
+    """A directory under its unfinished name, locked against other runs.
+
+    What an earlier run left there stays if it has the same identity; else it is removed.
+
+    Args:
+      directory: the final name, as `output_directory` returned it.
+      identity: names what decides the content; without one, nothing is taken over.
+
+    Attributes:
+      path: the unfinished directory.
+      resumed: whether the content is that of an earlier run with this identity.
+
+    Raises:
+      CheckpointError: another run is writing there, or what is there is not ours.
+    """
+
+    def __init__(self, directory: Path, identity: str = ""):
+        self.directory, self.path, self._identity = directory, aside_of(directory), identity
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock: int | None = claim_directory(self.path, CheckpointError)
+        except BusyError:
+            raise CheckpointError(
+                f"{self.path} is being written by another run; wait, or choose another --output."
+            ) from None
+        try:
+            _refuse_foreign(self.path)
+            mark = read_mark(self.path)
+            self.resumed = bool(identity) and mark is not None and mark.identity == identity
+            _remove_all(self.path, but=(MARK, NOTES, *SHARDS) if self.resumed else (MARK,))
+            self.mark()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def mark(self, outputs: Sequence[str] = (), old: int = 0) -> None:
+        """Write the mark, anew."""
+        file, mark = self.path / MARK, Mark(os.fstat(self._lock).st_ino, self._identity, list(outputs), old)
+        if not file.exists():
+            file.touch()  # a run that is killed here leaves no other file without a mark
+        write_whole(file, msgspec.json.encode(mark))
+
+    def unmoved(self) -> bool:
+        """Return whether the directory is still the one that was claimed, under its unfinished name."""
+        return self._lock is not None and still_there(self.path, self._lock)
+
+    def remove(self) -> None:
+        """Remove the directory, unless it has its final name or another one stands in its place; end the lock."""
+        if self.unmoved():
+            with suppress(OSError):
+                _remove_all(self.path, but=(MARK,))
+                (self.path / MARK).unlink()  # last: killed before it, a run leaves nothing without a mark
+                self.path.rmdir()
+        self.close()
+
+    def close(self) -> None:
+        """End the lock. A later run may go on from what is there."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def publish(outputs: Sequence[Unfinished], overwrite: bool = False) -> None:
+    """Give all outputs of a run their final names, the main one last.
+
+    Killed at any point, each output is whole under one of its two names, and the same command goes on.
+
+    Raises:
+      TakenError: something else has come to stand at a final name.
+      CheckpointError: an unfinished directory was moved away or replaced.
+      OSError: a rename fails.
+    """
+    with signals.defer_signals():
+        for output in outputs:
+            if not output.unmoved():
+                raise CheckpointError(f"{output.path} was moved or replaced during the run; repeat the command.")
+            try:
+                _refuse_taken(output.directory, overwrite)
+            except TakenError as error:
+                raise _taken_error(output.directory) from error
+            sync(output.path)
+        names = [str(output.directory) for output in outputs]
+        replaced = {output: inode(output.directory) for output in outputs}
+        for output in outputs:
+            output.mark(names, replaced[output])
+        try:
+            for output in outputs:
+                if replaced[output]:
+                    exchange(output.path, output.directory)
+                else:
+                    os.rename(output.path, output.directory)
+                with suppress(OSError):  # not every file system can sync a directory
+                    sync(output.directory.parent)
+        except OSError as error:
+            for one in outputs:
+                with suppress(OSError):
+                    put_right(one.directory)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _taken_error(output.directory) from error
+            raise
+        finish(outputs[-1].directory)
+        for output in outputs:
+            output.close()
+
+
+def _refuse_taken(path: Path, overwrite: bool) -> None:
+    """Refuse a final name at which something stands that may not be replaced."""
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise TakenError(f"{path} is a file; choose another name for the output directory.")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise TakenError(f"{path} is not empty; choose another --output, or --overwrite to replace it.")
+    if not _is_model(path):
+        raise TakenError(
+            f"{path} is not empty and holds no model (config.json of a model and its weights), so --overwrite does not "
+            f"replace it; choose another --output."
+        )
+
+
+def _is_model(path: Path) -> bool:
+    """Return whether a directory holds a model: its config.json names an architecture, and there are weights."""
+    try:
+        config = read_json(path / "config.json")
+    except (OSError, ValueError):
+        return False
+    named = "architectures" in config or "model_type" in config
+    return named and any(any(path.glob(pattern)) for pattern in MODEL_FILES)
+
+
+def _taken_error(path: Path) -> TakenError:
+    return TakenError(
+        f"{path} came to stand there during the run, so the finished output is kept in {aside_of(path)}. Move {path} "
+        f"away and repeat the command."
+    )
+
+
+def _refuse_locked_parent(path: Path) -> None:
+    """Refuse an output beside which nothing can be written."""
+    parent = _existing(path.parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{path}: the output is written beside its name first, and {parent} may not be written to. Give a "
+            f"directory inside {path if path.is_dir() else 'one of your own'}, or change the permissions of {parent}."
+        )
+
+
+def _refuse_foreign(aside: Path) -> None:
+    """Refuse an unfinished name at which something stands that this program did not leave there."""
+    if not os.path.lexists(aside):
+        return
+    os.close(open_directory(aside, CheckpointError))
+    if aside.stat().st_uid != os.geteuid():
+        raise CheckpointError(
+            f"{aside} belongs to another user (uid {aside.stat().st_uid}), so it is not taken over; choose another "
+            f"--output."
+        )
+    if any(aside.iterdir()) and not (aside / MARK).is_file():
+        raise CheckpointError(
+            f"{aside} holds files that no unfinished run has left there (no {MARK} in it), so it is not emptied; move "
+            f"it away, or choose another --output."
+        )
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest place above, or at, a path that is there."""
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def _remove_all(directory: Path, but: Sequence[str]) -> None:
+    """Remove all that is in a directory, but what has one of these names or patterns."""
+    for path in directory.iterdir():
+        if not any(path.match(pattern) for pattern in but):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _taken(aside: Path) -> int:
     """Return the bytes on the disk that an earlier run left in a directory; a new run continues or removes them."""
     return sum(path.stat().st_blocks * 512 for path in aside.iterdir()) if aside.is_dir() else 0
-
-
-def claim(aside: Path) -> int:
-    """Make the directory, or take over what a killed run left, and lock it against other runs.
-
-    Returns:
-      The descriptor that holds the lock. The lock ends when it is closed, or with the process.
-
-    Raises:
-      CheckpointError: another run is writing there.
-    """
-    aside.mkdir(exist_ok=True)
-    lock = os.open(aside, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise CheckpointError(f"{aside} is being written by another run; wait, or choose another --output.") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
-
-
-def swap(new: Path, directory: Path) -> None:
-    """Rename `new` to `directory`. A directory that is there moves aside, and is deleted when the new one is in place.
-
-    If the renaming fails, the old directory gets its name back.
-    """
-    old = directory.with_name(directory.name + ".replaced")
-    if directory.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(directory, old)
-    try:
-        os.replace(new, directory)
-    except BaseException:
-        if old.exists():
-            os.replace(old, directory)
-        raise
-    with suppress(OSError):  # not every file system can sync a directory
-        sync(directory.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

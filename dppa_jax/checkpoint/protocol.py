@@ -32,3 +32,6 @@ class Sink(Protocol):
 
     def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Write rows of a tensor, from row `start` on."""
+
+    def has_rows(self, name: str, start: int, stop: int) -> bool:
+        """Return whether an earlier run has written these rows; asked only of a sink that outlives a run."""

@@ -141,11 +141,11 @@ class SafetensorsDirectory:
 
     def fingerprint(self) -> str:
         """Hash the config, and names, sizes and 64 pages of every file: a second, where a full hash takes minutes."""
-        return fingerprint(self.config, self._by_name())
+        return fingerprint(self.config, self.files())
 
     def content_digest(self) -> str:
         """Hash the config, the generation config and every byte of the weights: about a second for each GB."""
-        return content_digest(self.directory, self.config, self._by_name())
+        return content_digest(self.directory, self.config, self.files())
 
     def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
         """Return where rows lie: the file, the position of the first byte, and the number of bytes."""
@@ -153,7 +153,7 @@ class SafetensorsDirectory:
         row_bytes = tensor.shape[-1] * tensor.dtype.itemsize
         return tensor.file, tensor.offset + start * row_bytes, (stop - start) * row_bytes
 
-    def _by_name(self) -> dict[str, Path]:
+    def files(self) -> dict[str, Path]:
         """Return the files of the weights by name."""
         return {file.name: file for file in sorted({tensor.file for tensor in self.tensors.values()})}
 

@@ -3,23 +3,27 @@
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct_file import DirectFile
-from dppa_jax.checkpoint.output import aside_of, check_space, claim, output_directory, swap, sync
+from dppa_jax.checkpoint.output import TakenError, Unfinished, check_space, output_directory, publish, sync
 from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPE_BY_CODE, companions
+from dppa_jax.checkpoint.small_files import copies, write_small_files
+from dppa_jax.checkpoint.unfinished import aside_of
 from dppa_jax.config.run import MAX_SHARD_SIZE
 from dppa_jax.runtime import processes
+from dppa_jax.runtime.journal import Journal
 
 CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
-IDENTITY, JOURNAL = "identity", "journal-{}.jsonl"  # files that lie beside unfinished shards
+JOURNAL, ROWS = "journal-{}.jsonl", "rows-{}.jsonl"  # each process's, beside unfinished shards
+KEEPING = (KeyboardInterrupt, SystemExit, processes.ProcessEndedError, OSError, TakenError)  # the files are worth it
 
 Tensors = Mapping[str, tuple[tuple[int, ...], np.dtype]]  # shape and dtype by name
 
@@ -31,8 +35,10 @@ class SafetensorsWriter:
     unfinished directory for a model: before `publish`, its shards have other names, or config.json and the index are
     missing.
 
-    Leaving the `with` block before `publish` removes what was written. There is one exception: if a signal or another
-    process ended the run, and there is an `identity`, it stays, and a later run of the same identity goes on from it.
+    Leaving the `with` block before the directory has its name removes what was written. There is one exception: if a
+    signal, another process, a full or broken disk ended the run, and there is an `identity`, it stays, and a later run
+    of the same identity goes on from it. A checksum of all rows that were written stands in a journal beside them, so
+    that rows which were lost or damaged meanwhile are written again.
 
     Of several processes, each writes shards of its own. Process 0 renames the directory when all have finished. All
     processes must call the same methods.
@@ -62,56 +68,68 @@ class SafetensorsWriter:
         identity: str = "",
         owners: Mapping[str, int] | None = None,
     ):
-        self.directory = output_directory(directory, overwrite)
-        self.aside = aside_of(self.directory)
+        self._shared, self._overwrite = owners is not None, overwrite
+        self.directory = output_directory(directory, overwrite) if self._first else Path(directory).resolve()
+        self.path = aside_of(self.directory)
         self.shards = _plan_shards(tensors, max_shard_size, owners or dict.fromkeys(tensors, 0))
         self._own = [shard for shard in self.shards if not owners or shard.owner == processes.index()]
         self.nbytes = sum(shard.nbytes for shard in self._own)
         self._where = {name: (shard, offset) for shard in self._own for name, offset in shard.offsets.items()}
-        self._tensors, self._overwrite, self._shared = tensors, overwrite, owners is not None
-        self._identity = identity and f"{identity}\n"
+        self._tensors, self._identity = tensors, identity
         self._files: dict[str, DirectFile] = {}
-        self._lock: int | None = None
+        self._rows = Journal()
         check_space({self.directory: sum(shard.nbytes for shard in self.shards)})
-        if self._first:
-            self.directory.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = claim(self.aside)
-        kept = self._agreed("claimed", self._prepare)
+        self._unfinished = Unfinished(self.directory, identity) if self._first else None
+        kept = self._agreed("claimed", lambda: self._unfinished.resumed)
         self.resumed = kept and all(self._there(shard) for shard in self._own)
-        with self._errors("the headers"):
-            for shard in self._own:
-                self._open(shard)
+        try:
+            with self._errors("the headers"):
+                for shard in self._own:
+                    self._open(shard)
+                if identity:
+                    self._rows = Journal(self.path / ROWS.format(processes.index()), self.resumed)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
 
     def __enter__(self) -> "SafetensorsWriter":
         return self
 
     def __exit__(self, _, error: BaseException | None, __) -> None:
-        if self._identity and isinstance(error, (KeyboardInterrupt, SystemExit, processes.ProcessEndedError)):
+        if isinstance(error, KEEPING) and (self._identity or isinstance(error, TakenError)):
             self._close()
         else:
             self.abort()
 
     def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Write rows of a tensor, from row `start` on; they must have the tensor's dtype."""
-        shard, offset = self._where[name]
-        shape, dtype = self._tensors[name]
+        _, dtype = self._tensors[name]
         assert rows.dtype == dtype, (name, rows.dtype, dtype)
-        position = offset + start * shape[-1] * dtype.itemsize
+        raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
+        file, position, row_bytes = self._place(name, start)
         with self._errors(name):
-            raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-            self._files[shard.name].write(memoryview(raw), position)
+            file.write(memoryview(raw), position)
+            if self._identity:
+                self._rows.add(_rows_key(name, start, start + raw.nbytes // row_bytes), xxhash.xxh3_64_intdigest(raw))
 
-    def flush(self) -> None:
-        """Flush all rows so far to the disk, where they survive a power failure."""
-        for file in self._files.values():
-            file.sync()
+    def has_rows(self, name: str, start: int, stop: int) -> bool:
+        """Return whether an earlier run has written these rows, and they are still as they were written."""
+        checksum = self._rows.get(_rows_key(name, start, stop))
+        if checksum is None:
+            return False
+        file, position, row_bytes = self._place(name, start)
+        return file.checksum(position, (stop - start) * row_bytes) == checksum
 
-    def commit(self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str] | None = None) -> None:
+    def commit(
+        self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
+    ) -> None:
         """Complete the directory and give it its final name; see `complete` for the arguments."""
         self.complete(config, copy_from, texts)
-        self.publish()
+        publish_all([self])
 
-    def complete(self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str] | None = None) -> None:
+    def complete(
+        self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
+    ) -> None:
         """Finish the shards and write all else that belongs into the directory; `publish` then renames it.
 
         Args:
@@ -119,52 +137,36 @@ class SafetensorsWriter:
           copy_from: a model's directory, whose tokenizer files and generation config are copied.
           texts: further small files, by name.
         """
+        contents = copies(companions(copy_from), copy_from) if copy_from else {}
         with self._errors("the last files"):
             for shard in self._own:
                 self._files.pop(shard.name).close()
-                os.replace(self.aside / f"{shard.name}.incomplete", self.aside / shard.name)
-                sync(self.aside / shard.name)
+                os.replace(self.path / f"{shard.name}.incomplete", self.path / shard.name)
+                sync(self.path / shard.name)
         self._agreed("shards", lambda: True)
         if not self._first:
             return
         with self._errors("the last files"):
             self._check_shards()
+            contents |= texts or {}
             if len(self.shards) > 1:
-                (self.aside / "model.safetensors.index.json").write_text(self._index())
-            for path in companions(Path(copy_from)) if copy_from else ():
-                shutil.copyfile(path, self.aside / path.name)
-            for name, text in (texts or {}).items():
-                (self.aside / name).write_text(text)
-            (self.aside / "config.json").write_text(json.dumps(dict(config), indent=2) + "\n")
-            shards = {shard.name for shard in self.shards}
-            for path in self.aside.iterdir():
-                if path.name not in shards:
-                    sync(path)  # the final name means complete, after a power failure, too
-
-    def publish(self) -> None:
-        """Give the directory its final name."""
-        if self._first:
-            with self._errors("the last files"):
-                output_directory(self.directory, self._overwrite)  # another program may have written there
-                for notes in (self.aside / IDENTITY, *self.aside.glob(JOURNAL.format("*"))):
-                    notes.unlink(missing_ok=True)
-                swap(self.aside, self.directory)
-        self._agreed("published", lambda: True)
-        self._close()
+                contents["model.safetensors.index.json"] = self._index()
+            contents["config.json"] = json.dumps(dict(config), indent=2) + "\n"
+            write_small_files(self.path, contents)
 
     def abort(self) -> None:
-        """Remove what was written. After `publish`, this does nothing."""
-        opened = bool(self._files) or self._lock is not None
-        self._close()
-        if self._first and opened:
-            shutil.rmtree(self.aside, ignore_errors=True)
+        """Remove what was written. After the directory has its name, this does nothing."""
+        opened, unfinished = bool(self._files), self._unfinished
+        self._close(keep_lock=True)
         for shard in self._own if opened else ():
-            (self.aside / f"{shard.name}.incomplete").unlink(missing_ok=True)
+            (self.path / f"{shard.name}.incomplete").unlink(missing_ok=True)
+        if unfinished:
+            unfinished.remove()
 
     @property
     def journal(self) -> Path:
         """The file for this process's journal of what is written; it is removed when the directory gets its name."""
-        return self.aside / JOURNAL.format(processes.index())
+        return self.path / JOURNAL.format(processes.index())
 
     @property
     def _first(self) -> bool:
@@ -174,20 +176,9 @@ class SafetensorsWriter:
         """Call `find` in process 0 and return its result in all processes, which wait for each other here."""
         return processes.of_first(f"{self.directory.name}: {what}", find) if self._shared else find()
 
-    def _prepare(self) -> bool:
-        """Empty the directory, unless an earlier run of the same identity left it. Return whether it was kept."""
-        mark = self.aside / IDENTITY
-        kept = bool(self._identity) and mark.is_file() and mark.read_text() == self._identity
-        if not kept:
-            for path in self.aside.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            if self._identity:
-                mark.write_text(self._identity)
-        return kept
-
     def _there(self, shard: "_Shard") -> bool:
         """Return whether an earlier run left this shard. A finished shard gets the name of an unfinished one again."""
-        finished, unfinished = self.aside / shard.name, self.aside / f"{shard.name}.incomplete"
+        finished, unfinished = self.path / shard.name, self.path / f"{shard.name}.incomplete"
         if finished.is_file() and not unfinished.exists():
             os.replace(finished, unfinished)
         return unfinished.is_file()
@@ -195,24 +186,33 @@ class SafetensorsWriter:
     def _open(self, shard: "_Shard") -> None:
         """Open a shard's file and write its header."""
         try:
-            file = DirectFile(self.aside / f"{shard.name}.incomplete", keep=self.resumed)
+            file = DirectFile(self.path / f"{shard.name}.incomplete", keep=self.resumed)
         except FileNotFoundError:
-            raise CheckpointError(_not_shared(self.aside)) from None
+            raise CheckpointError(_not_shared(self.path)) from None
         self._files[shard.name] = file
         file.write(memoryview(shard.header), 0)
 
     def _check_shards(self) -> None:
         """Refuse to go on unless the shards of all processes are here, whole."""
         for shard in self.shards:
-            file = self.aside / shard.name
-            if not file.is_file() or file.stat().st_size != shard.nbytes:
-                raise CheckpointError(_not_shared(file))
+            file = self.path / shard.name
+            size = file.stat().st_size if file.is_file() else None
+            if size == shard.nbytes:
+                continue
+            if shard in self._own:
+                raise CheckpointError(
+                    f"{file} was written with {shard.nbytes} bytes and has {size} now: something else changed it, or "
+                    f"the disk fails. Repeat the command."
+                )
+            raise CheckpointError(_not_shared(file))
 
-    def _close(self) -> None:
-        """Close all files and end the lock."""
+    def _close(self, keep_lock: bool = False) -> None:
+        """Close all files and, unless it is to be kept, end the lock."""
+        self._rows.close()
         while self._files:
             self._files.popitem()[1].close()
-        self._release()
+        if self._unfinished and not keep_lock:
+            self._unfinished.close()
 
     def _index(self) -> str:
         """Return the text of model.safetensors.index.json."""
@@ -220,23 +220,41 @@ class SafetensorsWriter:
         size = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         return json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
-    def _release(self) -> None:
-        """End the lock on the directory."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _place(self, name: str, start: int) -> tuple[DirectFile, int, int]:
+        """Return where rows of a tensor go: the file, the position of the first, and the bytes of a row."""
+        shard, offset = self._where[name]
+        shape, dtype = self._tensors[name]
+        row_bytes = shape[-1] * dtype.itemsize
+        return self._files[shard.name], offset + start * row_bytes, row_bytes
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """Turn an OSError in the block into one that says what was being written, after removing what was written."""
+        """Turn an OSError in the block into one that says what was being written, and how to go on."""
         try:
             yield
         except OSError as error:
-            self.abort()
+            left = "What is written stays there" if self._identity else "Nothing is left there"
+            on = ": the same command goes on from it" if self._identity else ""
             raise OSError(
-                f"writing {what} to {self.aside} failed: {error.strerror or error}. Nothing was left there; the whole "
-                f"output needs {sum(s.nbytes for s in self.shards) / 1e9:.2f} GB. Make room, or write to another disk."
+                f"writing {what} to {self.path} failed: {error.strerror or error}. {left}{on}. The whole output needs "
+                f"{sum(s.nbytes for s in self.shards) / 1e9:.2f} GB: make room, or write to another disk."
             ) from error
+
+
+def publish_all(writers: Sequence[SafetensorsWriter]) -> None:
+    """Give the completed directories of one run their names, the last one's last; see `output.publish`.
+
+    Of several processes, all must call this.
+    """
+    last = writers[-1]
+    if last._first:
+        publish([writer._unfinished for writer in writers], last._overwrite)
+    last._agreed("published", lambda: True)
+
+
+def _rows_key(name: str, start: int, stop: int) -> str:
+    """Return what rows are called in the journal."""
+    return f"{name} {start} {stop}"
 
 
 def _not_shared(file: Path) -> str:

@@ -5,7 +5,7 @@ Tensors keep their bits. Each process reads and writes its own slices.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,12 @@ from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter, Te
 from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import ALIGNMENT, companions
-from dppa_jax.checkpoint.safetensors_writer import Tensors, total_bytes
+from dppa_jax.checkpoint.safetensors_writer import Tensors, publish_all, total_bytes
+from dppa_jax.checkpoint.small_files import copies
 from dppa_jax.config.run import PREFIX, ConvertConfig
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.compatible import check_apart
-from dppa_jax.merging.identity import common_identity, input_identity, journal_of
+from dppa_jax.merging.identity import common_identity, input_identity, unchanged
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import aligned, peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh
@@ -37,15 +38,19 @@ RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # 
 def run_convert(job: ConvertConfig) -> None:
     """Convert job.base to job.output, which appears whole or not at all."""
     started = time.perf_counter()
-    output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
+    with processes.first_alone("output"):
+        output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
     with processes.first_alone("model"):  # the first process fetches or builds it, the others then find it
         opened = open_checkpoint(job.base, job.seed)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
         tensors = converted_tensors(source, job.output_dtype)
         write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
-        with stage("convert", total_bytes(tensors) // processes.count()) as progress:
-            reader = Reader(source, progress)
+        with (
+            stage("convert", total_bytes(tensors) // processes.count()) as progress,
+            unchanged({"base": source}) as check_unchanged,
+        ):
+            reader = Reader(source, progress, check_unchanged)
             write(reader, output, tensors, job)
     seconds, peak = time.perf_counter() - started, peak_resident()
     logging.info(
@@ -70,22 +75,20 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
     owner = owners(source.specs, processes.count())
     decided = [input_identity(source), str(output), job.output_dtype, job.max_shard_size, processes.count(), PIECE]
     identity = common_identity(decided) if job.resume else ""
-    with (
-        SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, identity, owner) as writer,
-        journal_of([writer], identity) as journal,
-    ):
+    with SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, identity, owner) as writer:
         for name, (_, dtype) in tensors.items():
             if owner[name] != processes.index():
                 continue
             spec = source.specs[name]
             step = max(1, PIECE // (spec.columns * dtype.itemsize))
             for start in range(0, spec.rows, step):
-                key = f"convert {name} {start}"
-                if journal.get(key) is None:
-                    writer.write_rows(name, start, reader.rows([spec], dtype, start, min(start + step, spec.rows))[0])
-                    journal.add(key, True)
-        texts = {path.name: path.read_text() for path in _records(source.directory)}
-        writer.commit(_config(source, job.output_dtype), source.directory, texts)
+                stop = min(start + step, spec.rows)
+                if not writer.has_rows(name, start, stop):
+                    writer.write_rows(name, start, reader.rows([spec], dtype, start, stop)[0])
+        records = copies(_records(source.directory), source.directory)
+        writer.complete(_config(source, job.output_dtype), source.directory, records)
+        reader.check_unchanged()
+        publish_all([writer])
 
 
 def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertConfig) -> None:
@@ -93,17 +96,17 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
     from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # takes a second to import
 
     source = reader.source
-    copies = [*companions(source.directory), *_records(source.directory)]
+    beside = [*companions(source.directory), *_records(source.directory)]
     with OrbaxWriter(output, total_bytes(tensors), job.overwrite) as writer:
         tree = _deferred(reader, tensors, across_processes(make_mesh(job.mesh)))
-        writer.commit(tree, _config(source, job.output_dtype), copies)
+        writer.commit(tree, _config(source, job.output_dtype), beside, source.directory, reader.check_unchanged)
 
 
 class Reader:
     """Reads tensors into arrays of a given dtype, and reports progress."""
 
-    def __init__(self, source: Checkpoint, progress: Stage):
-        self.source, self._progress, self.done = source, progress, 0
+    def __init__(self, source: Checkpoint, progress: Stage, check_unchanged: Callable[[], None]):
+        self.source, self.check_unchanged, self._progress, self.done = source, check_unchanged, progress, 0
 
     def rows(self, specs: Sequence[TensorSpec], dtype: np.dtype, start: int, stop: int) -> np.ndarray:
         """Return rows start..stop of tensors of one shape, (tensors, rows, columns); JAX can use the array as it is."""

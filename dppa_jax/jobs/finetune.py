@@ -51,7 +51,8 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     Several processes share one mesh. Each reads the same batches and holds the slices of its own devices.
     """
     started = time.perf_counter()
-    output_directory(job.output, job.overwrite)
+    with processes.first_alone("output"):
+        output_directory(job.output, job.overwrite)
     mesh = make_mesh(job.mesh, TRAIN_AXES, jax.devices())
     with processes.first_alone("base"):
         source = locate(job.base, job.seed)

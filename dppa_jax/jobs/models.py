@@ -9,6 +9,7 @@ from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.compatible import check_apart, check_compatible, check_same_base
 from dppa_jax.merging.opened import Opened
+from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.where import open_models
 
@@ -38,7 +39,8 @@ def check_outputs(job: JobConfig) -> dict[str, Path]:
     """
     if not job.output:
         raise ValueError("--output is empty: give the directory of the merged model.")
-    return {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
+    with processes.first_alone("outputs"):  # process 0 puts right what a killed run left; the others find it done
+        return {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
 
 
 def check_models(opened: Opened) -> None:

@@ -14,9 +14,9 @@ from dppa_jax.architecture.specs import CheckpointError, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.output import check_space
-from dppa_jax.checkpoint.safetensors_writer import total_bytes
+from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.merging.blocks import owners
-from dppa_jax.merging.identity import common_identity, input_identity, journal_of
+from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.survey import NonfiniteError
@@ -40,6 +40,7 @@ def write_merge(opened: Opened) -> Outcome:
     layout, norms = opened.layout(plan), opened.norms(merge)
     identity = identity_of(opened, layout) if job.resume else ""
     with ExitStack() as stack:
+        check_unchanged = stack.enter_context(unchanged(opened.models))
         writers = {name: stack.enter_context(writer) for name, writer in _writers(opened, identity)}
         writer = writers.pop("--output")
         journal = stack.enter_context(journal_of((writer, *writers.values()), identity))
@@ -55,8 +56,8 @@ def write_merge(opened: Opened) -> Outcome:
             delta.complete(with_dtype(base.config, merge.delta_dtype), base.directory)
         config = with_dtype(base.config, merge.output_dtype or base.dtype.name)
         writer.complete(config, opened.tokenizer.directory, texts)
-        for whole in (*writers.values(), writer):
-            whole.publish()
+        check_unchanged()
+        publish_all([*writers.values(), writer])
     logging.info("wrote %s in %.1f s", job.output, time.perf_counter() - started)
     return outcome
 

@@ -1,11 +1,11 @@
 """When an unfinished output is taken up again: only by a run of the same inputs, options and code."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from absl import logging
 
-from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import Checkpoint, CheckpointError, SafetensorsWriter
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.journal import Journal
@@ -19,18 +19,43 @@ def common_identity(content) -> str:
     return digest(processes.exchange("identity", digest(content)))
 
 
-def input_identity(model: Checkpoint) -> tuple[str, list[tuple[str, int, int]]]:
-    """Return the fingerprint, and names, sizes and times of change of the files."""
-    found = ((path, path.stat()) for path in sorted(model.directory.rglob("*")) if path.is_file())
-    files = [(str(path.relative_to(model.directory)), stat.st_size, stat.st_mtime_ns) for path, stat in found]
-    return model.fingerprint(), files
+def input_identity(model: Checkpoint) -> list:
+    """Return the fingerprint of a model and the state of its files, as JSON can say them."""
+    return [model.fingerprint(), files_of(model)]
+
+
+def files_of(model: Checkpoint) -> dict[str, list[int]]:
+    """Return inode, size, and times of writing and of change of every file of a model's weights, by name."""
+    stats = {
+        name: file.stat() for name, file in {**model.files(), "config.json": model.directory / "config.json"}.items()
+    }
+    return {name: [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+
+
+@contextmanager
+def unchanged(models: Mapping[str, Checkpoint]) -> Iterator[Callable[[], None]]:
+    """Yield a function that raises CheckpointError if a file of a model is not what it was when the block began.
+
+    A merge whose input was written to meanwhile is part old and part new.
+    """
+    before = {name: files_of(model) for name, model in models.items()}
+
+    def check() -> None:
+        for name, model in models.items():
+            for file, state in files_of(model).items():
+                if state != before[name][file]:
+                    raise CheckpointError(
+                        f"{model.directory / file} of {name!r} was written to or replaced during the run, so that the "
+                        f"output would be part old, part new; it is removed. Run again when the file is complete."
+                    )
+
+    yield check
 
 
 @contextmanager
 def journal_of(writers: Sequence[SafetensorsWriter], identity: str) -> Iterator[Journal]:
     """Open the journal of what is written into these directories; it lies in the first."""
-    flush = lambda: [writer.flush() for writer in writers]  # noqa: E731
-    journal = Journal(writers[0].journal if identity else None, all(writer.resumed for writer in writers), flush)
+    journal = Journal(writers[0].journal if identity else None, all(writer.resumed for writer in writers))
     if journal.resumed:
         logging.info("goes on after %d steps that an earlier run has done; --resume=false starts anew", journal.resumed)
     try:

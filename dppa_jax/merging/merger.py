@@ -1,6 +1,6 @@
 """The merge, top to bottom: survey, allocate, apply, write."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -23,6 +23,7 @@ from dppa_jax.merging.kernels import Kernels, shared_kernels
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.merging.stream import Stream
 from dppa_jax.merging.survey import NonfiniteError, surveyed
+from dppa_jax.runtime import signals
 from dppa_jax.runtime.files import sources_digest
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
@@ -146,7 +147,7 @@ class Merger:
             ThreadPoolExecutor(SEARCHES, "threshold") as searcher,
         ):
             pending = []
-            for _, loaded in stream(self._undone()):
+            for _, loaded in stream(self._undone([sink, *(delta_sinks or {}).values()])):
                 experts = range(len(config.experts))
                 searches = [[searcher.submit(pruner.bounds_and_weights, x, e) for e in experts] for x in loaded]
                 checks = []
@@ -178,16 +179,17 @@ class Merger:
         chosen = {"factors": factors, "coefficients": coefficients}
         return replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
 
-    def _undone(self) -> list[Block]:
-        """The blocks without the matrices that an earlier run has merged."""
+    def _undone(self, sinks: Sequence[Sink]) -> list[Block]:
+        """The blocks without the matrices that an earlier run has merged and that are whole in all sinks."""
         blocks = []
         for block in self._stream.blocks:
             left = []
             for matrix in block.matrices:
-                if (decided := self._journal.get(_key(matrix))) is None:
-                    left.append(matrix)
-                else:
+                decided = self._journal.get(_key(matrix))
+                if decided is not None and all(_holds(sink, matrix) for sink in sinks):
                     self._pruner.restore(matrix, decided)
+                else:
+                    left.append(matrix)
             if left:
                 blocks.append(block if len(left) == len(block.matrices) else replace(block, matrices=tuple(left)))
         return blocks
@@ -241,6 +243,12 @@ def check_finite(x: DeviceMatrix, merged: jax.Array, kernels: Kernels, config: M
 def _key(matrix: Matrix) -> str:
     """What a merged matrix is called in a journal."""
     return f"merge {matrix.ranges[0].name} {matrix.ranges[0].start}"
+
+
+def _holds(sink: Sink, matrix: Matrix) -> bool:
+    """Whether a sink holds a matrix as an earlier run wrote it."""
+    signals.check()
+    return all(sink.has_rows(rows.name, rows.start, rows.stop) for rows in matrix.ranges)
 
 
 def _write_ranges(sink: Sink, x: DeviceMatrix, array: np.ndarray, dtype: Callable[[str], np.dtype]) -> None:

@@ -41,6 +41,15 @@ def claim_directory(path: Path | str, error: type[ValueError] = ValueError) -> i
         raise error(
             f"{path} belongs to another user (uid {owner}), so it is not taken over; remove it, or choose another name."
         )
+    return lock_directory(descriptor, path)
+
+
+def lock_directory(descriptor: int, path: Path | str) -> int:
+    """Lock an open directory against other runs; return its descriptor, which is closed where the lock is taken.
+
+    Raises:
+      BusyError: another run has locked the directory.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -45,17 +45,17 @@ def sources_digest(*patterns: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file under another name and rename it: a crash leaves the old file or the new one, never a part.
 
-    A link at the file's place is replaced, not followed. What UTF-8 cannot say, such as a file's name that is not UTF-8,
-    is written as an escape.
+    A link at the file's place is replaced, not followed. What UTF-8 cannot say, such as a path that is not UTF-8, is
+    written as an escape.
     """
     aside = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as out:
-            out.write(text)
+        with open(descriptor, "wb") as out:
+            out.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
         os.replace(aside, file)
     except BaseException as error:
         aside.unlink(missing_ok=True)

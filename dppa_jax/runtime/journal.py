@@ -1,24 +1,28 @@
 """A journal of the steps that a job has done: a run that was killed goes on from there.
 
-The journal is a file with one JSON line per step. A step is recorded after its results were handed to the operating
-system. That survives the death of the process, however it ends, but not a power failure. So every MARK_SECONDS the
-results and the journal are flushed to the disk, and the journal gets a mark. After a restart of the machine, or on
-another machine, only the lines before the last mark count.
+The journal is a file with a line for each step: a checksum, and the step's key and record as JSON. A step is recorded
+after its results were handed to the operating system. That survives the death of the process, however it ends. It may
+not survive a power failure: then lines, or the results that they stand for, can be lost, cut or zeros. So a line counts
+only with its checksum, and whoever takes up results compares them with a checksum in the record.
 """
 
 import json
 import os
-import time
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import psutil
+import msgspec
+import xxhash
 
 from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_bytes
 
-MARK_SECONDS = 30  # between flushes, some hundredths of a second each
+
+class _Line(msgspec.Struct):
+    """What a line holds beside its checksum."""
+
+    key: str
+    record: Any
 
 
 class Journal:
@@ -27,17 +31,14 @@ class Journal:
     Args:
       file: the journal's file; without one, nothing is recorded and `get` returns nothing.
       keep: read the records that the file holds; otherwise it is written anew.
-      flush: flushes to the disk the results that the records stand for.
     """
 
-    def __init__(self, file: Path | None = None, keep: bool = False, flush: Callable[[], None] = lambda: None):
+    def __init__(self, file: Path | None = None, keep: bool = False):
         self._records = _read(file) if keep and file else {}
-        self._flush, self._marked = flush, time.monotonic()
-        self._file = None
+        self._path, self._file = file, None
         if file:
-            lines = [{"boot": _boot()}, *({"key": key, "record": record} for key, record in self._records.items())]
-            write_whole(file, "".join(json.dumps(line) + "\n" for line in lines))
-            self._file = file.open("a")
+            write_whole(file, b"".join(_line(key, record) for key, record in self._records.items()))
+            self._file = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
 
     @property
     def resumed(self) -> int:
@@ -49,58 +50,42 @@ class Journal:
         return self._records.get(key)
 
     def add(self, key: str, record: Any) -> None:
-        """Record a step that is done. `record` is anything that JSON can hold; numbers keep their bits."""
-        self._write({"key": key, "record": record})
-        if self._file and time.monotonic() > self._marked + MARK_SECONDS:
-            self.mark()
+        """Record a step that is done. `record` is anything that JSON can hold; numbers keep their bits.
 
-    def mark(self) -> None:
-        """Flush the results and the journal to the disk: the lines so far count even after a power failure."""
-        if self._file:
-            self._flush()
-            self._write({"mark": True})
-            os.fsync(self._file.fileno())
-            self._marked = time.monotonic()
+        Raises:
+          OSError: the line cannot be written; names the file.
+        """
+        line = memoryview(_line(key, record) if self._file is not None else b"")
+        try:
+            while line:
+                line = line[os.write(self._file, line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         """Close the file; later records are not kept."""
-        if self._file:
-            self._file.close()
+        if self._file is not None:
+            os.close(self._file)
             self._file = None
 
-    def _write(self, line: dict) -> None:
-        if self._file:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+
+def _line(key: str, record: Any) -> bytes:
+    """Return a line: 16 digits of a checksum, a blank, JSON."""
+    text = json.dumps({"key": key, "record": record}).encode()
+    return b"%s %s\n" % (xxhash.xxh3_64_hexdigest(text).encode(), text)
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Read the records that count. A killed run may have left a last line that is cut off; it is ignored."""
+    """Read the records up to the first line that is not whole: a killed run may have left one that is cut off."""
     records: dict[str, Any] = {}
-    marked: dict[str, Any] = {}
-    same_boot = False
     try:
-        lines = file.read_text().splitlines()
-    except OSError:
+        lines = read_bytes(file, MAX_LINES_BYTES).split(b"\n")
+    except (OSError, ValueError):
         return {}
-    for text in lines:
-        try:
-            line = json.loads(text)
-        except ValueError:
+    for line in lines:
+        checksum, _, text = line.partition(b" ")
+        if checksum != xxhash.xxh3_64_hexdigest(text).encode():
             break
-        if "boot" in line:
-            same_boot = line["boot"] == _boot()
-        elif "mark" in line:
-            marked = dict(records)
-        else:
-            records[line["key"]] = line["record"]
-    return records if same_boot else marked
-
-
-@cache
-def _boot() -> str:
-    """Return a name of the time since this machine was started: what the kernel was handed before may be lost."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return str(psutil.boot_time())
+        whole = msgspec.convert(json.loads(text), _Line)
+        records[whole.key] = whole.record
+    return records

@@ -12,7 +12,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from absl import logging
@@ -21,8 +21,6 @@ MAX_BYTES = 4_000_000  # of a config, an index of a demo or a card; a larger one
 MAX_LINES_BYTES = 1_000_000_000  # of a file with a JSON value in each line: data sets, responses, journals
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON: half of a character, or a whole one by its halves
 STEP = 1 << 20  # bytes that are read at a time, so that a file that grows meanwhile is cut off at the limit
-
-T = TypeVar("T")
 
 
 def open_regular(path: Path | str, error: type[ValueError] = ValueError) -> int:
@@ -92,11 +90,11 @@ def read_text(
 
 def read_json(
     path: Path | str,
-    shape: type[T] = dict[str, Any],
+    shape: Any = dict[str, Any],
     most: int = MAX_BYTES,
     fix: str = "Correct it.",
     error: type[ValueError] = ValueError,
-) -> T:
+) -> Any:
     """Read a JSON file whose value has a declared shape; see `parse_json` and `read_bytes`."""
     return parse_json(read_bytes(path, most, fix, error), str(path), shape, fix, error)
 
@@ -104,10 +102,10 @@ def read_json(
 def parse_json(
     text: bytes | str,
     where: str,
-    shape: type[T] = dict[str, Any],
+    shape: Any = dict[str, Any],
     fix: str = "Correct it.",
     error: type[ValueError] = ValueError,
-) -> T:
+) -> Any:
     """Parse a JSON value and check its shape.
 
     Args:
@@ -155,11 +153,11 @@ def read_kept(path: Path | str, shape: type[T], most: int = MAX_LINES_BYTES) -> 
 
 def read_json_lines(
     path: Path | str,
-    shape: type[T] = dict[str, Any],
+    shape: Any = dict[str, Any],
     most: int = MAX_LINES_BYTES,
     fix: str = "Correct the line.",
     error: type[ValueError] = ValueError,
-) -> Iterator[tuple[int, T]]:
+) -> Iterator[tuple[int, Any]]:
     """Yield the number and the value of each line that is not blank; see `read_json`. Messages name the line."""
     text = read_text(path, most, error=error)
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other ends of line

@@ -16,7 +16,8 @@ from command import tree
 from families import DTYPES, llama_config, random_weights, read_json
 from safetensors import safe_open
 
-from dppa_jax.checkpoint import CheckpointError, SafetensorsWriter, save_tree
+from dppa_jax.checkpoint import CheckpointError, SafetensorsWriter, save_tree, unfinished
+from dppa_jax.checkpoint.unfinished import MARK
 
 BF16 = np.dtype(DTYPES["bfloat16"])
 TENSORS = {"a": ((8, 4), BF16), "b": ((4,), np.dtype(np.float32)), "c": ((16, 4), BF16)}
@@ -77,9 +78,8 @@ def test_nothing_has_a_final_name_before_commit(tmp_path):
     with open_writer(tmp_path / "out", max_shard_size=40) as writer:
         write_all(writer)
         assert not (tmp_path / "out").exists()
-        unfinished = [path.name for path in tmp_path.rglob("*") if path.is_file()]
-        assert len(unfinished) == 3
-        assert all(name.endswith(".safetensors.incomplete") for name in unfinished)
+        unfinished = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+        assert unfinished - {MARK} == {f"model-0000{i}-of-00003.safetensors.incomplete" for i in (1, 2, 3)}
         writer.commit({})
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -99,6 +99,7 @@ def test_what_a_killed_run_left_is_cleared(merge):
     aside = merge.output.with_name("out.incomplete")
     (aside / "folder").mkdir(parents=True)
     (aside / "model-00007-of-00009.safetensors.incomplete").write_text("half")
+    (aside / MARK).write_text("damaged")
     merge(FAST)
     assert not aside.exists()
     assert "model-00007-of-00009.safetensors.incomplete" not in os.listdir(merge.output)
@@ -139,7 +140,9 @@ def test_overwrite_replaces_a_model(merge):
 def test_overwrite_does_not_replace_what_is_no_model(merge):
     merge.output.mkdir()
     (merge.output / "thesis.tex").write_text("years of work")
-    assert f"{merge.output} is not empty and holds no model (no config.json)" in merge.refusal(FAST, "--overwrite")
+    assert f"{merge.output} is not empty and holds no model (config.json of a model and its weights)" in merge.refusal(
+        FAST, "--overwrite"
+    )
 
 
 def test_overwrite_does_not_replace_a_file(merge):
@@ -162,16 +165,17 @@ def test_output_that_is_a_link_replaces_where_it_leads(merge):
 
 def test_old_directory_survives_a_failure_of_the_rename(merge, monkeypatch):
     merge(FAST)
-    replace = os.replace
+    before = tree(merge.output)
 
     def failing(source, target):
-        if os.fspath(source).endswith("out.incomplete"):
-            raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
+        raise OSError(errno.EIO, "Input/output error", str(source))
 
-    monkeypatch.setattr(os, "replace", failing)
-    message = merge.refusal(FAST, "--overwrite")  # also asserts that every byte is as it was
-    assert f"writing the last files to {merge.output}.incomplete failed: Input/output error" in message
+    monkeypatch.setattr(unfinished, "_exchange_at_once", failing)
+    assert "Input/output error" in merge.failure(FAST, "--overwrite", "--coefficient=0.5")
+    assert tree(merge.output) == before
+    monkeypatch.undo()
+    merge(FAST, "--overwrite", "--coefficient=0.5")
+    assert tree(merge.output) != before
 
 
 def test_old_directory_survives_a_failure_of_the_merge(merge):
@@ -233,10 +237,13 @@ def test_disk_full_while_writing(merge, flags):
     shutil.rmtree(merge.root / "deltas", ignore_errors=True)
     (merge.root / "deltas").mkdir()
     with largest_file(30_000):
-        message = merge.refusal(FAST, *flags)
-    written = rf"writing model\.\S+ to {merge.root}/\S+\.incomplete failed: File too large\. Nothing was left there"
+        message = merge.failure(FAST, *flags)
+    written = rf"writing model\.\S+ to {merge.root}/\S+\.incomplete failed: File too large\. What is written stays"
     assert re.search(written, message)
-    assert re.search(r"needs 0\.\d+ GB. Make room", message)
+    assert re.search(r"needs 0\.\d+ GB: make room", message)
+    assert not merge.output.exists()
+    merge(FAST, *flags)
+    assert not list(merge.root.glob("**/*.incomplete"))
 
 
 def test_disk_full_while_writing_the_last_files(tmp_path):

@@ -1,0 +1,26 @@
+"""The small files beside the weights of an output: copied as bytes from a model, or written whole."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from dppa_jax.checkpoint.output import sync
+from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.reading import read_bytes
+
+MAX_BYTES = 1_000_000_000  # of a tokenizer file
+
+
+def copies(files: Iterable[Path], directory: Path | str) -> dict[str, bytes]:
+    """Read files of a model's directory; return their contents by their places in it."""
+    return {str(file.relative_to(directory)): read_bytes(file, MAX_BYTES) for file in files}
+
+
+def write_small_files(directory: Path, contents: Mapping[str, str | bytes]) -> None:
+    """Write files below a directory and flush them to the disk: the final name means complete, without power, too."""
+    for name, content in contents.items():
+        file = directory / name
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, content)
+        sync(file)
+        if file.parent != directory:
+            sync(file.parent)
