@@ -60,11 +60,15 @@ def test_a_value_must_be_a_finite_number(by_tensor):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a readable JSON file"),
-        ("[1]", 'no object "coefficients"'),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON .nested too deep"),
+        ("[1]", "Expected `object`, got `array`. Give --coefficient a file that AdaMerging wrote"),
+        ("{}", "missing required field `coefficients`"),
+        ('{"coefficients": {"math": true, "law": 1}}', "got `bool`"),
+        ('{"coefficients": {"math": 1%s, "law": 1}}' % ("0" * 400), "found.json"),
         ('{"coefficients": {"math": 0.2}}', "no coefficient of the expert 'law'"),
         ('{"coefficients": {"math": 0.2, "low": 1}}', "Did you mean 'law'"),
-        ('{"coefficients": {"math": "x", "law": 1}}', "not a number"),
+        ('{"coefficients": {"math": "x", "law": 1}}', "Expected `float | object`, got `str`"),
         ('{"coefficients": {"math": 0.2, "law": 1}, "finished": false}', "has not finished"),
     ],
 )

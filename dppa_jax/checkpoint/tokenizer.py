@@ -1,5 +1,6 @@
 """The tokenizer that lies beside a model's weights, read by transformers, and texts as its token ids."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -8,7 +9,8 @@ from typing import Any
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.safetensors import companions
-from dppa_jax.runtime.reading import printable
+from dppa_jax.runtime.files import digest
+from dppa_jax.runtime.reading import printable, read_bytes
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that it did not find PyTorch
 
@@ -19,6 +21,13 @@ MAX_BYTES = 500_000_000  # of a tokenizer's file; the largest in use have some 4
 def has_tokenizer(directory: Path) -> bool:
     """Return whether a tokenizer lies in a model's directory."""
     return any((directory / name).is_file() for name in VOCABULARIES)
+
+
+def tokenizer_digest(directory: Path) -> str:
+    """Hash the tokenizer files of a directory, with the chat template; equal hashes mean equal tokenizers."""
+    files = [file for file in companions(directory) if file.name != "generation_config.json"]
+    found = [(file.name, hashlib.sha256(read_bytes(file, MAX_BYTES)).hexdigest()) for file in files]
+    return digest(found)
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -11,14 +11,12 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from dppa_jax.evaluate.limited_worker import READY, TIMERS
 from dppa_jax.runtime.reading import parse_json
 
 WORKER = Path(__file__).with_name("limited_worker.py")
-
-T = TypeVar("T")
 
 
 class LimitedChild:
@@ -34,11 +32,11 @@ class LimitedChild:
         self._process: subprocess.Popen | None = None
         atexit.register(self.close)
 
-    def ask(self, question: list, seconds: float, shape: type[T]) -> T | None:
+    def ask(self, question: list, seconds: float, shape: Any) -> Any:
         """Return the answer; None when the child took too long or too much memory, or ended in another way.
 
         Args:
-          question: the arguments of the work, anything that JSON can hold.
+          question: the arguments of the work; what JSON cannot hold is sent as text.
           seconds: of processor time; by the clock it may take twelve times as long.
           shape: of the answer, see `parse_json`.
 
@@ -49,7 +47,7 @@ class LimitedChild:
             if self._process is None:
                 self._start()
             try:
-                answer = self._exchange(json.dumps([seconds, *question]) + "\n")
+                answer = self._exchange(json.dumps([seconds, *question], default=str) + "\n")
             except BaseException:  # e.g. an interrupt: the next answer would belong to this question
                 self.close()
                 raise

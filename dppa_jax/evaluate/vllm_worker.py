@@ -43,6 +43,7 @@ class Engine:
             model=directory,
             enforce_eager=eager,
             skip_tokenizer_init=True,
+            trust_remote_code=False,
             generation_config="vllm",  # ignore the penalties and temperatures of the model's generation config
             worker_extension_cls="vllm_extension.Sums",
             disable_log_stats=True,
@@ -150,7 +151,7 @@ def tensors_of(directory: Path) -> Iterator[tuple[str, object]]:
 def requests() -> Iterator[dict]:
     """Yield the requests on stdin. When stdin ends, so has the parent, or it wants to: end this process and vLLM's."""
     lines: queue.Queue = queue.Queue()
-    kill_members = runpy.run_path(str(HERE / "worker.py"))["kill_members"]
+    kill_members = runpy.run_path(str(HERE / "groups.py"))["kill_members"]
 
     def read() -> None:
         for line in sys.stdin:

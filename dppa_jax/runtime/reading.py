@@ -130,9 +130,7 @@ def parse_json(
     return convert(value, where, shape, fix, error)
 
 
-def convert(
-    value: Any, where: str, shape: type[T], fix: str = "Correct it.", error: type[ValueError] = ValueError
-) -> T:
+def convert(value: Any, where: str, shape: Any, fix: str = "Correct it.", error: type[ValueError] = ValueError) -> Any:
     """Return a JSON value as the declared shape; the arguments are those of `parse_json`."""
     try:
         return msgspec.convert(value, shape)
@@ -140,7 +138,7 @@ def convert(
         raise error(f"{where}: {printable(str(failure))}. {fix}") from None
 
 
-def read_kept(path: Path | str, shape: type[T], most: int = MAX_LINES_BYTES) -> T | None:
+def read_kept(path: Path | str, shape: Any, most: int = MAX_LINES_BYTES) -> Any:
     """Read what an earlier run has left; None where there is nothing, or with a warning where it cannot be read."""
     try:
         return read_json(path, shape, most, fix="The work begins anew.")

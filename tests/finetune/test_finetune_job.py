@@ -192,7 +192,7 @@ def test_two_runs_of_the_same_do_not_share_their_checkpoints(material, tmp_path)
     given = flags(material, tmp_path, "--train_steps=100000")
     with started(given) as run:
         until(run, lambda: kept(tmp_path))
-        with pytest.raises(SystemExit, match="another run is training the same"):
+        with pytest.raises(SystemExit, match="is in use by another run"):
             launch(*given)
         run.kill()
 
