@@ -9,7 +9,7 @@ from dppa_jax.evaluate.limited import LimitedChild
 SECONDS = 5.0  # of processor time for a pair; an answer of MATH takes a hundredth of a second
 LONGEST = 2000  # characters of a formula; the longest answer of MATH has 81
 
-_SCORER = LimitedChild("equal", "run `pip install sympy antlr4-python3-runtime==4.11.*`.")
+_SCORER = LimitedChild("equal", "the math scorer", "run `pip install sympy antlr4-python3-runtime==4.11.*`.")
 
 
 def equivalent(gold: str, predicted: str, seconds: float = SECONDS) -> bool:

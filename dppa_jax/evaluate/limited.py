@@ -24,11 +24,12 @@ class LimitedChild:
 
     Args:
       work: what it does, a key of `limited_worker.WORK`.
+      name: what messages call it.
       fix: a command that makes the child start where a library is missing.
     """
 
-    def __init__(self, work: str, fix: str):
-        self._work, self._fix = work, fix
+    def __init__(self, work: str, name: str, fix: str):
+        self._work, self._name, self._fix = work, name, fix
         self._process: subprocess.Popen | None = None
         atexit.register(self.close)
 
@@ -52,7 +53,7 @@ class LimitedChild:
                 self.close()
                 raise
             if answer:
-                return parse_json(answer, f"the answer of {WORKER.name}", shape)
+                return parse_json(answer, f"the answer of {self._name}", shape)
             ended_by = -self._process.wait()
             self.close()
             if ended_by in TIMERS.values():
@@ -88,6 +89,4 @@ class LimitedChild:
         first_line = self._process.stdout.readline().strip()
         if first_line != READY:
             self.close()
-            raise ChildProcessError(
-                f"{WORKER.name} {self._work} does not start: {first_line or 'its process ended'}; {self._fix}"
-            )
+            raise ChildProcessError(f"{self._name} does not start: {first_line or 'its process ended'}; {self._fix}")

@@ -9,7 +9,7 @@ from dppa_jax.runtime.reading import printable
 SECONDS = 10.0  # of processor time for all prompts of a task; five thousand take half a second
 ADVICE = "Correct the template, or give --prompt_wrapper=none or llama2_chat."
 
-_RENDERER = LimitedChild("render", "run `pip install transformers jinja2`.")
+_RENDERER = LimitedChild("render", "the renderer of chat templates", "run `pip install transformers jinja2`.")
 
 
 def in_chat_template(tokenizer: Any, prompts: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 
 from dppa_jax.evaluate import answers
 from dppa_jax.evaluate.equivalence import equivalent
+from dppa_jax.evaluate.splits import without_marks
 
 CHOICES = ("negative", "neutral", "positive")
 
@@ -145,6 +146,19 @@ def test_no_formula_keeps_the_scorer(monster):
     assert not equivalent("7", monster, seconds=1.0)
     assert time.monotonic() - started < 30  # twelve times the limit by the clock, and a start of sympy
     assert equivalent("\\frac{4}{2}", "2"), "the scorer goes on"
+
+
+@pytest.mark.parametrize(
+    "part", ["\\text{", "\\overline{", "\\boxed{", "#### ", "$", "a$", "<<", "}", "frac", "Question"]
+)
+@pytest.mark.parametrize("end", ["", "\n\n", "}", "$"])
+def test_no_response_takes_long_to_judge(part, end):
+    hostile = part * (100_000 // len(part)) + end
+    started = time.process_time()
+    assert not answers.math(f"#### {hostile}", ["7"])
+    answers.math(hostile, [hostile])
+    without_marks(hostile)
+    assert time.process_time() - started < 2
 
 
 def scorer() -> psutil.Process:
