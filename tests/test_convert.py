@@ -139,7 +139,7 @@ def test_existing_output_is_replaced_only_when_asked(pristine, tmp_path):
 
 
 @pytest.mark.parametrize("orbax", [True, False])
-def test_failed_conversion_leaves_nothing(pristine, tmp_path, monkeypatch, orbax):
+def test_failed_conversion_leaves_nothing_but_what_the_next_one_goes_on_from(pristine, tmp_path, monkeypatch, orbax):
     convert(pristine / "base", f"orbax:{tmp_path / 'first'}")
     base, output = (pristine / "base", f"orbax:{tmp_path / 'second'}")
     if not orbax:
@@ -152,10 +152,14 @@ def test_failed_conversion_leaves_nothing(pristine, tmp_path, monkeypatch, orbax
             raise OSError("the disk is gone")
         read_rows(self, name, *rest)
 
-    monkeypatch.setattr(source, "read_rows", fail_late)
-    with pytest.raises(SystemExit, match="the disk is gone"):
-        convert(base, output)
-    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "read_rows", fail_late)
+        with pytest.raises(SystemExit, match="the disk is gone"):
+            convert(base, output)
+    left = [] if orbax else ["second.incomplete"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", *left]
+    convert(base, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 @pytest.mark.parametrize(

@@ -33,5 +33,10 @@ class Sink(Protocol):
     def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
         """Write rows of a tensor, from row `start` on."""
 
+
+@runtime_checkable
+class LastingSink(Sink, Protocol):
+    """A sink whose rows outlive the run, so that a later run can go on from them."""
+
     def has_rows(self, name: str, start: int, stop: int) -> bool:
-        """Return whether an earlier run has written these rows; asked only of a sink that outlives a run."""
+        """Return whether an earlier run has written these rows, and they are still as they were written."""

@@ -12,7 +12,7 @@ from dppa_jax.architecture.rules import check_patterns
 from dppa_jax.architecture.specs import CheckpointError, Linears, linears_of
 from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.checkpoint.dtypes import common_dtype
-from dppa_jax.checkpoint.protocol import Sink, Source
+from dppa_jax.checkpoint.protocol import LastingSink, Sink, Source
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.merging.blocks import Block, make_blocks, shares
@@ -245,7 +245,7 @@ def _key(matrix: Matrix) -> str:
     return f"merge {matrix.ranges[0].name} {matrix.ranges[0].start}"
 
 
-def _holds(sink: Sink, matrix: Matrix) -> bool:
+def _holds(sink: LastingSink, matrix: Matrix) -> bool:
     """Whether a sink holds a matrix as an earlier run wrote it."""
     signals.check()
     return all(sink.has_rows(rows.name, rows.start, rows.stop) for rows in matrix.ranges)

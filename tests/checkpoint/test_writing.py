@@ -170,10 +170,10 @@ def test_old_directory_survives_a_failure_of_the_rename(merge, monkeypatch):
     def failing(source, target):
         raise OSError(errno.EIO, "Input/output error", str(source))
 
-    monkeypatch.setattr(unfinished, "_exchange_at_once", failing)
-    assert "Input/output error" in merge.failure(FAST, "--overwrite", "--coefficient=0.5")
+    with monkeypatch.context() as patch:
+        patch.setattr(unfinished, "_exchange_at_once", failing)
+        assert "Input/output error" in merge.failure(FAST, "--overwrite", "--coefficient=0.5")
     assert tree(merge.output) == before
-    monkeypatch.undo()
     merge(FAST, "--overwrite", "--coefficient=0.5")
     assert tree(merge.output) != before
 
