@@ -5,7 +5,8 @@ import logging
 
 import datasets
 import pytest
-from hypothesis import given
+from hostile import damaged, other_form, read_or_message
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dppa_jax.evaluate.paper_tasks import DATASETS, ISSUE_AREAS, SENTIMENTS, UNFAIR_TERMS, last_boxed
@@ -137,6 +138,18 @@ def test_a_question_of_validation_may_not_be_one_of_the_test(tmp_path):
     write(tmp_path, "gsm8k_validation.jsonl", GSM8K | {"id": "v"})
     with pytest.raises(ValueError, match=r"gsm8k_validation.jsonl: 'v' asks what 'a' of gsm8k.jsonl asks"):
         items("gsm8k", where)
+
+
+ROW = {**FPB, "choices": ["positive", "negative"], "text": "Sales rose.", "target": "x"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=damaged(json.dumps(ROW).encode() + b"\n" + json.dumps({**ROW, "id": "b"}).encode()) | other_form(ROW))
+def test_any_file_is_items_or_a_message_with_its_name(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("data") / "fpb.jsonl"
+    file.write_bytes(content)
+    for item in read_or_message(lambda: items("fpb", str(file.parent)), file) or ():
+        assert all(text.encode() for text in (item.id, item.prompt, *item.answers, *item.choices))
 
 
 # --- the data at hand

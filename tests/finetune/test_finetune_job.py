@@ -247,7 +247,7 @@ def test_a_bad_flag_is_refused_before_anything_is_written(refusal, given, messag
 
 def test_a_malformed_line_is_named_with_its_file(refusal, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
-    assert "bad.jsonl:2: not of the form" in refusal(f"--train_data={tmp_path}/bad.jsonl")
+    assert "bad.jsonl:2 is not JSON" in refusal(f"--train_data={tmp_path}/bad.jsonl")
 
 
 def test_an_empty_file_is_refused(refusal, tmp_path):
