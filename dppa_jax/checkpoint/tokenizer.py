@@ -40,7 +40,7 @@ def load_tokenizer(directory: Path) -> Any:
     if not has_tokenizer(directory):
         raise CheckpointError(
             f"{directory} has no tokenizer, none of {', '.join(VOCABULARIES)}: copy the tokenizer files of the model "
-            f"that it was made from there, or give --tokenizer=NAME of a model that has them."
+            f"that it was made from there. To evaluate it, --tokenizer=NAME may name a model that has them."
         )
     if large := [file for file in files if file.stat().st_size > MAX_BYTES]:
         raise CheckpointError(f"{large[0]}: more than {MAX_BYTES} bytes; copy the model's own file there.")

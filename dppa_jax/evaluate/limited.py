@@ -52,7 +52,7 @@ class LimitedChild:
             except BaseException:  # e.g. an interrupt: the next answer would belong to this question
                 self.close()
                 raise
-            if answer:
+            if answer.endswith("\n"):
                 return parse_json(answer, f"the answer of {self._name}", shape)
             ended_by = -self._process.wait()
             self.close()
@@ -69,7 +69,7 @@ class LimitedChild:
             self._process = None
 
     def _exchange(self, line: str) -> str:
-        """Send a line and return the answer; empty when the child has ended."""
+        """Send a line and return the answer; without its end when the child has ended."""
         with suppress(BrokenPipeError):  # the child has ended; the missing answer will say so
             self._process.stdin.write(line)
             self._process.stdin.flush()

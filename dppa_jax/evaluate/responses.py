@@ -10,7 +10,7 @@ from absl import logging
 
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.tasks import Item, Task
-from dppa_jax.runtime.files import digest, sources_digest
+from dppa_jax.runtime.files import digest, open_to_append, sources_digest
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, parse_json, read_bytes
 
 # Verdicts of other code are not reused.
@@ -90,7 +90,7 @@ class ResponseLog:
                 "%s: line %d is no response, and passed over; so are %d more", self._file, bad[0], len(bad) - 1
             )
         if last:
-            descriptor = os.open(self._file, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC)
+            descriptor = open_to_append(self._file)
             if self._keep(last):
                 os.write(descriptor, b"\n")
             else:
@@ -111,8 +111,7 @@ class ResponseLog:
         self._lines[line["id"], line["tokens"]] = line
         if self._out is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._out = os.fdopen(os.open(self._file, flags, 0o666), "a", buffering=1)  # each line is there at once
+            self._out = os.fdopen(open_to_append(self._file), "a", buffering=1)  # each line is there at once
             if not os.fstat(self._out.fileno()).st_size:
                 self._out.write(json.dumps(self._key) + "\n")
         self._out.write(json.dumps(line) + "\n")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dppa_jax.evaluate.groups import kill_group
+from dppa_jax.runtime.files import open_to_append
 from dppa_jax.runtime.reading import convert, parse_json
 
 MOST_BYTES = 500_000_000  # of a line that the child writes
@@ -48,7 +49,7 @@ class Worker:
         self.command = [str(part) for part in command]
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as errors:
+        with os.fdopen(open_to_append(self.log), "ab") as errors:
             self._log_start = errors.tell()
             try:
                 self._process = subprocess.Popen(

@@ -1,5 +1,6 @@
 """Make and score candidate merges of models that are already open; a single process keeps them in memory."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,7 @@ from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import ARITHMETIC, Merger, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.runtime import processes
+from dppa_jax.runtime.directories import open_directory, own_directory
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
@@ -83,7 +85,7 @@ class Candidates:
         if processes.count() == 1:
             return merged_model(merger, self.opened.tokenizer.directory, **overrides)
         config, base = merger.merge_config(**overrides), self.base
-        directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator has read
+        directory = self._place(fingerprint)
         owner = owners(base.specs, processes.count())
         tensors = output_tensors(base, config)
         with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
@@ -94,6 +96,16 @@ class Candidates:
         if self._written != directory:
             self._remove_written()
         self._written = directory
+        return directory
+
+    def _place(self, fingerprint: str) -> Path:
+        """Return where several processes write a merge; refuse what another user has put there, or a link."""
+        parent = Path(self.job.workdir) / "candidates"
+        parent.parent.mkdir(parents=True, exist_ok=True)
+        os.close(own_directory(parent))
+        directory = parent / fingerprint[:16]  # never one that an evaluator has read
+        if os.path.lexists(directory):  # of a run that was killed
+            os.close(open_directory(directory))
         return directory
 
     def _remove_written(self) -> None:
