@@ -13,7 +13,7 @@ import msgspec
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import METHODS, PARAMETERS
-from dppa_jax.runtime.reading import read_json
+from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
 A_RATE = {  # the bounds of an option
     "within": (0, 1),
@@ -24,7 +24,6 @@ CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help nam
   --method=task_arithmetic     keeps every parameter: the safest first merge
   --method=ties --density=0.2  keeps the largest fifth of each delta: ties where experts clash, dppa to amplify it"""
 
-MAX_COEFFICIENT_BYTES = 256_000_000  # with the state of AdaMerging: one number for each step, expert and tensor
 COEFFICIENT_FIX = 'Give --coefficient a file that AdaMerging wrote, or {"coefficients": {"NAME": 0.7}}.'
 
 Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
@@ -317,7 +316,7 @@ def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coe
     Raises:
       ValueError: not such a file, or an expert is missing or unknown.
     """
-    content = read_json(file, CoefficientFile, MAX_COEFFICIENT_BYTES, COEFFICIENT_FIX)
+    content = read_json(file, CoefficientFile, MAX_KEPT_BYTES, COEFFICIENT_FIX)
     found = content.coefficients
     if not content.finished:
         raise ValueError(f"--coefficient={file}: AdaMerging has not finished; run it to its end.")

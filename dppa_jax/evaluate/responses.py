@@ -11,7 +11,7 @@ from absl import logging
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.tasks import Item, Task
 from dppa_jax.runtime.files import digest, open_to_append, sources_digest
-from dppa_jax.runtime.reading import MAX_LINES_BYTES, parse_json, read_bytes
+from dppa_jax.runtime.reading import MAX_LINE_BYTES, MAX_LINES_BYTES, parse_json, read_bytes
 
 # Verdicts of other code are not reused.
 SCORER = sources_digest(*(f"evaluate/{name}.py" for name in ("answers", "equivalence", "limited_worker")))
@@ -99,6 +99,8 @@ class ResponseLog:
 
     def _keep(self, line: bytes) -> bool:
         """Keep the response that a line holds; return whether it holds one."""
+        if len(line) > MAX_LINE_BYTES:
+            return False
         try:
             kept = parse_json(line, str(self._file), Kept)
         except ValueError:

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import tracemalloc
 
 import datasets
 import pytest
@@ -150,6 +152,17 @@ def test_any_file_is_items_or_a_message_with_its_name(tmp_path_factory, content)
     file.write_bytes(content)
     for item in read_or_message(lambda: items("fpb", str(file.parent)), file) or ():
         assert all(text.encode() for text in (item.id, item.prompt, *item.answers, *item.choices))
+
+
+def test_a_line_without_an_end_is_refused_in_little_memory(tmp_path):
+    file = tmp_path / "fpb.jsonl"
+    write(tmp_path, "fpb.jsonl", FPB)
+    os.truncate(file, 3 << 30)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{file}:2: a line has at most 10000000 bytes"):
+        items("fpb", str(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 # --- the data at hand
