@@ -15,6 +15,7 @@ they end, too; then they are ended. Ctrl-C and SIGTERM go to all. The status is 
 
 import argparse
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -37,7 +38,8 @@ def main(arguments: list[str]) -> int:
     program = [sys.executable, "-m", "dppa_jax.launch", *arguments[split + 1 :]]
     program += [f"--coordinator=localhost:{free_port()}", f"--num_processes={own.processes}"]
     commands = [[*program, f"--process_id={number}"] for number in range(own.processes)]
-    return run(commands, fake_devices(own.devices))
+    secret = {"DPPA_JAX_SECRET": secrets.token_hex(32)}  # other users of this machine reach the port, too
+    return run(commands, fake_devices(own.devices) | secret)
 
 
 def run(commands: list[list[str]], environment: dict[str, str]) -> int:

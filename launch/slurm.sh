@@ -36,9 +36,13 @@ if [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
   export JAX_LOCAL_DEVICE_IDS
 fi
 
+# What processes tell each other carries a code that is made with this secret; srun hands it on without showing it.
+DPPA_JAX_SECRET="$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')"
+export DPPA_JAX_SECRET
+
 trap 'scontrol requeue "$SLURM_JOB_ID"' USR1
 
 # In the background, as bash runs a trap only when what it waits for in the foreground has ended.
-srun --label --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
+srun --export=ALL --label --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   python -m dppa_jax.launch --coordinator=auto "$@" &
 wait $!

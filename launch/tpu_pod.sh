@@ -42,18 +42,28 @@ create() {
   done
 }
 
-# The hosts' own Python is older than dppa_jax asks for, so uv brings one.
+# The hosts' own Python is older than dppa_jax asks for, so uv brings one. The hosts' pip takes uv from PyPI, and no file
+# of another checksum; uv itself knows the checksum of each Python. For another version: pip download, then pip hash.
+UV="uv==0.13.9 --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19" # of x86-64
+
+# What processes tell each other carries a code that is made with a secret. It travels as a file that only its user
+# reads, as everyone on a host can see command lines.
 install() {
-  local archive
+  local archive secret
   archive="$(mktemp)"
+  secret="$(mktemp)"
   git archive --format=tar.gz --prefix=dppa_jax/ --output="$archive" HEAD
+  od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$secret"
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:dppa_jax.tar.gz" --zone="$ZONE" --worker=all
-  rm "$archive"
+  gcloud compute tpus tpu-vm scp "$secret" "$NAME:dppa_jax.secret" --zone="$ZONE" --worker=all
+  rm "$archive" "$secret"
   on_all_hosts "set -euo pipefail
+    chmod 600 dppa_jax.secret
     tar -xzf dppa_jax.tar.gz
-    curl -LsSf https://astral.sh/uv/install.sh | sh
-    ~/.local/bin/uv venv --allow-existing --python=3.12 ~/venv
-    ~/.local/bin/uv pip install --python ~/venv 'jax[tpu]' ./dppa_jax
+    echo '$UV' > uv.txt
+    python3 -m pip install --target=uv --upgrade --no-deps --only-binary=:all: --require-hashes --requirement=uv.txt
+    uv/bin/uv venv --allow-existing --python=3.12 ~/venv
+    uv/bin/uv pip install --python ~/venv 'jax[tpu]' ./dppa_jax
     sudo apt-get -o DPkg::Lock::Timeout=300 install -y nfs-common
     sudo mkdir -p $MOUNT
     mountpoint -q $MOUNT || sudo mount -t nfs $SHARED $MOUNT"
@@ -63,6 +73,7 @@ run() {
   local flags
   flags="$(printf '%q ' "$@")"
   on_all_hosts "set -o pipefail; cd dppa_jax
+    DPPA_JAX_SECRET=\"\$(cat ~/dppa_jax.secret)\" && export DPPA_JAX_SECRET &&
     ~/venv/bin/python -m dppa_jax.launch --coordinator=auto $flags 2>&1 | tee -a ~/dppa_jax.log"
 }
 

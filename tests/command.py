@@ -1,5 +1,6 @@
 """The command line in this process: a merge of a small family, or what the program says when it refuses."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,17 @@ class Merge:
     def flags(self) -> list[str]:
         models = [f"--base={self.base}", f"--expert=math={self.math}", f"--expert=law={self.law}"]
         return [*models, f"--output={self.output}", "--method=dppa"]
+
+    def warnings(self, *given: str) -> list[str]:
+        """What the merge warns of."""
+        told, handler = [], logging.Handler(logging.WARNING)
+        handler.emit = lambda record: told.append(record.getMessage())
+        logging.getLogger("absl").addHandler(handler)
+        try:
+            self(*given)
+        finally:
+            logging.getLogger("absl").removeHandler(handler)
+        return told
 
     def refusal(self, *given: str, of: list[str] | None = None) -> str:
         """The error message, of the whole command line `of` when given; nothing may have been written."""

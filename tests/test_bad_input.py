@@ -4,6 +4,8 @@
 wrong within one directory is in checkpoint/test_damaged_files.py.
 """
 
+import shutil
+
 import numpy as np
 import pytest
 from command import Merge
@@ -18,10 +20,11 @@ from families import (
     write_model,
 )
 
-from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax.checkpoint import CheckpointError, SafetensorsDirectory
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
+from dppa_jax.jobs.places import check_apart
 
 TWO_PASSES, ONE_PASS = "dppa", ("task_arithmetic", "magnitude", "dare", "ties", "dare_ties")
 EMBEDDINGS, NORM = "model.embed_tokens.weight", "model.layers.2.input_layernorm.weight"
@@ -47,7 +50,6 @@ def test_different_layer_count(merge):
         ({"hidden_size": 64}, EMBEDDINGS, "(64, 64)", "(64, 32)"),
         ({"intermediate_size": 40}, "model.layers.0.mlp.gate_proj.weight", "(40, 32)", "(48, 32)"),
         ({"num_key_value_heads": 4}, "model.layers.0.self_attn.k_proj.weight", "(32, 32)", "(16, 32)"),
-        ({"vocab_size": 60}, EMBEDDINGS, "(60, 32)", "(64, 32)"),
     ],
 )
 def test_shape_mismatch(merge, changes, tensor, theirs, ours):
@@ -55,19 +57,6 @@ def test_shape_mismatch(merge, changes, tensor, theirs, ours):
     message = merge.refusal()
     assert f"expert 'law': {tensor} has shape {theirs}, base has {ours}: different base model?" in message
     assert "Experts must be fine-tuned from --base" in message
-
-
-def test_expert_that_is_tied_where_the_base_is_not(merge):
-    other_model(merge, tie_word_embeddings=True)
-    message = merge.refusal()
-    assert "expert 'law' has no lm_head.weight, the base has" in message
-    assert "tie_word_embeddings is True there and False in the base" in message
-
-
-def test_expert_with_tensors_that_the_base_lacks(merge):
-    config = llama_config(tie_word_embeddings=True)
-    merge.base = write_model(merge.root / "tied", config, random_weights(config))
-    assert "expert 'math' has lm_head.weight, which the base has not" in merge.refusal()
 
 
 def test_expert_of_another_base(merge):
@@ -229,7 +218,8 @@ def test_no_expert(merge):
 @pytest.mark.parametrize("where", ["base", "law", "base/merged", "."])
 def test_output_that_would_destroy_or_enter_an_input(merge, where):
     edit_json(merge.root / "base" / "config.json")
-    (merge.root / "config.json").write_text("{}")  # the parent, too, could be taken for a model to replace
+    for name in ("config.json", "model.safetensors"):  # the parent, too, could be taken for a model to replace
+        shutil.copy(merge.base / name, merge.root)
     message = merge.refusal(f"--output={merge.root}/{where}", "--overwrite")
     assert "--output: " in message
     assert "are the same or one contains the other; choose a directory apart from it" in message
@@ -243,7 +233,9 @@ def test_output_that_is_an_input_by_another_name(merge):
 
 def test_input_that_has_the_name_of_unfinished_output(merge):
     merge.base = merge.base.rename(merge.root / "out.incomplete")
-    assert f"{merge.output} and the model 'base' in {merge.base} are the same" in merge.refusal()
+    assert f"{merge.base} holds files that no unfinished run has left there" in merge.refusal()
+    with pytest.raises(CheckpointError, match=f"{merge.output} and the model 'base' in {merge.base} are the same"):
+        check_apart({"--output": str(merge.output)}, {"base": merge.base})
 
 
 @pytest.mark.parametrize("deltas", ["out", "out/deltas", "law"])
@@ -262,3 +254,30 @@ def test_save_delta_where_something_is(merge):
 def test_output_whose_parent_is_a_file(merge):
     (merge.root / "file").write_text("")
     assert f"{merge.root}/file" in merge.refusal(f"--output={merge.root}/file/out")
+
+
+WORKING = {  # by job: its flags beside the base and the output, up to where it looks at --workdir
+    "merge": ["--expert=math={math}", "--method=dare", "--evaluate=addition"],
+    "search": ["--expert=math={math}", "--method=dppa", "--evaluate=addition"],
+    "inspect": ["--expert=math={math}", "--method=dppa"],
+    "plan": ["--expert=math={math}", "--method=dppa"],
+    "validate": ["--reference={math}"],
+    "finetune": ["--train_data=none.jsonl"],
+    "evaluate": ["--evaluate=addition"],
+}
+
+
+@pytest.mark.parametrize(
+    ("job", "where"),
+    [
+        *((job, "base/runs") for job in WORKING),
+        *(("merge", where) for where in ("math", "out", "out/runs", "out.incomplete")),
+        *(("finetune", where) for where in ("out/runs", "out.incomplete/runs")),
+    ],
+)
+def test_workdir_in_a_model_or_an_output(merge, job, where):
+    """What a job keeps there would be lost with the output, or lie among the files of a model."""
+    output = merge.base if job in ("evaluate", "validate") else merge.output  # one that they read
+    given = [f"--job={job}", f"--base={merge.base}", f"--output={output}", f"--workdir={merge.root / where}"]
+    message = merge.refusal(of=[*given, *(flag.format(math=merge.math) for flag in WORKING[job])])
+    assert f"--workdir: {merge.root / where} is or lies in the " in message

@@ -160,9 +160,13 @@ def check_config(config: Mapping, where: Path | str) -> None:
 
 
 def with_dtype(config: Mapping, dtype: str) -> dict:
-    """The config of weights of a dtype, under the key it has already: transformers 4 writes torch_dtype, 5 dtype."""
+    """Return the config.json of an output whose weights have a dtype.
+
+    The dtype stands under the key that is there: transformers 4 writes torch_dtype, 5 dtype. An auto_map is left out,
+    as it names files of code, which are never copied.
+    """
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    return {**config, **dict.fromkeys(keys, dtype)}
+    return {key: value for key, value in config.items() if key != "auto_map"} | dict.fromkeys(keys, dtype)
 
 
 def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:

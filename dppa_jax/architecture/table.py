@@ -6,8 +6,8 @@ That is all a merge needs. To add a family, write a row and a row in the tests' 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 IGNORED = re.compile(r".*rotary_emb\.inv_freq$")  # a buffer that older exports carry
 SIZES = {  # of a shape, by the key of config.json
@@ -48,6 +48,7 @@ class Architecture:
       layer: the prefix of a layer's tensors, with {} for its number.
       embeddings, final_norms, heads: tensors outside the layers, without ".weight"; heads only where they are not tied.
       tied: are embeddings and head one tensor where config.json does not say?
+      defaults: keys of config.json that, left out, do not mean what they mean in most families (merging/configs.py).
       forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
     """
 
@@ -60,6 +61,7 @@ class Architecture:
     final_norms: tuple[str, ...] = ("model.norm",)
     heads: tuple[str, ...] = ("lm_head",)
     tied: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     forward: bool = False
 
     @property
@@ -100,13 +102,19 @@ def with_bias(linears: tuple[Linear, ...], *biased: str) -> tuple[Linear, ...]:
 ARCHITECTURES = {
     "Llama": LLAMA,
     "Mistral": replace(
-        LLAMA, classes=("MistralForCausalLM",), model_type="mistral", linears=with_bias(LLAMA.linears), forward=False
+        LLAMA,
+        classes=("MistralForCausalLM",),
+        model_type="mistral",
+        linears=with_bias(LLAMA.linears),
+        defaults={"sliding_window": 4096},
+        forward=False,
     ),
     "Qwen2": replace(
         LLAMA,
         classes=("Qwen2ForCausalLM",),
         model_type="qwen2",
         linears=with_bias(LLAMA.linears, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        defaults={"sliding_window": 4096, "use_sliding_window": False},
         forward=False,
     ),
 }

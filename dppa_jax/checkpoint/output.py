@@ -1,6 +1,7 @@
 """Output directories: written under a name that ends in .incomplete, and given their names when they are complete."""
 
 import errno
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,7 @@ class Unfinished:
         file, mark = self.path / MARK, Mark(os.fstat(self._lock).st_ino, self._identity, list(outputs), old)
         if not file.exists():
             file.touch()  # a run that is killed here leaves no other file without a mark
-        write_whole(file, msgspec.json.encode(mark))
+        write_whole(file, json.dumps(msgspec.to_builtins(mark)))  # in ASCII: a path need not be UTF-8
 
     def unmoved(self) -> bool:
         """Return whether the directory is still the one that was claimed, under its unfinished name."""

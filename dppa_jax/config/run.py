@@ -88,7 +88,9 @@ class JobConfig:
         message="--{flag}={value}: GB of one device, or 0 to ask it.",
     )
     num_processes: int = same(StartConfig, "num_processes")
-    allow_other_base: bool = option(False, "merge experts whose delta is as large as the weights", group="method")
+    allow_other_base: bool = option(
+        False, "merge experts whose delta is as large as the weights, and rows of zeros", group="method"
+    )
     calibration: str = option("", "text file for --score=wanda, a sample a line", group="method")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: FactorSearch | None = None

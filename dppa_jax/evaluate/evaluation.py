@@ -138,7 +138,7 @@ class Evaluation:
                 for name, group in questions.items()
             }
 
-        scores = processes.of_first("scores", judged)
+        scores = processes.of_first("scores", judged, Scores)
         for log in logs.values():
             log.close()
         return scores

@@ -43,7 +43,6 @@ class Readers:
         self.default, self.shared = Reader(tokenizer), shared
         self._tokenizers = {tokenizer_digest(Path(tokenizer.name_or_path)): tokenizer}
         self._readers: dict[tuple, Reader] = {}
-        self._first = ""  # the name of the first model
 
     def of(self, name: str, config: Mapping, directory: Path | None) -> Reader:
         """Return how a model reads and ends, and say once where that differs from the first model.
@@ -60,9 +59,8 @@ class Readers:
         if key not in self._readers:
             reader = Reader(self._tokenizer(name, directory), end_tokens(config, directory))
             self._readers[key] = reader
-            self._first = self._first or name
-            first = next(iter(self._readers.values()))
-            if different := difference(reader, first, self._first):
+            (first_name, _), first = next(iter(self._readers.items()))
+            if different := difference(reader, first, first_name):
                 logging.warning("%s is asked with its own %s", name, different)
         return self._readers[key]
 

@@ -22,8 +22,9 @@ from dppa_jax.checkpoint.safetensors import ALIGNMENT, companions
 from dppa_jax.checkpoint.safetensors_writer import Tensors, publish_all, total_bytes
 from dppa_jax.checkpoint.small_files import copies
 from dppa_jax.config.run import PREFIX, ConvertConfig
+from dppa_jax.jobs.models import check_code
+from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.blocks import owners
-from dppa_jax.merging.compatible import check_apart
 from dppa_jax.merging.identity import common_identity, input_identity, unchanged
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import aligned, peak_resident
@@ -44,6 +45,7 @@ def run_convert(job: ConvertConfig) -> None:
         opened = open_checkpoint(job.base, job.seed)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
+        check_code(source)
         tensors = converted_tensors(source, job.output_dtype)
         write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
         with (

@@ -8,6 +8,7 @@ from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.jobs.evaluated import announce, check_tasks
+from dppa_jax.jobs.places import check_apart
 from dppa_jax.report.sections import finish, new_report, show
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
@@ -23,6 +24,7 @@ def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
     check_tasks(config)
     opened = {name: open_checkpoint(where, job.seed) for name, where in models.items()}
     directories = {name: model.directory for name, model in opened.items()}
+    check_apart({}, directories, job.workdir)
     with_tokenizer = [directory for directory in directories.values() if has_tokenizer(directory)]
     default = directories[job.tokenizer] if job.tokenizer else [*with_tokenizer, *directories.values()][0]
     tasks = every_task(config.tasks)

@@ -29,7 +29,8 @@ from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
-from dppa_jax.merging.compatible import check_apart
+from dppa_jax.jobs.models import check_code
+from dppa_jax.jobs.places import check_apart
 from dppa_jax.model import LlamaConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
@@ -56,10 +57,11 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     mesh = make_mesh(job.mesh, TRAIN_AXES, jax.devices())
     with processes.first_alone("base"):
         source = locate(job.base, job.seed)
-    check_apart({"--output": job.output}, {"base": source})
+    check_apart({"--output": job.output}, {"base": source}, job.workdir)
     examples, checked = (_read(files) for files in (job.data, job.eval_data))
     check_held_out(job.held_out, examples)
     model = open_checkpoint(source)
+    check_code(model)
     tree = stored_tree(model, model.specs)
     config, tokenizer = LlamaConfig.from_hf(model.config), _tokenizer(source)
     rows = _rows(job, tokenizer, config, examples)

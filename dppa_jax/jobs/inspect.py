@@ -20,7 +20,8 @@ def run_inspect(job: JobConfig) -> dict[str, Inspection]:
     with open_job(job) as opened:
         plan, base = opened.plan(job.merge), opened.base
         blocks = make_blocks(base.specs, plan.block_layers)
-        stream = Stream(base, list(opened.experts.values()), blocks, opened.mesh, plan.resident)
+        experts, refuse_zeros = list(opened.experts.values()), not job.allow_other_base
+        stream = Stream(base, experts, blocks, opened.mesh, plan.resident, refuse_zeros)
         found = inspect_deltas(stream, job.merge)
     _print(found, job.merge)
     write_json(Path(job.workdir) / "inspect.json", {name: _as_json(one, job.merge) for name, one in found.items()})

@@ -4,11 +4,14 @@ from pathlib import Path
 
 from absl import logging
 
+from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.config.run import JobConfig
-from dppa_jax.merging.compatible import check_apart, check_compatible, check_same_base
+from dppa_jax.jobs.places import check_apart
+from dppa_jax.merging.compatible import check_compatible, check_same_base
 from dppa_jax.merging.opened import Opened
+from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.where import open_models
@@ -45,19 +48,33 @@ def check_outputs(job: JobConfig) -> dict[str, Path]:
 
 def check_models(opened: Opened) -> None:
     """Refuse models that do not belong together, lack files, or lie where the output goes."""
-    job, base = opened.job, opened.base
+    job, models = opened.job, opened.models
+    works = job.evaluation.tasks or not opened.outputs  # a merge alone writes nothing to --workdir
     check_apart(
-        _outputs(job) if opened.outputs else {}, {name: model.directory for name, model in opened.models.items()}
+        _outputs(job) if opened.outputs else {},
+        {name: model.directory for name, model in models.items()},
+        job.workdir if works else "",
     )
-    check_compatible(base, opened.experts)
-    companions(base.directory)
+    check_compatible(opened.base, opened.experts)
+    companions(opened.base.directory)
     companions(opened.tokenizer.directory)
-    tokens, rows = (model.config["vocab_size"] for model in (opened.tokenizer, base))
-    if tokens > rows:
-        logging.warning("--tokenizer=%s has %d tokens, the merged model only %d", job.tokenizer, tokens, rows)
+    check_tokenizers({n: Tokenizer(n, model.directory, model.config) for n, model in models.items()}, job.tokenizer)
+    if opened.outputs:
+        check_code(opened.base)
     if not job.allow_other_base:
         for name, expert in opened.experts.items():
-            check_same_base(base, expert, name)
+            check_same_base(opened.base, expert, name)
+
+
+def check_code(model: Checkpoint) -> None:
+    """Warn where config.json names code: it is never copied, and config.json of the output does not name it."""
+    if "auto_map" in model.config:
+        logging.warning(
+            "%s: config.json names code (auto_map %s), which is never copied; the output's config.json has no "
+            "auto_map, so that the class of its architecture in transformers is used",
+            model.directory,
+            model.config["auto_map"],
+        )
 
 
 def _outputs(job: JobConfig) -> dict[str, str]:

@@ -9,9 +9,11 @@ from rich.table import Table
 from dppa_jax.architecture.specs import tensor_specs
 from dppa_jax.checkpoint import read_config
 from dppa_jax.config.run import JobConfig
+from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.plan import Plan, plan_of
 from dppa_jax.merging.speed import measure_speeds
+from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.where import locate, open_models
@@ -23,9 +25,12 @@ def run_plan(job: JobConfig) -> Plan:
     The config.json files are enough, and devices of the mesh are needed only for the time.
     """
     where = {"base": job.base, **job.experts}
-    configs = {name: read_config(locate(place, job.merge.seed, weights=False)) for name, place in where.items()}
+    places = {name: locate(place, job.merge.seed, weights=False) for name, place in where.items()}
+    check_apart({}, places, job.workdir)
+    configs = {name: read_config(place) for name, place in places.items()}
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
     check_compatible(models.pop("base"), models)
+    check_tokenizers({name: Tokenizer(name, places[name], configs[name]) for name in places}, job.tokenizer)
     plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
     told, predicted = _predicted_time(job, plan)
     table = Table("plan", "", show_header=False)

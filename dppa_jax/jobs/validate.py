@@ -29,6 +29,7 @@ from dppa_jax.checkpoint.compare import (
     tensor_kind,
 )
 from dppa_jax.config.run import ValidateConfig
+from dppa_jax.jobs.places import check_apart
 from dppa_jax.runtime.progress import Stage, console, stage
 from dppa_jax.where import open_checkpoint
 
@@ -157,6 +158,7 @@ def validate(config: ValidateConfig) -> Validation:
     """
     output, reference, base = config.output, config.reference, config.base
     opened = [open_checkpoint(where, config.seed) for where in (output, reference, *([base] if base else []))]
+    check_apart({}, {str(model.directory): model.directory for model in opened}, config.workdir)
     validation = Validation(output, reference, base, config.tolerance_ulp, compare(*opened))
     for source in opened:
         source.close()

@@ -1,15 +1,15 @@
-"""What is refused before a merge begins: models that do not fit each other, outputs that overlap inputs."""
+"""What is refused before a merge begins: models that do not belong together, by their tensors and their weights."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, Role, TensorSpec, layer_count
-from dppa_jax.architecture.table import architecture_of
+from dppa_jax.architecture.table import Architecture, architecture_of
 from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.merging.configs import compare_configs
 from dppa_jax.runtime import processes
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
@@ -20,60 +20,89 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
     """Return the tensors to merge: the base's. Experts must have them all, in its shapes but for added vocabulary.
 
     Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
+
+    Args:
+      quiet: no warnings.
+
+    Raises:
+      CheckpointError: an expert has other tensors than the base, or a config.json of another meaning.
     """
-    wanted = layer_count(base.specs)
     for name, expert in experts.items():
-        ours, theirs = (_class(model.config) for model in (base, expert))
-        if ours and theirs and ours != theirs:
-            raise CheckpointError(f"expert {name!r} is a {theirs}, the base a {ours}: a different base model?")
-        layers = layer_count(expert.specs)
-        if layers != wanted:
-            raise CheckpointError(
-                f"expert {name!r} has {layers} decoder layers, the base {wanted}: a different base model?"
-            )
+        _check_class(base.config, expert.config, name)
+        _check_names(base, expert, name)
         for tensor, spec in base.specs.items():
-            found = expert.specs.get(tensor)
-            if found is None:
-                raise CheckpointError(
-                    f"expert {name!r} has no {tensor}, the base has; tie_word_embeddings is "
-                    f"{expert.config.get('tie_word_embeddings', False)} there and "
-                    f"{base.config.get('tie_word_embeddings', False)} in the base. Export it like the base."
-                )
-            if found.shape == spec.shape:
-                continue
-            if spec.role is Role.VOCABULARY and found.shape[1:] == spec.shape[1:] and found.shape[0] > spec.shape[0]:
-                extra = found.shape[0] - spec.shape[0]
-                if not quiet:
-                    logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
-                continue
-            raise CheckpointError(
-                f"expert {name!r}: {tensor} has shape {found.shape}, base has {spec.shape}: different base model? "
-                f"Experts must be fine-tuned from --base."
-            )
-        extra = [tensor for tensor in expert.specs if tensor not in base.specs]
-        if extra:
-            raise CheckpointError(f"expert {name!r} has {extra[0]}, which the base has not; a different base model?")
+            extra = _extra_rows(spec, expert.specs[tensor], name)
+            if extra and not quiet:
+                logging.warning("expert %r: %d rows of %s beyond the base's are dropped", name, extra, tensor)
+        if base.config and expert.config:  # a model in memory may have none
+            compare_configs(base.config, expert.config, name, quiet)
     return base.specs
 
 
-def _class(config: Mapping) -> str:
-    """The first class of the row that a config.json belongs to; empty for a model in memory without one."""
-    return architecture_of(config).classes[0] if config else ""
+def _check_class(base: Mapping, expert: Mapping, name: str) -> None:
+    """Refuse an expert of another class of models, where both have a config.json."""
+    if not (base and expert):
+        return
+    ours, theirs = (architecture_of(config).classes[0] for config in (base, expert))
+    if ours != theirs:
+        raise CheckpointError(
+            f"expert {name!r} is a {theirs}, the base a {ours} (architectures in config.json): a different base model?"
+        )
 
 
-def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path]) -> None:
-    """Refuse an output that is, contains or lies in an input or another output."""
-    taken = {f"the model {name!r}": path.resolve() for name, path in inputs.items()}
-    for flag, given in outputs.items():
-        path = Path(given).expanduser().resolve()
-        for what, other in taken.items():
-            for place in (path, path.with_name(path.name + ".incomplete")):
-                if place.is_relative_to(other) or other.is_relative_to(place):
-                    raise CheckpointError(
-                        f"{flag}: {given} and {what} in {other} are the same or one contains the other; choose a "
-                        f"directory apart from it."
-                    )
-        taken[f"the output of {flag}"] = path
+def _check_names(base: Any, expert: Any, name: str) -> None:
+    """Refuse an expert with more or fewer tensors than the base."""
+    ours, theirs = layer_count(base.specs), layer_count(expert.specs)
+    if ours != theirs:
+        raise CheckpointError(f"expert {name!r} has {theirs} decoder layers, the base {ours}: a different base model?")
+    title = f"expert {name!r}"
+    models = {"the base": base, title: expert}
+    for one, other in ((title, "the base"), ("the base", title)):
+        lacking = [tensor for tensor in models[other].specs if tensor not in models[one].specs]
+        if lacking:
+            spec = models[other].specs[lacking[0]]
+            raise CheckpointError(f"{one} has no {spec.name}, {other} has{_reason(spec, one, other, models)}.")
+
+
+def _reason(spec: TensorSpec, lacks: str, has: str, models: Mapping[str, Any]) -> str:
+    """Return which key of config.json decides about a tensor that only one model has, and what to do."""
+    architecture = architecture_of(models[has].config)
+    key = "tie_word_embeddings" if spec.kind in architecture.heads else _bias_key(architecture, spec)
+    if not key:
+        return ": a different base model?"
+    default = architecture.tied if spec.kind in architecture.heads else False
+    values = (f"{models[model].config.get(key, default)} in {model}" for model in (lacks, has))
+    fix = "Export both alike"
+    if spec.kind in architecture.heads:
+        fix = (
+            f"If it is the right base, untie {lacks}: write its {architecture.embeddings[0]}.weight as {spec.name}, "
+            f"too, and {key} false"
+        )
+    return f"; {key} is {' and '.join(values)}. {fix}"
+
+
+def _bias_key(architecture: Architecture, spec: TensorSpec) -> str:
+    """Return the key of config.json that says whether there is this bias; empty where no key does."""
+    keys = {f"{linear.kind}.bias": linear.bias for linear in architecture.linears if isinstance(linear.bias, str)}
+    return keys.get(spec.kind, "")
+
+
+def _extra_rows(base: TensorSpec, expert: TensorSpec, name: str) -> int:
+    """Return how many rows of the vocabulary an expert has beyond the base's; refuse any other difference of shape."""
+    if expert.shape == base.shape:
+        return 0
+    if base.role is Role.VOCABULARY and expert.shape[1:] == base.shape[1:]:
+        if expert.rows > base.rows:
+            return expert.rows - base.rows
+        raise CheckpointError(
+            f"expert {name!r}: {base.name} has {expert.rows} rows, and the base {base.rows}, which are "
+            f"{base.rows - expert.rows} tokens more. Give the base that it was fine-tuned from; or, if the others were "
+            f"added to it, cut it to {expert.rows} rows (transformers: base.resize_token_embeddings({expert.rows}))."
+        )
+    raise CheckpointError(
+        f"expert {name!r}: {base.name} has shape {expert.shape}, base has {base.shape}: different base model? "
+        f"Experts must be fine-tuned from --base."
+    )
 
 
 def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
@@ -93,9 +122,9 @@ def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
             finite = np.isfinite(b) & np.isfinite(e)  # the merge tells where they are not
             difference += np.square(e[finite] - b[finite]).sum()
             norm += np.square(b[finite]).sum()
-    relative = np.sqrt(difference / norm) if norm else 0.0
-    if relative == 0:
+    if difference == 0:
         logging.warning("expert %r equals the base where it was probed; is %s fine-tuned?", name, expert.directory)
+    relative = np.sqrt(difference / norm) if norm else 0.0  # `zeros` tells of a base without weights
     if relative > OTHER_BASE:
         raise CheckpointError(
             f"expert {name!r}: its delta is {relative:.2f} times as large as the base's weights, that of a fine-tune "

@@ -37,12 +37,17 @@ WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is cut and placed: this `process` of several has the tensors that `blocks.owners` gives it."""
+    """How the work is cut and placed: this `process` of several has the tensors that `blocks.owners` gives it.
+
+    Attributes:
+      refuse_zeros: stop at rows that are zeros in one model only; see `zeros.check_zeros`.
+    """
 
     block_layers: int = 1
     resident: bool = False
     processes: int = 1
     process: int = 0
+    refuse_zeros: bool = True
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,7 @@ class Merger:
         quiet: bool = False,
         journal: Journal | None = None,
     ):
-        specs = check_compatible(base, experts, quiet)
+        specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
         check_tensors(config.coefficients, list(specs))
         for rules, flag in (
             (config.tensor_rates, "--tensor_rate"),
@@ -115,7 +120,7 @@ class Merger:
             check_patterns(rules, specs, flag)
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
         blocks = make_blocks(shares(specs, layout.processes)[layout.process], layout.block_layers)
-        self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident)
+        self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident, layout.refuse_zeros)
         self._kernels, self._dense = kernels_of(mesh, config)
         self._linears = linears_of(specs)
         self._pruner = Pruner(self._kernels, config, self._linears, norms)

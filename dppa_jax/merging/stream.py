@@ -12,6 +12,7 @@ from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.merging.blocks import Block
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
+from dppa_jax.merging.zeros import check_zeros
 from dppa_jax.runtime.memory import aligned
 from dppa_jax.runtime.mesh import padded_rows, put_rows
 
@@ -25,11 +26,21 @@ class Stream:
     buffers that take turns, unless `resident`: then the first iteration keeps what it reads on the devices. A CPU
     device works in the buffers themselves, so a consumer must have fetched a block's results before it asks for the
     next block.
+
+    With `refuse_zeros`, rows that are zeros in one model only are refused when they are read.
     """
 
-    def __init__(self, base: Source, experts: Sequence[Source], blocks: Sequence[Block], mesh: Mesh, resident: bool):
+    def __init__(
+        self,
+        base: Source,
+        experts: Sequence[Source],
+        blocks: Sequence[Block],
+        mesh: Mesh,
+        resident: bool,
+        refuse_zeros: bool = False,
+    ):
         self.sources = (base, *experts)
-        self.blocks, self.mesh, self.resident = blocks, mesh, resident
+        self.blocks, self.mesh, self.resident, self.refuse_zeros = blocks, mesh, resident, refuse_zeros
         self.bytes_read = 0
         self._kept: dict[Block, list[DeviceMatrix]] = {}
         self._buffers: list[np.ndarray] = []
@@ -87,7 +98,11 @@ class Stream:
             ]
             for matrix, places in zip(block.matrices, layout, strict=True)
         ]
-        return [[array.result() for array in models] for models in pending]
+        arrays = [[array.result() for array in models] for models in pending]
+        if self.refuse_zeros:
+            for matrix, models in zip(block.matrices, arrays, strict=True):
+                check_zeros(self.sources, matrix, models)
+        return arrays
 
     def _read_matrix(
         self, source: Source, matrix: Matrix, dtype: np.dtype, buffer: np.ndarray, offset: int

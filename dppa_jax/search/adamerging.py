@@ -79,7 +79,7 @@ def adamerge(
     groups = groups_of(options.granularity, specs)
     shape = (len(groups.names), len(merge.experts))
     kept = lambda: read_state(file if candidates.job.resume else None, fingerprint, shape, options.start)  # noqa: E731
-    state, finished = processes.of_first("coefficients", kept)
+    state, finished = processes.of_first("coefficients", kept, tuple[State, bool])
 
     def save(finished: bool) -> None:
         if processes.index() == 0:

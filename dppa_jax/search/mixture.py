@@ -37,6 +37,7 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import AXES, REPLICATED, PerTensor, across_processes, put
 
 CHUNK_ROWS = 4096  # of the vocabulary: with the logits of 6,000 positions 100 MB
+Thresholds = dict[tuple[int, int], tuple[np.ndarray | None, np.ndarray]]  # score inputs and bounds by (linear, expert)
 
 
 @partial(
@@ -135,7 +136,7 @@ class Mixture:
         weights = [(t.base, t.experts) for t in jax.tree.leaves(self.tree, is_leaf=is_tensor)]
         self.model_bytes = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(weights))
 
-    def _thresholds(self, specs: Mapping[str, TensorSpec], mesh: Mesh) -> dict[tuple[int, int], tuple]:
+    def _thresholds(self, specs: Mapping[str, TensorSpec], mesh: Mesh) -> Thresholds:
         """Score inputs and bounds of each linear by (place, expert), on the host: found as for a merge.
 
         A random score needs no weights: what it needs is made where it is used, and is not among these.
@@ -147,7 +148,7 @@ class Mixture:
         stream = Stream(base, experts, make_blocks(own, 1), mesh, resident=True)
         pruner.allocate(surveyed(stream, pruner.linears, kernels_of(mesh, config)[1], config, quiet=True))
         pruner.weigh(config)
-        known = {}
+        known: Thresholds = {}
         for _, loaded in () if config.has_random_score else stream():
             for x in (x for x in loaded if x.matrix.linears):
                 for e in range(len(config.experts)):
@@ -156,7 +157,8 @@ class Mixture:
                     for i, place in enumerate(x.matrix.linears):
                         known[place, e] = inputs[i], bounds[i]
         self.bytes_read += stream.bytes_read
-        return {key: value for part in processes.exchange("thresholds", known) for key, value in part.items()}
+        told = processes.exchange("thresholds", known, Thresholds)
+        return {key: value for part in told for key, value in part.items()}
 
     def _tensor(self, group: Sequence[TensorSpec]) -> Tensor:
         """The tensors of all layers at one place of the tree, or the one tensor outside them."""

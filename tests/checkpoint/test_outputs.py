@@ -301,3 +301,14 @@ def test_command_of_the_card_repeats_the_merge(merged, tmp_path):
     first, second = tree(merged.output), tree(tmp_path / "again")
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == ["README.md", "recipe.json"]
+
+
+def test_names_of_directories_that_are_not_utf8(merge):
+    """The card and the recipe escape them."""
+    odd = merge.root / "caf\udce9"  # as Python has the byte E9 of a name
+    odd.mkdir()
+    merge.base, merge.output, deltas = merge.base.rename(odd / "base"), odd / "out", odd / "deltas"
+    merge("--method=task_arithmetic", f"--save_delta={deltas}")
+    assert read_json(merge.output / "recipe.json")["inputs"]["base"]["directory"] == str(merge.base)
+    assert r"caf\udce9/base" in (merge.output / "README.md").read_text()
+    assert (deltas / "law" / "config.json").is_file()

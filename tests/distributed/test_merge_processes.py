@@ -129,6 +129,25 @@ def test_error_of_one_process_is_told_by_all_and_leaves_nothing(merge, tmp_path)
     assert not list(tmp_path.glob("out*"))
 
 
+OTHER_SECRETS = """
+import os, sys
+os.environ["DPPA_JAX_SECRET"] = sys.argv[-1]  # --process_id=…
+from dppa_jax import launch
+launch.run()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_different_secrets_say_so_before_they_work(merge):
+    ended = run_processes(2, [sys.executable, "-c", OTHER_SECRETS, *merge.flags(), *DARE], timeout=60)
+    assert [process.returncode for process in ended] == [1, 1], said(ended)
+    for process, of_process in enumerate(ended):
+        message = f"error: process {1 - process} has another $DPPA_JAX_SECRET than process {process}, or another job"
+        assert message in of_process.stderr
+        assert "Traceback" not in of_process.stderr
+    assert not merge.output.exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,5 +1,6 @@
 """launch/: what each starter asks of its cluster, and what it gives to the program."""
 
+import importlib
 import os
 import re
 import shlex
@@ -148,6 +149,23 @@ def slurm(monkeypatch):
     return ["bash", str(ROOT / "launch" / "slurm.sh"), *GIVEN]
 
 
+def test_jobset_takes_the_secret_that_its_head_makes():
+    [given] = container()["env"]
+    head = (ROOT / "launch" / "jobset.yaml").read_text()
+    name, key = re.search(r"\| kubectl create secret generic (\S+) --from-file=(\S+)=/dev/stdin", head).groups()
+    reference = {"secretKeyRef": {"name": name, "key": key}}
+    assert given == {"name": "DPPA_JAX_SECRET", "valueFrom": reference}
+
+
+def test_slurm_gives_all_processes_a_secret_of_this_start_that_no_command_line_shows(slurm, stand_in, tmp_path):
+    log = stand_in("srun", f'echo "$DPPA_JAX_SECRET" >> "{tmp_path}/secrets"')
+    assert [subprocess.run(slurm).returncode for _ in range(2)] == [0, 0]
+    secrets = (tmp_path / "secrets").read_text().split()
+    assert len(set(secrets)) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets)
+    assert all("--export=ALL" in call and not set(secrets) & set(call) for call in calls(log))
+
+
 def test_slurm_starts_a_process_a_host_with_all_its_gpus(slurm, stand_in, tmp_path):
     log = stand_in("srun", f'echo "$JAX_LOCAL_DEVICE_IDS" > "{tmp_path}/devices"; exit 5')
     assert subprocess.run(slurm).returncode == 5
@@ -201,7 +219,7 @@ def test_tpu_pod_waits_for_its_slice_and_says_when_none_comes(stand_in, tmp_path
 def test_tpu_pod_installs_the_repository_on_all_hosts_and_deletes_the_slice(stand_in):
     log = stand_in("gcloud")
     assert (tpu_pod("install"), tpu_pod("delete")) == (0, 0)
-    copied, installed, deleted = calls(log)
+    copied, _, installed, deleted = calls(log)
     assert copied[3:4] == ["scp"]
     assert "--worker=all" in copied
     assert "--worker=all" in installed
@@ -210,6 +228,25 @@ def test_tpu_pod_installs_the_repository_on_all_hosts_and_deletes_the_slice(stan
     zones = {argument for call in (copied, installed, deleted) for argument in call if argument.startswith("--zone=")}
     assert len(zones) == 1
     assert tpu_pod("destroy") == 2
+
+
+def test_tpu_pod_copies_a_secret_that_no_command_line_shows(stand_in, tmp_path):
+    secret = tmp_path / "copied"
+    log = stand_in("gcloud", f'[[ "$6" == *.secret ]] && cp --preserve=mode "$5" "{secret}"; exit 0')
+    assert (tpu_pod("install"), tpu_pod("run")) == (0, 0)
+    assert re.fullmatch("[0-9a-f]{64}", secret.read_text())
+    assert secret.stat().st_mode & 0o777 == 0o600
+    *_, run = calls(log)
+    assert 'DPPA_JAX_SECRET="$(cat ~/dppa_jax.secret)" && export DPPA_JAX_SECRET &&' in run[-1]
+    assert secret.read_text() not in log.read_text()
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_what_starters_fetch_and_run_has_a_checksum(name):
+    text = (ROOT / "launch" / name).read_text()
+    assert not re.search(r"(curl|wget)\b|\|\s*(sudo\s+)?(ba)?sh\b", text)
+    for line in re.findall(r"pip install .*--target.*", text):
+        assert {"--require-hashes", "--no-deps", "--only-binary=:all:"} <= set(line.split())
 
 
 LOCAL = """
@@ -240,6 +277,17 @@ def test_local_starter_hands_signals_on():
     run.send_signal(signal.SIGINT)
     said, _ = run.communicate(timeout=30)
     assert (run.returncode, said) == (130, "[0] cleaned up\n")
+
+
+def test_local_starter_gives_its_processes_a_secret_of_this_start(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    local, given = importlib.import_module("local"), []
+    monkeypatch.setattr(local, "run", lambda commands, environment: given.append((commands, environment)) or 0)
+    assert [local.main(["--processes=2"]) for _ in range(2)] == [0, 0]
+    secrets = [environment["DPPA_JAX_SECRET"] for _, environment in given]
+    assert len(set(secrets)) == 2
+    assert all(re.fullmatch("[0-9a-f]{64}", secret) for secret in secrets)
+    assert not any(secret in str(commands) for commands, _ in given for secret in secrets)
 
 
 @pytest.mark.slow

@@ -1,0 +1,217 @@
+"""Compare the tokenizers of base and experts, and the output's tokenizer with the rows that the merge has.
+
+Row i of the embeddings is merged with row i of the others, so a token must have one id everywhere. Files of equal bytes
+are not parsed, nor are the formats of slow tokenizers (tokenizer.model, vocab.json).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+from absl import logging
+
+from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.runtime.reading import printable, read_bytes, read_json
+
+MAX_TOKENIZER = 200_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # with one of them a directory has a tokenizer
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+TOLD = 3  # tokens that a warning names
+
+
+class _Token(msgspec.Struct):
+    """A token that was added to the vocabulary."""
+
+    id: int
+    content: str
+
+
+class _Model(msgspec.Struct):
+    """Ids by token; of a unigram model, tokens and scores in the order of the ids."""
+
+    vocab: dict[str, int] | list[tuple[str, float]] = {}
+
+
+class _TokenizerFile(msgspec.Struct):
+    """What we read of tokenizer.json; msgspec passes over the rest, which is most of it, without making objects."""
+
+    model: _Model
+    added_tokens: list[_Token] = []
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """The tokenizer files of a model's directory, read when asked for.
+
+    Attributes:
+      name: of the model, as messages call it.
+      config: the content of its config.json.
+    """
+
+    name: str
+    directory: Path
+    config: Mapping
+
+    @property
+    def exists(self) -> bool:
+        """Is there a tokenizer?"""
+        return any((self.directory / name).is_file() for name in FILES)
+
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """Every token's id, from tokenizer.json and tokenizer_config.json; empty where the first is not there.
+
+        As in transformers, a special token that has no id gets the next one.
+
+        Raises:
+          CheckpointError: a file is damaged.
+        """
+        path = self.directory / "tokenizer.json"
+        if not path.is_file():
+            return {}
+        fix = "Fetch it again."
+        try:
+            found = msgspec.json.decode(read_bytes(path, MAX_TOKENIZER, fix, CheckpointError), type=_TokenizerFile)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {fix}") from None
+        ids = found.model.vocab
+        if isinstance(ids, list):
+            ids = {token: place for place, (token, _) in enumerate(ids)}
+        ids |= {token.content: token.id for token in found.added_tokens}
+        for token in filter(None, map(self.special, SPECIAL)):
+            if token not in ids:
+                ids[token] = max(ids.values(), default=-1) + 1
+        return ids
+
+    def special(self, key: str) -> str | None:
+        """Return a special token, as tokenizer_config.json names it."""
+        token = self.settings.get(key)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        return token if isinstance(token, str) else None
+
+    @cached_property
+    def settings(self) -> dict:
+        """The content of tokenizer_config.json."""
+        return self._json("tokenizer_config.json")
+
+    @cached_property
+    def generation(self) -> dict:
+        """The content of generation_config.json."""
+        return self._json("generation_config.json")
+
+    @property
+    def has_template(self) -> bool:
+        """Has it a chat template?"""
+        return "chat_template" in self.settings or any((self.directory / name).is_file() for name in TEMPLATES)
+
+    def differs(self, other: "Tokenizer") -> str:
+        """Return the name of the tokenizer's file where both have it, with other bytes; else the empty string."""
+        for name in FILES:
+            ours, theirs = self.directory / name, other.directory / name
+            if ours.is_file() and theirs.is_file():
+                equal = read_bytes(ours, MAX_TOKENIZER) == read_bytes(theirs, MAX_TOKENIZER)
+                return "" if equal else name
+        return ""
+
+    def _json(self, name: str) -> dict:
+        path = self.directory / name
+        return read_json(path, fix="Fetch it again.", error=CheckpointError) if path.is_file() else {}
+
+
+def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:
+    """Refuse a chosen tokenizer that is not there; warn of tokens whose ids mean something else in another model.
+
+    Args:
+      models: the base, by the name "base", and the experts. The merge has the base's config.json and rows.
+      chosen: the name of the model whose tokenizer, chat template and generation_config.json the merge gets.
+
+    Raises:
+      CheckpointError: the chosen model is an expert without tokenizer files, or they are damaged.
+    """
+    base, output = models["base"], models[chosen]
+    if not output.exists:
+        said = f"{output.directory} has no tokenizer files ({', '.join(FILES)})"
+        if output is not base:
+            raise CheckpointError(f"--tokenizer={chosen}: {said}. Put them there, or take another model's tokenizer.")
+        logging.warning("the base in %s, so the merge has no tokenizer; --tokenizer=NAME takes an expert's", said)
+    for said in _warnings_of_output(base, output):
+        logging.warning("--tokenizer=%s: %s", chosen, said)
+    ends = _ends(base.config, output.generation)
+    for expert in (model for model in models.values() if model is not base):
+        try:
+            for said in _warnings_of_expert(base, expert, output, ends):
+                logging.warning("expert %r: %s", expert.name, said)
+        except (ValueError, OSError) as error:
+            if expert is output:
+                raise
+            logging.warning("expert %r: its tokenizer cannot be compared: %s", expert.name, error)
+
+
+def _warnings_of_output(base: Tokenizer, output: Tokenizer) -> Iterable[str]:
+    """Yield what is wrong with the tokenizer and the special tokens that the merge gets."""
+    rows = base.config["vocab_size"]
+    highest = max(output.ids.values(), default=output.config["vocab_size"] - 1)
+    if highest >= rows:
+        token = next((f" ({token!r})" for token, id in output.ids.items() if id == highest), "")
+        yield f"its tokens have ids up to {highest}{token}, the merged model has only the rows 0 to {rows - 1}"
+    for file, content in (("config.json of the base", base.config), ("generation_config.json", output.generation)):
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if beyond := [id for id in _ids(content.get(key)) if id >= rows]:
+                yield f"{file} says {key} {beyond[0]}, the merged model has only the rows 0 to {rows - 1}"
+    ends, token = _ends(base.config, output.generation), output.special("eos_token")
+    end = output.ids.get(token)
+    if end is not None and ends and end not in ends:
+        yield f"its texts end with {token!r} ({end}), those of the merge with {_listed(ends)} by config.json"
+    if "auto_map" in output.settings:
+        yield f"tokenizer_config.json names code (auto_map), which is not copied; it is in {output.directory}"
+
+
+def _warnings_of_expert(base: Tokenizer, expert: Tokenizer, output: Tokenizer, ends: set[int]) -> Iterable[str]:
+    """Yield how the tokenizer of an expert differs from the base's, and its end of text from the merge's (`ends`)."""
+    if file := base.differs(expert):
+        moved = _moved(base.ids, expert.ids)
+        if moved:
+            some = ", ".join(f"{token!r} {ours} → {theirs}" for token, ours, theirs in moved[:TOLD])
+            yield (
+                f"{len(moved)} of the {len(base.ids)} tokens of the base have other ids in its tokenizer: {some}"
+                f"{', …' if len(moved) > TOLD else ''}; their rows are merged all the same. Is it a fine-tune of this "
+                f"base?"
+            )
+        elif not (base.ids and expert.ids):
+            yield f"its {file} is not the base's; tokens with other ids would be merged all the same"
+    theirs = _ends(expert.config, expert.generation)
+    if ends and theirs - ends:
+        yield (
+            f"its texts end with token {_listed(theirs)}, those of the merge with {_listed(ends)}; "
+            f"--tokenizer={expert.name} takes its tokenizer and generation_config.json"
+        )
+    if expert.has_template and not output.has_template:
+        yield f"its chat template is not copied, and the merge has none; --tokenizer={expert.name} takes it"
+
+
+def _moved(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str, int, int | str]]:
+    """Return each token of ours that has another id in theirs, or whose id belongs to another token there."""
+    names = {id: token for token, id in theirs.items()}
+    moved = [
+        (token, id, theirs[token] if token in theirs else f"{names[id]!r}")
+        for token, id in ours.items()
+        if (theirs[token] != id if token in theirs else id in names)
+    ]
+    return sorted(moved, key=lambda entry: entry[1])
+
+
+def _ends(config: Mapping, generation: Mapping) -> set[int]:
+    """Return the ids of the tokens by which a model's texts end."""
+    return {*_ids(config.get("eos_token_id")), *_ids(generation.get("eos_token_id"))}
+
+
+def _ids(value: object) -> list[int]:
+    """Return the ids that config.json gives as a number or a list of numbers."""
+    return [id for id in (value if isinstance(value, list) else [value]) if type(id) is int]
+
+
+def _listed(ids: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(ids)))
