@@ -120,7 +120,7 @@ def directory_sums(directory: Path, dtype: str, shards: int) -> dict[str, int]:
     import torch
     from vllm_extension import bit_sum
 
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     key_copies = max(1, shards // (config.get("num_key_value_heads") or shards))
     sums: dict[str, int] = {}
     for name, tensor in tensors_of(directory):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -253,6 +254,15 @@ def test_a_malformed_line_is_named_with_its_file(refusal, tmp_path):
 def test_an_empty_file_is_refused(refusal, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     assert "none.jsonl: no examples" in refusal(f"--train_data={tmp_path}/none.jsonl")
+
+
+def test_completions_that_end_where_no_answer_does_are_told(material, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(material / "base", base)
+    (base / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    with pytest.raises(SystemExit, match="no completion begins within a row"):
+        launch(*flags(material, tmp_path, f"--base={base}", "--train_length=2"))
+    assert f"{base}: completions end with the token 2 of its tokenizer, but its answers with 5 or 6" in caplog.text
 
 
 def test_an_output_that_holds_something_is_refused(refusal, material):
