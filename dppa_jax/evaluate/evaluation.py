@@ -62,9 +62,9 @@ class Evaluation:
     """Asks models, judges their responses, and remembers both.
 
     Responses are kept as JSON lines, in a file for each model and task. Their key is the fingerprint of the weights and
-    all else that decides a response: prompt, decoding, number of tokens, the tokens that end it. So nothing is asked
-    twice, and an interrupted evaluation goes on where it was. Verdicts are kept beside the responses, with the rules by
-    which they were made.
+    all else that decides a response: prompt, decoding, number of tokens, vocabulary. So nothing is asked twice, and an
+    interrupted evaluation goes on where it was. Verdicts are kept beside the responses, with the rules by which they
+    were made.
 
     Of several processes, process 0 asks and tells the others; all must call `scores` in the same order.
 
@@ -107,7 +107,7 @@ class Evaluation:
 
         Args:
           name: of the model, for the log.
-          fingerprint: of its weights.
+          fingerprint: of its weights, config.json and generation_config.json.
           weights: makes or finds the weights. All processes call it when a response is missing and the evaluator has
             other weights.
           tasks: to answer.
@@ -170,7 +170,6 @@ class Evaluation:
             "decoding": dict(self.evaluator.decoding),
             "max_new_tokens": options.max_new_tokens or task.max_new_tokens,
             "max_length": options.max_length,
-            "end": reader.end,
             "vocabulary": reader.vocabulary,
         }
         file = self.directory / fingerprint[:16] / f"{task.name}-{digest(key)[:8]}.jsonl"

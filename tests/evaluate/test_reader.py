@@ -51,10 +51,9 @@ class Parrot:
 @pytest.fixture
 def asked(models):
     """asked(name, **options) is the only prompt of an evaluation of a model, and how many questions were asked."""
-    rows = {"id": "1", "question": "word3", "answer": "7"}
-    (models / "gsm8k.jsonl").write_text(json.dumps(rows))
 
-    def asked(name: str, **settings) -> list:
+    def asked(name: str, question: str = "word3", **settings) -> list:
+        (models / "gsm8k.jsonl").write_text(json.dumps({"id": "1", "question": question, "answer": "7"}))
         evaluation = Evaluation(
             Parrot(),
             load_tokenizer(models / "base"),
@@ -75,11 +74,9 @@ def test_each_model_is_asked_with_its_own_tokenizer_unless_one_is_shared(asked, 
     assert asked("law", shared=True) == []  # the questions of base, to which the responses are known
 
 
-def test_other_end_tokens_make_other_responses(asked, models):
-    assert len(asked("base")) == 1
-    assert not asked("base")
-    edit_json(models / "base" / "generation_config.json", eos_token_id=[2, 5])
-    assert len(asked("base")) == 1
+def test_another_vocabulary_makes_other_responses_to_the_same_tokens(asked):
+    base, again, law = (asked(name, "word9") for name in ("base", "base", "law"))
+    assert (base, again) == (law, [])
 
 
 def test_what_differs_from_the_first_model_is_told_once(models, caplog):
