@@ -162,7 +162,7 @@ def _from_row(row: Row, dataset: Dataset) -> Item:
     if dataset.template and row.text is not None:
         expected = dataset.template.format(text=row.text, target=row.target)
         if question != expected:
-            raise ValueError(f'"question" is not what the template makes of "text": it should be {expected!r}.')
+            raise ValueError(f'"question" is not what the template makes of "text": it should be {expected[:300]!r}.')
     return Item(row.id, question, tuple(answers), choices)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import psutil
@@ -61,7 +61,7 @@ class Sums(Done):
 class Generated(Done):
     """The tokens of every answer."""
 
-    answers: list[list[int]]
+    answers: list[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]]
 
 
 SHAPES = {"start": Done, "replace": Done, "sums": Sums, "generate": Generated}
