@@ -5,9 +5,11 @@ the command line that repeats a run. The flags are defined when this module is i
 """
 
 import math
+import os
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from dppa_jax.config.finetune import AdamW, FinetuneConfig
 from dppa_jax.config.merge import MergeConfig, method_option, rate_of_density
 from dppa_jax.config.option import Option, options
 from dppa_jax.config.report import Sweep
-from dppa_jax.config.run import ConvertConfig, EvaluateConfig, JobConfig, StartConfig, ValidateConfig
+from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, StartConfig, ValidateConfig
 from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
 
@@ -37,6 +39,9 @@ TITLES = (  # of the groups of --help, in their order
 )
 EXPLAINED = ("work", "models", "method", "devices")  # by --helpshort; the flags of other groups are named there
 WIDTH, COLUMN = 120, 32  # of a line, and of the flags' names in it
+LARGEST = 10**18  # of whole numbers; a larger one fits into no counter of a library
+WHOLE = "a whole number of at most 18 digits"
+LONGEST = 1000  # numbers of a range
 INDENT = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
 
 
@@ -52,8 +57,16 @@ def read_numbers(flag: str, given: Sequence[str]) -> tuple[float, ...]:
 
 
 def read_integers(flag: str, given: Sequence[str]) -> tuple[int, ...]:
-    """Read each text as a whole number."""
-    return tuple(int(number) for number in read_numbers(flag, given))
+    """Read each text as a whole number.
+
+    >>> read_integers("--seeds", ["0", "1e3"])
+    (0, 1000)
+    """
+    numbers = read_numbers(flag, given)
+    for text, number in zip(given, numbers, strict=True):
+        if not number.is_integer() or abs(number) > LARGEST:
+            raise ValueError(f"{flag}: {text!r} is not {WHOLE}.")
+    return tuple(map(int, numbers))
 
 
 def read_ranges(flag: str, given: Sequence[str]) -> tuple[float, ...]:
@@ -67,12 +80,33 @@ def read_ranges(flag: str, given: Sequence[str]) -> tuple[float, ...]:
         numbers = read_numbers(flag, text.split(":"))
         if len(numbers) == 1:
             found += numbers
-        elif len(numbers) == 3 and numbers[2] > 0 and numbers[0] <= numbers[1]:
+        elif len(numbers) == 3 and numbers[2] > 0 and numbers[0] <= numbers[1] < numbers[0] + LONGEST * numbers[2]:
             first, last, step = numbers
             found += [round(first + i * step, 10) for i in range(math.floor((last - first) / step + 1e-9) + 1)]
         else:
             raise ValueError(f"{flag}={text}: give numbers, or FIRST:LAST:STEP such as 0.1:0.9:0.1.")
     return tuple(found)
+
+
+def read_gigabytes(flag: str, given: float) -> int:
+    """Return bytes."""
+    if not math.isfinite(bytes_ := given * 1e9):
+        raise ValueError(f"{flag}={given}: give a finite number of GB.")
+    return int(bytes_)
+
+
+def read_path(flag: str, given: str) -> str:
+    """Put the user's home directory in place of a ~ that a path, or orbax:PATH, begins with.
+
+    A shell leaves the ~ of --flag=~/x as it is, and so does a flagfile.
+    """
+    prefix = PREFIX if given.startswith(PREFIX) else ""
+    return prefix + os.path.expanduser(given.removeprefix(prefix))
+
+
+def read_paths(flag: str, given: Sequence[str]) -> tuple[str, ...]:
+    """Read each text as a path."""
+    return tuple(read_path(flag, text) for text in given)
 
 
 def read_experts(flag: str, given: Sequence[str]) -> dict[str, str]:
@@ -81,6 +115,11 @@ def read_experts(flag: str, given: Sequence[str]) -> dict[str, str]:
     >>> read_experts("--expert", ["math=GAIR/Abel-7B-001", "law=AdaptLLM/law-chat", "math=/models/abel"])
     {'math': '/models/abel', 'law': 'AdaptLLM/law-chat'}
     """
+    return {name: read_path(flag, where) for name, where in _by_name(flag, given).items()}
+
+
+def _by_name(flag: str, given: Sequence[str]) -> dict[str, str]:
+    """Return the last WHERE of each NAME as it was written."""
     experts: dict[str, str] = {}
     for text in given:
         name, equals, where = text.partition("=")
@@ -110,18 +149,21 @@ def _as_it_is(flag: str, given: Any) -> Any:
 
 
 class Kind(NamedTuple):
-    """How flags of one kind are defined, and how a config's value is read from a flag's."""
+    """How flags of one kind are defined, how a config's value is read from a flag's, and what they take, in words."""
 
     define: Callable[[str, Any, str], Any]
     read: Callable[[str, Any], Any] = _as_it_is
+    takes: str = "values with commas between them"
 
 
 KINDS = {
-    "bool": Kind(flags.DEFINE_boolean),
-    "integer": Kind(flags.DEFINE_integer),
-    "float": Kind(flags.DEFINE_float),
+    "bool": Kind(flags.DEFINE_boolean, takes="true or false"),
+    "integer": Kind(partial(flags.DEFINE_integer, lower_bound=-LARGEST, upper_bound=LARGEST), takes=WHOLE),
+    "float": Kind(flags.DEFINE_float, takes="a number"),
     "string": Kind(flags.DEFINE_string),
-    "gigabytes": Kind(flags.DEFINE_float, lambda flag, given: int(given * 1e9)),
+    "path": Kind(flags.DEFINE_string, read_path),  # of a file or directory; also any other place of a model
+    "paths": Kind(flags.DEFINE_list, read_paths),
+    "gigabytes": Kind(flags.DEFINE_float, read_gigabytes, "a number"),
     "words": Kind(flags.DEFINE_list, lambda flag, given: tuple(given)),
     "numbers": Kind(flags.DEFINE_list, read_numbers),
     "integers": Kind(flags.DEFINE_list, read_integers),
@@ -194,7 +236,7 @@ def read_flags() -> dict[str, Any]:
                     f"--{said.flag} and --{name} are both given, and one is 1 − the other: give one of them."
                 )
             values[said.flag] = _complemented(f"--{name}", said, FLAGS[name].value)
-    experts = read_experts("--expert", values["expert"])
+    experts = _by_name("--expert", values["expert"])
     return values | {"expert": [f"{name}={where}" for name, where in experts.items()]}
 
 

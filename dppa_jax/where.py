@@ -1,5 +1,6 @@
 """Find and open a model by what a flag says of it: a directory, a hub id, `orbax:DIR` or `demo:NAME`."""
 
+import os
 import re
 from contextlib import closing
 from pathlib import Path
@@ -41,7 +42,7 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
         from dppa_jax import demo
 
         return demo.directory(text.removeprefix("demo:"), seed)
-    path = Path(text.removeprefix(PREFIX)).expanduser()
+    path = Path(os.path.expanduser(text.removeprefix(PREFIX)))
     if path.is_dir() and text.startswith(PREFIX) and not is_orbax(path):
         raise CheckpointError(
             f"{text}: {path} is not an Orbax checkpoint of a tree; --job=convert --base=WHERE --output={PREFIX}DIR "

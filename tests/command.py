@@ -6,7 +6,6 @@ from pathlib import Path
 
 import grain  # noqa: F401  defines flags, which flagsaver would take back
 import pytest
-from absl import flags
 from absl.testing import flagsaver
 
 
@@ -15,7 +14,7 @@ def launch(*given: str) -> None:
     from dppa_jax import launch as program
 
     with flagsaver.flagsaver():
-        program.main(flags.FLAGS(["dppa_jax.launch", *given]))
+        program.main(program.parse(["dppa_jax.launch", *given]))
 
 
 class Merge:

@@ -238,6 +238,13 @@ def test_input_that_has_the_name_of_unfinished_output(merge):
         check_apart({"--output": str(merge.output)}, {"base": merge.base})
 
 
+@pytest.mark.parametrize("flag", ["--output=loop", "--save_delta=loop", "--output=loop/out", "--base=loop"])
+def test_a_link_that_leads_back_to_itself(merge, flag):
+    (merge.root / "loop").symlink_to("loop")
+    name, where = flag.split("=")
+    assert f"{merge.root}/loop" in merge.refusal(f"{name}={merge.root}/{where}", "--method=ties")
+
+
 @pytest.mark.parametrize("deltas", ["out", "out/deltas", "law"])
 def test_save_delta_over_other_things(merge, deltas):
     message = merge.refusal(f"--save_delta={merge.root}/{deltas}")

@@ -1,6 +1,7 @@
 """--job=benchmark on a shape small enough for a test."""
 
 import json
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -107,6 +108,33 @@ def test_shapes_timed_at_different_times_share_a_table(tmp_path, monkeypatch, ca
     assert any(line[:3] == ["0.3b", "0.31", "B"] for line in for_each)
 
 
+def test_a_timed_merge_writes_into_a_scratch_directory_and_touches_nothing_else(tmp_path):
+    for mine in ("out", "out.incomplete"):
+        (tmp_path / mine).mkdir()
+        (tmp_path / mine / "file").write_text("precious")
+    (tmp_path / "process0.log").symlink_to("out/file")
+    output = merges.scratch_output(tmp_path)
+    (output.parent / "left by a killed run").mkdir(parents=True)
+    script = "import sys; from pathlib import Path; Path(sys.argv[1]).mkdir(); print('made')"
+    merges.timed([[sys.executable, "-c", script, str(output)]], output)
+    assert not output.parent.exists()
+    assert (tmp_path / "process0.log").read_text() == "made\n"
+    assert [(tmp_path / mine / "file").read_text() for mine in ("out", "out.incomplete")] == ["precious"] * 2
+    with pytest.raises(OSError, match=r"failed; see .*process0.log:\nTraceback"):
+        merges.timed([[sys.executable, "-c", "raise ValueError"]], output)
+    assert not output.parent.exists()
+    output.parent.symlink_to("out")
+    with pytest.raises(ValueError, match="is a link to out in place of a directory"):
+        merges.timed([["true"]], output)
+
+
+def test_rows_of_an_earlier_run_that_are_none_are_told_with_their_file(tmp_path):
+    (tmp_path / "7b").mkdir()
+    (tmp_path / "7b" / "benchmark.json").write_text('{"dppa": {"seconds": "5"}}')
+    with pytest.raises(ValueError, match=r"7b/benchmark.json: Expected `float`, got `str`.* Remove it, and time"):
+        merges.print_sizes(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -202,4 +230,4 @@ def test_scaling_runs_every_number_of_processes_on_the_family_and_on_larger_ones
 
 
 def model_config_of(output) -> int:
-    return json.loads((output.parent / "base" / "config.json").read_text())["num_hidden_layers"]
+    return json.loads((output.parent.parent / "base" / "config.json").read_text())["num_hidden_layers"]

@@ -29,6 +29,7 @@ FLOORS = (  # the ground floor first; rooms of one floor do not know each other
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LINES, FUNCTION_LINES = 400, 50
 LONG: dict[str, str] = {}  # files and functions that may be longer, and why
+OPENERS = ("os", "tensorstore", "self")  # whose open takes other things than files of text
 FRAGMENTS = ("Of", "Those", "That", "By", "As")  # a docstring that begins with one says nothing in help()
 
 
@@ -52,6 +53,9 @@ def violations() -> Iterator[str]:
             if FLOOR_OF.get(other, 99) >= FLOOR_OF.get(room, 99) and other != room:
                 yield f"{name}: imports {other}, which is not on a lower floor"
         yield from (f"{name}: {said}" for said in within(tree, room, name))
+        if name != "runtime/progress.py" and (bars := {"Console", "Progress", "print"} & rich(tree)):
+            yield f"{name}: takes {bars} from rich, which parse names as markup; see runtime/progress.py"
+        yield from (f"{name}:{line}: names no encoding" for line in without_encoding(tree))
 
 
 def imported(tree: ast.AST) -> set[str]:
@@ -63,6 +67,29 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return {name.split(".")[1] for name in found if name.startswith("dppa_jax.")}
+
+
+def rich(tree: ast.AST) -> set[str]:
+    """The names that a module imports from rich."""
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
+    return {alias.name for node in found if node.module.split(".")[0] == "rich" for alias in node.names}
+
+
+def without_encoding(tree: ast.AST) -> Iterator[int]:
+    """The lines in which text is read or written in the encoding of the locale, which may know ASCII only."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and not any(keyword.arg == "encoding" for keyword in node.keywords):
+            given = [value.value for value in node.args if isinstance(value, ast.Constant)]
+            text = {keyword.arg for keyword in node.keywords if getattr(keyword.value, "value", False) is True}
+            match node.func:
+                case ast.Attribute(attr="read_text" | "write_text"):
+                    yield node.lineno
+                case ast.Attribute(value=ast.Name(id="subprocess")) if "text" in text:
+                    yield node.lineno
+                case ast.Name(id="open") | ast.Attribute(attr="fdopen"):
+                    yield from [node.lineno] * (not any("b" in str(mode) for mode in given))
+                case ast.Attribute(attr="open", value=path) if not (isinstance(path, ast.Name) and path.id in OPENERS):
+                    yield from [node.lineno] * (not any("b" in str(mode) for mode in given))
 
 
 def within(tree: ast.AST, room: str, file: str) -> Iterator[str]:

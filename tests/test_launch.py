@@ -1,5 +1,6 @@
 """The command line: the first word, help, flagfiles, densities, spelling, and what the process says when it ends."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,10 +9,12 @@ import tomllib
 from pathlib import Path
 
 import grain  # noqa: F401  defines flags, which flagsaver would take back
+import hypothesis
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from command import launch, tree
+from hypothesis import strategies as st
 
 from dppa_jax import launch as program
 from dppa_jax.delta.presets import METHODS
@@ -142,20 +145,99 @@ def defined() -> list[flags.Flag]:
     return flags.FLAGS.flags_by_module_dict()["dppa_jax.flags"]
 
 
-@pytest.mark.parametrize(
-    ("given", "meant"), [("--rat=0.5", "rate"), ("--coeficient=1", "coefficient"), ("--ouput=x", "output")]
-)
-def test_unknown_flag_shows_the_nearest(given, meant):
-    with pytest.raises(flags.UnrecognizedFlagError, match=rf"Did you mean: .*{meant}"):
-        launch(given)
+WRONG_FLAGS = {
+    "--rat=0.5": "--rat=0.5: no such flag. Did you mean 'rate'?",
+    "--ouput=x": "--ouput=x: no such flag. Did you mean 'output'?",
+    "--rate=much": "--rate=much: give a number.",
+    "--rate=": "--rate=: give a number.",
+    "--seed=1.5": "--seed=1.5: give a whole number of at most 18 digits.",
+    "--seed=1" + "0" * 30: "give a whole number of at most 18 digits.",
+    "--resume=maybe": "--resume=maybe: give true or false.",
+    "--noresume=3": "--noresume=3 does not take an argument",
+    "--verbosity=loud": "--verbosity=loud: invalid literal for int() with base 10: 'loud'",
+    '--methods="dare': '--methods="dare: give values with commas between them.',
+    "--base=a\nb": r"--base=a\nb: holds the control character '\n'; leave it out.",
+    "--base=\x1b[2J": r"--base=\x1b[2J: holds the control character '\x1b'; leave it out.",
+    "--device_memory=inf": "--device_memory=inf: give a finite number of GB.",
+    "--device_memory=1e308": "--device_memory=1e+308: give a finite number of GB.",
+    "--num_processes=-1": "--num_processes and --process_id need --coordinator=HOST:PORT, the first process's address.",
+    "--seeds=0.5": "--seeds: '0.5' is not a whole number of at most 18 digits.",
+    "--seeds=inf": "--seeds: 'inf' is not a whole number of at most 18 digits.",
+    "--rates=0:1:1e-9": "--rates=0:1:1e-9: give numbers, or FIRST:LAST:STEP such as 0.1:0.9:0.1.",
+}
 
 
-def test_flag_of_the_wrong_type():
-    with pytest.raises(flags.IllegalFlagValueError, match="--rate=much"):
-        launch("--rate=much")
+@pytest.mark.parametrize("given", WRONG_FLAGS)
+def test_a_wrong_flag_is_told_in_one_line(given):
+    with pytest.raises(SystemExit) as error:
+        launch("--job=report", *MODELS, "--evaluate=addition", "--methods=ties", given)
+    assert error.value.code.startswith("error: ")
+    assert error.value.code.endswith(WRONG_FLAGS[given])
+    assert "\n" not in error.value.code
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "convert"])
+def test_a_workdir_that_cannot_be_made_is_refused_before_the_work(merge, job):
+    (merge.root / "file").write_text("")
+    given = [f"--job={job}", f"--workdir={merge.root}/file/runs", "--evaluate=addition", "--methods=dppa"]
+    message = merge.refusal(*given, f"--reference={merge.law}", "--shape=0.3b")
+    assert f"--workdir={merge.root}/file/runs: {merge.root}/file is no directory; give a directory for the" in message
+
+
+def test_a_workdir_that_may_not_be_written_to_is_refused(merge, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(merge.root))
+    message = merge.refusal("--job=inspect", f"--workdir={merge.root}/runs")
+    assert f"--workdir={merge.root}/runs: {merge.root} may not be written to" in message
 
 
 # ---- flagfiles
+
+WRONG_FLAGFILES = {
+    b"# first\n--rat=0.5": "{file}:2: --rat=0.5: no such flag. Did you mean 'rate'?",
+    b"--seed=0\n\n --rate=much": "{file}:3: --rate=much: give a number.",
+    b"base=x": "{file}:1: unexpected argument 'base=x'; every input is a flag. Did you mean 'base'?",
+    b"--base=x\n--expert=\xe9=x": "{file}:2: not UTF-8 (invalid continuation byte). A flagfile has a flag in each line",
+    b"\x7fELF\0\0": r"{file}:1: \x7fELF\x00\x00: holds the control character '\x7f'; leave it out.",
+    b"--base=a\0": r"{file}:1: --base=a\x00: holds the control character '\x00'; leave it out.",
+    b"--flagfile={file}": "{file}:1: --flagfile={file}: the file includes itself; remove the line.",
+    b"# next\n--flagfile=gone.cfg": "{file}:2: --flagfile=gone.cfg: No such file or directory; give a file of flags.",
+    b"--flagfile={folder}": "{folder} is a directory in place of a file",
+}
+
+
+@hypothesis.settings(max_examples=50, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(st.one_of(st.binary(max_size=60), st.text("-=ratesdm01,.\n#/ \0", max_size=60).map(str.encode)))
+def test_no_flagfile_gives_anything_but_flags_or_a_line(tmp_path, content):
+    (tmp_path / "merge.cfg").write_bytes(content)
+    told = "error: none"
+    with flagsaver.flagsaver():
+        try:
+            program.parse(["dppa_jax", f"--flagfile={tmp_path}/merge.cfg"])
+        except SystemExit as error:
+            told = error.code
+    assert re.fullmatch("error: .+", told)
+
+
+@pytest.mark.parametrize("content", WRONG_FLAGFILES)
+def test_a_wrong_flagfile_is_told_with_its_name_and_line(tmp_path, content):
+    file = tmp_path / "merge.cfg"
+    file.write_bytes(content.replace(b"{file}", bytes(file)).replace(b"{folder}", bytes(tmp_path)))
+    with pytest.raises(SystemExit) as error:
+        launch(f"--flagfile={file}")
+    told = WRONG_FLAGFILES[content].format(file=file, folder=tmp_path)
+    assert error.value.code.startswith(f"error: {told}")
+    assert "\n" not in error.value.code
+
+
+def test_a_flagfile_may_include_others_and_be_given_as_two_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "outer.cfg").write_text("--rate=0.5\n--flagfile=~/inner.cfg\n--seed=1\n")
+    (tmp_path / "inner.cfg").write_text("--rate=0.6\n--seed=2\n")
+    for given in (["--flagfile", "~/outer.cfg"], ["--flagfile=~/outer.cfg"]):
+        with flagsaver.flagsaver():
+            assert program.parse(["dppa_jax", *given, "--method=dare"]) == ["dppa_jax"]
+            values = read_flags()
+            assert (values["rate"], values["seed"], values["method"]) == (0.6, 1, "dare")
 
 
 def test_flagfile_with_comments_is_the_same_as_flags(merge, tmp_path):

@@ -14,7 +14,8 @@ from dppa_jax.config.report import Sweep
 from dppa_jax.delta.presets import METHODS, PARAMETERS, Parameter
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
-from dppa_jax.flags import BY_NAME, CONFIGS, make
+from dppa_jax.flags import BY_NAME, CONFIGS, KINDS, make, read_path
+from dppa_jax.jobs.configs import job_config
 from dppa_jax.jobs.report import Compared, config_of
 
 EXPERTS = ("math", "law")
@@ -95,6 +96,39 @@ def test_every_flag_has_a_kind_and_every_option_of_a_config_a_flag():
     declared = {said.flag for config in CONFIGS for said in options(config).values()}
     assert declared <= BY_NAME.keys()
     assert all(said.help and said.group for said in BY_NAME.values())
+
+
+# ---- paths
+
+NOT_PATHS = {"job", "tokenizer", "coefficient", "factors", "q", "mesh", "coordinator", "evaluate", "methods"}
+NOT_PATHS |= {"merge_methods", "shape"}
+PATHS = {"path": "~/x", "paths": ["~/x", "~/y"], "experts": ["math=~/x"]}
+
+
+def test_a_flag_that_takes_any_text_takes_a_path_or_is_known_to_take_none():
+    text = {name for name, said in BY_NAME.items() if said.kind in ("string", "words", "named") and not said.choices}
+    assert text == NOT_PATHS, "give the option kind='path', or name it here"
+
+
+@pytest.mark.parametrize("name", [name for name, said in BY_NAME.items() if said.kind in PATHS])
+def test_the_home_directory_stands_for_a_tilde_in_every_flag_that_takes_a_path(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    kind = BY_NAME[name].kind
+    found = KINDS[kind].read(f"--{name}", PATHS[kind])
+    assert found in ("/home/me/x", ("/home/me/x", "/home/me/y"), {"math": "/home/me/x"})
+
+
+def test_a_tilde_is_expanded_where_a_path_begins_and_nowhere_else(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given, read in (("orbax:~/x", f"orbax:{tmp_path}/x"), ("a/~/b", "a/~/b"), ("~nobody-here/x", "~nobody-here/x")):
+        assert read_path("--base", given) == read
+    (tmp_path / "found.json").write_text('{"coefficients": {"math": 0.25}}')
+    models = {"base": "demo:base", "expert": ["math=demo:math"], "method": "ties", "coefficient": ["~/found.json"]}
+    values = {name: said.default for name, said in BY_NAME.items()} | models | {"workdir": "~/wd"}
+    config = job_config(values)
+    assert config.merge.coefficients == {"math": 0.25}
+    assert config.workdir == f"{tmp_path}/wd"
+    assert "--workdir=~/wd" in config.command
 
 
 # ---- options of single methods

@@ -405,6 +405,22 @@ def test_time_comes_from_speeds_measured_here(merge, monkeypatch, capsys):
     assert f"{found['seconds']:.1f} s: start {found['speeds']['start']:.1f} s" in printed
 
 
+def test_a_killed_plan_leaves_no_file(tmp_path, monkeypatch):
+    """The file that is written to time the disk has no name while it is written."""
+
+    class Watched(speed.DirectFile):
+        def sync(self):
+            super().sync()
+            assert list(tmp_path.iterdir()) == []
+            sizes.append(os.fstat(self._cached).st_size)
+
+    sizes = []
+    monkeypatch.setattr(speed, "WRITTEN", 2 * speed.PIECE)
+    monkeypatch.setattr(speed, "DirectFile", Watched)
+    assert speed.write_speed(tmp_path / "out") > 0
+    assert sizes == [speed.WRITTEN]
+
+
 @pytest.mark.parametrize("memory", [0, 10**9])
 def test_models_larger_than_memory_are_read_from_the_disk(merge, monkeypatch, memory):
     evicted, evict = [], SafetensorsDirectory.evict_rows

@@ -35,6 +35,7 @@ from dppa_jax.merging.merger import SEARCHES, check_finite, merge_matrix
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.merging.stream import Stream
 from dppa_jax.merging.survey import survey
+from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.mesh import ROWS, make_mesh, padded_rows
 from dppa_jax.runtime.progress import console, stage
 
@@ -179,8 +180,8 @@ def run_device_benchmark(config: BenchmarkConfig) -> dict:
         "stages": {name: asdict(timing) for name, timing in timings.items()},
         "from_disk": from_disk,
     }
-    (Path(config.workdir) / "benchmark" / f"device-{device}-{shape}.json").write_text(
-        json.dumps(result, indent=1) + "\n"
+    write_whole(
+        Path(config.workdir) / "benchmark" / f"device-{device}-{shape}.json", json.dumps(result, indent=1) + "\n"
     )
     _print(result, timings)
     return result

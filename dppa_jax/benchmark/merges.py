@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 from absl import logging
@@ -20,7 +21,10 @@ from dppa_jax.benchmark.families import EXPERTS, SHAPES, make_family, model_conf
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.option import choose
+from dppa_jax.runtime.directories import scratch_directory
+from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import console
+from dppa_jax.runtime.reading import read_json
 
 OURS = {
     "task_arithmetic": ["--method=task_arithmetic", "--coefficient=0.3"],
@@ -34,6 +38,7 @@ PEERS = {"task_arithmetic": {}, "dare_linear": {"density": 0.1}, "ties": {"densi
 COMPARED = (("task_arithmetic", "task_arithmetic"), ("dare", "dare_linear"), ("ties", "ties"))
 COMPARED += (("dppa", "dare_linear"), ("dppa", "ties"))
 FLOOR = "I/O floor"
+SCRATCH = ".dppa_jax-scratch"  # a directory for the output that is being timed
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,19 @@ class TimedRun:
     merge_seconds: float = 0.0
     planned_seconds: float = 0.0
     planned_bytes: int = 0
+
+
+class Planned(msgspec.Struct):
+    """What is read of plan.json."""
+
+    host_bytes: int
+    seconds: float = 0.0
+
+
+class Recipe(msgspec.Struct):
+    """What is read of recipe.json."""
+
+    cost: dict[str, Any] = {}
 
 
 def run_merges(config: BenchmarkConfig) -> dict[str, dict]:
@@ -88,14 +106,14 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
     """Time all commands on one shape; `peer_python` is None if there is no peer."""
     config, experts = model_config(shape), EXPERTS[: EXPERTS_OF.get(shape, len(EXPERTS))]
     models = make_family(root, config, experts)
-    output = root / "out"
+    output = scratch_output(root)
     commands = {FLOOR: [sys.executable, "-m", "dppa_jax.benchmark.merges", *map(str, models.values()), str(output)]}
     commands |= {name: merge_command(models, output, OURS[name]) for name in methods}
     name, several = COMPARED_SIZE
     if name in methods and len(experts) > several:
         commands[size_row()] = merge_command(dict(list(models.items())[: 1 + several]), output, OURS[name])
     if peer_python is not None:
-        commands |= _peer_commands(root, models, peer_python)
+        commands |= _peer_commands(root, models, output, peer_python)
     if 2 * parameters(config) * len(models) < psutil.virtual_memory().available:
         timed([commands[FLOOR]], output)  # fills the page cache, if it can hold the models
     runs: dict[str, TimedRun] = {}
@@ -106,7 +124,7 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
             logging.info("%s, %s: %.1f s, peak %.2f GB", shape, name, run.seconds, run.peak_bytes / 1e9)
             runs[name] = min(runs.get(name, run), run, key=lambda r: r.seconds)
     result = {name: asdict(run) for name, run in runs.items()}
-    (root / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(root / "benchmark.json", json.dumps(result, indent=1) + "\n")
     _print(shape, len(experts), runs)
     return result
 
@@ -120,24 +138,33 @@ def merge_command(models: Mapping[str, Path], output: Path, flags: Sequence[str]
 
 def _plan(command: Sequence[str], root: Path) -> dict:
     """Return what --job=plan predicts for a merge, as fields of `TimedRun`."""
-    timed([[*command, "--job=plan", f"--workdir={root}"]], root / "out")
-    plan = json.loads((root / "plan.json").read_text())
-    return {"planned_seconds": plan.get("seconds", 0.0), "planned_bytes": plan["host_bytes"]}
+    timed([[*command, "--job=plan", f"--workdir={root}"]], scratch_output(root))
+    plan = read_json(root / "plan.json", Planned)
+    return {"planned_seconds": plan.seconds, "planned_bytes": plan.host_bytes}
+
+
+def scratch_output(root: Path) -> Path:
+    """Return where the merges of a family are written to be timed."""
+    return root / SCRATCH / "out"
 
 
 def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] = ()) -> TimedRun:
-    """Run the processes of one merge at the same time, and remove the output before and after.
+    """Run the processes of one merge at the same time, in a scratch directory that is removed before and after.
 
     Args:
       commands: a command line for each process.
-      output: the directory that they write. What the processes print is kept beside it.
+      output: the directory that they write, in the scratch directory. What they print is kept beside the latter.
       cores: the core that each process is pinned to; none by default.
 
     Raises:
       OSError: a process failed; the message has its last lines.
     """
-    remove_output(output)
-    logs = [output.with_name(f"process{i}.log") for i in range(len(commands))]
+    with scratch_directory(output.parent):
+        return _timed(commands, output, cores)
+
+
+def _timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int]) -> TimedRun:
+    logs = [output.parent.with_name(f"process{i}.log") for i in range(len(commands))]
     started = time.perf_counter()
     processes = [
         _start(command, log, cores[i : i + 1]) for i, (command, log) in enumerate(zip(commands, logs, strict=True))
@@ -146,37 +173,37 @@ def timed(commands: Sequence[Sequence[str]], output: Path, cores: Sequence[int] 
     seconds = time.perf_counter() - started
     for command, log, (_, status, _) in zip(commands, logs, ended, strict=True):
         if status:
-            raise OSError(f"{' '.join(command[:3])} failed; see {log}:\n{log.read_text()[-2000:]}")
+            raise OSError(f"{' '.join(command[:3])} failed; see {log}:\n{_last_lines(log)}")
     usages = [usage for *_, usage in ended]
     recipe = output / "recipe.json"
-    cost = json.loads(recipe.read_text())["cost"] if recipe.exists() else {}
+    cost = read_json(recipe, Recipe).cost if recipe.exists() else {}
     moved = cost.get("bytes_read", 0) + cost.get("bytes_written", 0)
-    remove_output(output)
     cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
     peak = cost.get("peak_memory") or max(usage.ru_maxrss for usage in usages) * 1024
     return TimedRun(seconds, peak, cpu, moved, cost.get("seconds", 0.0))
 
 
-def remove_output(output: Path) -> None:
-    """Remove an output, whether it is complete or not."""
-    for place in (output, output.with_name(output.name + ".incomplete")):
-        shutil.rmtree(place, ignore_errors=True)
+def _last_lines(log: Path) -> str:
+    with log.open("rb") as content:
+        content.seek(max(0, log.stat().st_size - 2000))
+        return content.read().decode(errors="replace")
 
 
 def _start(command: Sequence[str], log: Path, cores: Sequence[int]) -> subprocess.Popen:
     pin = partial(os.sched_setaffinity, 0, cores) if cores else None
-    with open(log, "w") as output:
+    log.unlink(missing_ok=True)
+    with log.open("xb") as output:  # never through a link
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=pin)
 
 
-def _peer_commands(root: Path, models: Mapping[str, Path], peer_python: str) -> dict[str, list[str]]:
+def _peer_commands(root: Path, models: Mapping[str, Path], output: Path, peer_python: str) -> dict[str, list[str]]:
     """Write mergekit's recipes, and return the commands that run them."""
     commands = {}
     mergekit = Path(peer_python or sys.executable).parent / "mergekit-yaml"
     for name in PEERS:
         recipe = root / f"{name}.json"
-        recipe.write_text(json.dumps(_mergekit_recipe(name, models)))  # JSON is YAML
-        commands[f"mergekit {name}"] = [str(mergekit), str(recipe), str(root / "out"), "--no-copy-tokenizer"]
+        write_whole(recipe, json.dumps(_mergekit_recipe(name, models)))  # JSON is YAML
+        commands[f"mergekit {name}"] = [str(mergekit), str(recipe), str(output), "--no-copy-tokenizer"]
     return commands
 
 
@@ -222,10 +249,10 @@ def print_sizes(root: Path) -> None:
     runs: dict[str, TimedRun] = {}
     for shape in SHAPES:
         file = root / shape / "benchmark.json"
-        rows = json.loads(file.read_text()) if file.exists() else {}
-        row = rows.get(COMPARED_SIZE[0] if EXPERTS_OF.get(shape) == COMPARED_SIZE[1] else size_row(), {})
-        if "moved_bytes" in row:
-            runs[shape] = TimedRun(**row)
+        rows = read_json(file, dict[str, TimedRun], fix="Remove it, and time the shape again.") if file.exists() else {}
+        row = rows.get(COMPARED_SIZE[0] if EXPERTS_OF.get(shape) == COMPARED_SIZE[1] else size_row())
+        if row and row.moved_bytes:
+            runs[shape] = row
     if not runs:
         return
     columns = ("shape", "parameters", "seconds", "planned", "peak GB", "planned", "ns a parameter", "GB/s")

@@ -5,7 +5,6 @@ authors' own, which starts a process for each of three steps and holds whole mod
 """
 
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from dppa_jax.evaluate.evaluation import make_evaluator
 from dppa_jax.jobs.evaluated import check_search, domains_of, evaluated_candidates
 from dppa_jax.jobs.models import open_job
 from dppa_jax.jobs.write_merge import write_merge
+from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import console
 
 CANDIDATES = 5
@@ -37,8 +37,8 @@ def run_restart_benchmark(config: BenchmarkConfig) -> dict[str, list[float]]:
     alone = alone_of(job.merge, name)
     factors = [tuple(1.0 + 0.1 * i for _ in alone.partitions) for i in range(1, CANDIDATES + 1)]
     root = Path(job.workdir) / "restart"
-    shutil.rmtree(root, ignore_errors=True)  # no stored responses may be reused
-    job = replace(job, merge=alone, experts={name: job.experts[name]}, workdir=str(root), search=None)
+    anew = replace(job.evaluation, resume=False)  # no stored responses may be reused
+    job = replace(job, merge=alone, experts={name: job.experts[name]}, workdir=str(root), search=None, evaluation=anew)
     seconds: dict[str, list[float]] = {part: [] for part in ("apply", "hand over", "responses")}
     with evaluated_candidates(job) as candidates:
         candidates.dense(name, tasks)  # starts the evaluator
@@ -50,7 +50,7 @@ def run_restart_benchmark(config: BenchmarkConfig) -> dict[str, list[float]]:
             for part, value in zip(seconds, (cost.apply, cost.hand_over, cost.generate), strict=True):
                 seconds[part].append(value)
     seconds |= _restarts(replace(job, output=str(root / "merged"), overwrite=True), name, factors[: RESTARTS + 1])
-    (root / "restart.json").write_text(json.dumps(seconds, indent=1) + "\n")
+    write_whole(root / "restart.json", json.dumps(seconds, indent=1) + "\n")
     _print(seconds)
     return seconds
 

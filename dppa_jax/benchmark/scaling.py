@@ -10,9 +10,10 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, check_scratch, family_sizes, make_family, model_config
-from dppa_jax.benchmark.merges import OURS, TimedRun, merge_command, timed
+from dppa_jax.benchmark.merges import OURS, TimedRun, merge_command, scratch_output, timed
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.option import choose
+from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import console
 
 PROCESSES = (1, 2, 4)
@@ -43,12 +44,13 @@ def run_scaling(config: BenchmarkConfig) -> dict[str, dict[int, dict]]:
     check_scratch(root, {place: size for family in families for place, size in family.items()})
     models = {n: make_family(places[n], model_config(shape, n * layers), EXPERTS) for n in PROCESSES}
     cores = sorted(os.sched_getaffinity(0))
-    timed([merge_command(models[1], places[1] / "out", OURS["dppa"])], places[1] / "out")  # fills caches
-    strong = {n: _run(models[1], places[1] / "out", n, cores) for n in PROCESSES}
-    weak = {n: strong[1] if n == 1 else _run(models[n], places[n] / "out", n, cores) for n in PROCESSES}
+    outputs = {n: scratch_output(places[n]) for n in PROCESSES}
+    timed([merge_command(models[1], outputs[1], OURS["dppa"])], outputs[1])  # fills caches
+    strong = {n: _run(models[1], outputs[1], n, cores) for n in PROCESSES}
+    weak = {n: strong[1] if n == 1 else _run(models[n], outputs[n], n, cores) for n in PROCESSES}
     _print(shape, layers, strong, weak, len(cores))
     result = {name: {n: asdict(run) for n, run in runs.items()} for name, runs in (("strong", strong), ("weak", weak))}
-    (root / f"scaling-{shape}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(root / f"scaling-{shape}.json", json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np
 
 from dppa_jax.architecture.specs import Linears
+from dppa_jax.runtime import markdown
 
 LIBRARIES = ("dppa_jax", "jax", "jaxlib", "numpy", "flax", "transformers", "safetensors")
 
@@ -75,20 +76,21 @@ def model_card(
     metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(where)}" for where in experts.values())]
     metadata.append("---")
     rows = "\n".join(
-        f"| {expert} | `{where}` | {_coefficient(config['coefficients'][expert])} | {_factors(config, expert)} |"
+        markdown.row(
+            [markdown.text(expert), markdown.code(where), _coefficient(config, expert), _factors(config, expert)]
+        )
         for expert, where in experts.items()
     )
     pruned = f" {100 * config['rate']:g} % of each expert's delta is removed." if config["score"] else ""
-    licence_note = (
-        f"The inputs' licences: {', '.join(dict.fromkeys(licences))}. Check that they allow what you do with the merge."
-    )
-    repeat = f"To repeat it:\n\n```\n{command}\n```\n" if command else ""
+    named = markdown.text(", ".join(dict.fromkeys(licences)))
+    licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
+    repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""
     header = "\n".join(metadata)
     return f"""{header}
 
-# {name}
+# {markdown.text(name)}
 
-A merge of {len(experts)} fine-tuned models on `{base}`, made by [dppa_jax](https://pypi.org/project/dppa_jax)
+A merge of {len(experts)} fine-tuned models on {markdown.code(base)}, made by [dppa_jax](https://pypi.org/project/dppa_jax)
 with the method `{config["method"]}` (score {config["score"]}, allocate {config["allocate"]}, scale {config["scale"]},
 combine {config["combine"]}).{pruned}
 
@@ -122,12 +124,13 @@ def licence(card: str) -> str:
     return "unknown"
 
 
-def _coefficient(coefficient: float | Mapping[str, float]) -> str:
+def _coefficient(config: Mapping, expert: str) -> str:
     """Say an expert's coefficient, or the range of its coefficients by tensor.
 
-    >>> _coefficient({"model.norm.weight": 0.25, "lm_head.weight": 0.35})
+    >>> _coefficient({"coefficients": {"law": {"model.norm.weight": 0.25, "lm_head.weight": 0.35}}}, "law")
     '0.25 to 0.35 by tensor, mean 0.3'
     """
+    coefficient = config["coefficients"][expert]
     if not isinstance(coefficient, Mapping):
         return f"{coefficient:g}"
     values = list(coefficient.values())

@@ -59,6 +59,7 @@ class OrbaxDirectory:
 
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
+        check_name(self.directory)
         self.config = read_config(self.directory)
         self._arrays = _open_arrays(self.directory)
         self._check()
@@ -156,6 +157,14 @@ class OrbaxDirectory:
 def is_orbax(directory: Path | str) -> bool:
     """Return whether a directory is an Orbax checkpoint of a tree."""
     return (Path(directory) / TREE).is_file()
+
+
+def check_name(directory: Path) -> None:
+    """Refuse a place that TensorStore cannot be told."""
+    try:
+        str(directory.absolute()).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{directory}: TensorStore takes only paths that are UTF-8; rename it.") from None
 
 
 def stacked_shapes(config: Mapping) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import type_handlers
 
+from dppa_jax.checkpoint.orbax import check_name
 from dppa_jax.checkpoint.output import TakenError, Unfinished, check_space, output_directory, publish, sync
 from dppa_jax.checkpoint.small_files import copies, write_small_files
 from dppa_jax.checkpoint.unfinished import aside_of
@@ -84,6 +85,7 @@ class OrbaxWriter:
     """
 
     def __init__(self, directory: Path | str, nbytes: int, overwrite: bool = False):
+        check_name(Path(directory))
         self._overwrite = overwrite
         self.directory = output_directory(directory, overwrite) if self._first else Path(directory).resolve()
         self.path = aside_of(self.directory)

@@ -45,7 +45,7 @@ def output_directory(directory: Path | str, overwrite: bool = False) -> Path:
       CheckpointError: it is a mount point, a file, or not empty (with `overwrite`, a model may be replaced); its parent
         may not be written to; or OUTPUT.incomplete, where it is written first, is not ours.
     """
-    path = Path(directory).expanduser().resolve()
+    path = Path(os.path.realpath(os.path.expanduser(directory)))  # Path.resolve raises RuntimeError where a link loops
     if path.is_mount():
         raise CheckpointError(f"{directory} is a mount point, which cannot be replaced; give a directory inside it.")
     _refuse_locked_parent(path)
@@ -219,7 +219,9 @@ def _taken_error(path: Path) -> TakenError:
 
 def _refuse_locked_parent(path: Path) -> None:
     """Refuse an output beside which nothing can be written."""
-    parent = _existing(path.parent)
+    parent = next(place for place in path.parents if os.path.lexists(place))
+    if not parent.is_dir():
+        raise CheckpointError(f"{path}: {parent} is no directory; choose another name for the output directory.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(
             f"{path}: the output is written beside its name first, and {parent} may not be written to. Give a "

@@ -28,7 +28,9 @@ class BenchmarkConfig:
         "benchmark: mergekit, run alternately; restart: of vLLM, beside a search's candidates",
         choices=("mergekit", "restart"),
     )
-    peer_python: str = option("", "benchmark: interpreter of an environment with mergekit; default: this one")
+    peer_python: str = option(
+        "", "benchmark: interpreter of an environment with mergekit; default: this one", kind="path"
+    )
     repeats: int = option(1, "benchmark: runs of each; the fastest counts", least=1)
     methods: tuple[str, ...] = same(Sweep, "methods")
     workdir: str = same(JobConfig, "workdir")

@@ -35,7 +35,7 @@ class TaskOptions:
 
     HELP_GROUP: ClassVar[str] = "evaluation"
 
-    data_dir: str = option("", "directory of TASK.jsonl files; default: the hub's datasets")
+    data_dir: str = option("", "directory of TASK.jsonl files; default: the hub's datasets", kind="path")
     limit: int | None = option(None, "items per task, the first ones; 0: all", least=1)
     choices: str = option(
         "hidden",
@@ -89,7 +89,7 @@ class EvaluationConfig:
         flag="evaluate_dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    vllm_python: str = option("", "interpreter of an environment with vLLM; default: this one")
+    vllm_python: str = option("", "interpreter of an environment with vLLM; default: this one", kind="path")
     vllm_timeout: float = option(
         1800.0, "vllm: seconds without a response after which it is started again", above=0, infinite=True
     )

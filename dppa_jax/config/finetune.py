@@ -113,9 +113,9 @@ class FinetuneConfig:
     base: str = same(JobConfig, "base")
     output: str = same(JobConfig, "output")
     data: tuple[str, ...] = option(
-        (), "files of examples, JSON lines of prompt and completion (which is learned)", flag="train_data"
+        (), "files of examples, JSON lines of prompt and completion (which is learned)", flag="train_data", kind="paths"
     )
-    eval_data: tuple[str, ...] = option((), "files of examples whose loss is logged")
+    eval_data: tuple[str, ...] = option((), "files of examples whose loss is logged", kind="paths")
     epochs: float = option(1.0, "passes over the examples")
     steps: int = option(0, "number of steps, in place of --epochs", flag="train_steps")
     learning_rate: float = same(TrainConfig, "learning_rate", default=2e-5)

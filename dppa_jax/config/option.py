@@ -17,7 +17,7 @@ from dppa_jax.architecture.rules import nearest
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 REQUIRED = MISSING  # in place of a default: the config cannot be made without this field
-EMPTY = {"bool": False, "integer": 0, "float": 0.0, "gigabytes": 0.0, "string": ""}  # and [] for all other kinds
+EMPTY = {"bool": False, "integer": 0, "float": 0.0, "gigabytes": 0.0, "string": "", "path": ""}  # [] for other kinds
 
 
 @dataclass(frozen=True)

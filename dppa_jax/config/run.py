@@ -21,7 +21,9 @@ class StartConfig:
 
     job: str = option("merge", "what to do; the first word does it as well: dppa_jax plan …", group="work")
     coordinator: str = option("", "the first process, HOST:PORT; auto: from Slurm, TPU, Kubernetes or MPI")
-    num_processes: int = option(0, "how many there are, with --coordinator=HOST:PORT; plan: to plan for")
+    num_processes: int = option(
+        0, "how many there are, with --coordinator=HOST:PORT; plan: to plan for", within=(0, 10_000)
+    )
     process_id: int = option(-1, "which process this is, from 0 on")
 
 
@@ -41,20 +43,22 @@ class JobConfig:
     HELP_GROUP: ClassVar[str] = "models"
 
     merge: MergeConfig
-    base: str = option(REQUIRED, "directory, hub id (owner/name[@revision]), orbax:DIR, or demo:base")
+    base: str = option(REQUIRED, "directory, hub id (owner/name[@revision]), orbax:DIR, or demo:base", kind="path")
     experts: Mapping[str, str] = option(
         REQUIRED, "NAME=WHERE, repeated; demo:math, demo:finance, demo:law", flag="expert", kind="experts"
     )
-    output: str = option("", "directory of the merged model; convert: also orbax:DIR")
+    output: str = option("", "directory of the merged model; convert: also orbax:DIR", kind="path")
     overwrite: bool = option(False, "replace what is in --output", group="work")
-    workdir: str = option("runs", "directory of responses, searches, reports, benchmark models", group="work")
+    workdir: str = option(
+        "runs", "directory of responses, searches, reports, benchmark models", group="work", kind="path"
+    )
     resume: bool = same(EvaluationConfig, "resume")
     tokenizer: str = option(
         "base",
         "model whose tokenizer and chat template a merge gets (base), or evaluate asks all with (each its own)",
         flag_default="",
     )
-    save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME")
+    save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
     max_shard_size: int = option(
         MAX_SHARD_SIZE,
         "bytes of a safetensors file",
@@ -91,7 +95,7 @@ class JobConfig:
     allow_other_base: bool = option(
         False, "merge experts whose delta is as large as the weights, and rows of zeros", group="method"
     )
-    calibration: str = option("", "text file for --score=wanda, a sample a line", group="method")
+    calibration: str = option("", "text file for --score=wanda, a sample a line", group="method", kind="path")
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: FactorSearch | None = None
     adamerging: AdaMergingConfig | None = None
@@ -141,7 +145,9 @@ class ValidateConfig:
     HELP_GROUP: ClassVar[str] = "report, validate and benchmark"
 
     output: str = same(JobConfig, "output")
-    reference: str = option("", "validate: directory by another implementation that --output is compared with")
+    reference: str = option(
+        "", "validate: directory by another implementation that --output is compared with", kind="path"
+    )
     base: str = same(JobConfig, "base", default="")
     workdir: str = same(JobConfig, "workdir")
     tolerance_ulp: float = option(

@@ -3,11 +3,13 @@
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,8 @@ from dppa_jax.demo.tokenizer import Encoder, save_tokenizer
 from dppa_jax.finetune.data import Example, encode
 from dppa_jax.finetune.train import STEPS_PER_REPORT, train
 from dppa_jax.model import LlamaConfig, init_tree
-from dppa_jax.runtime.files import cache_directory, sources_digest
+from dppa_jax.runtime.directories import empty_directory
+from dppa_jax.runtime.files import cache_directory, kept_directory, sources_digest, write_whole
 from dppa_jax.runtime.progress import steps
 
 MEMBERS = ("base", *TASKS)
@@ -58,12 +61,15 @@ def directory(name: str, seed: int = 0) -> Path:
 def families(seeds: Sequence[int]) -> list[Path]:
     """Return the directories of whole families, one for each seed; train those that are not there, two at a time."""
     root = cache_directory()
-    root.mkdir(parents=True, exist_ok=True)
     places = {seed: root / f"demo-{fingerprint()}-{seed}" for seed in seeds}
-    with open(root / "demo.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process waits here, and then finds the family
-        if missing := {seed: place for seed, place in places.items() if not place.is_dir()}:
-            build(missing)
+    if not all(place.is_dir() for place in places.values()):
+        lock = os.open(kept_directory(root) / "demo.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process waits here, and then finds the family
+            if missing := {seed: place for seed, place in places.items() if not place.is_dir()}:
+                build(missing)
+        finally:
+            os.close(lock)
     return [places[seed] for seed in seeds]
 
 
@@ -81,10 +87,19 @@ def build(places: dict[int, Path]) -> None:
       places: the directory of each family, by seed.
     """
     aside = {seed: place.with_name(place.name + ".incomplete") for seed, place in places.items()}
-    for directory in aside.values():
-        shutil.rmtree(directory, ignore_errors=True)
-        save_companions(directory / "tokenizer")
-    tokenizer = Encoder(directory / "tokenizer")
+    with ExitStack() as locks:
+        for directory in aside.values():
+            locks.callback(os.close, empty_directory(directory))
+            save_companions(directory / "tokenizer")
+        _train(aside)
+        for seed, place in places.items():
+            shutil.rmtree(aside[seed] / "tokenizer")
+            aside[seed].rename(place)
+
+
+def _train(aside: dict[int, Path]) -> None:
+    """Train families in directories that hold their tokenizers, and remove the directories if that fails."""
+    tokenizer = Encoder(next(iter(aside.values())) / "tokenizer")
     config = model_config(tokenizer)
 
     stopped = threading.Event()
@@ -94,10 +109,10 @@ def build(places: dict[int, Path]) -> None:
 
     with (
         ThreadPoolExecutor(TRAINED_AT_ONCE) as pool,
-        steps("train the demo family", len(MEMBERS) * len(places)) as done,
+        steps("train the demo family", len(MEMBERS) * len(aside)) as done,
     ):
         try:
-            bases = {pool.submit(trained, "base", seed, initial_weights(config, seed)): seed for seed in places}
+            bases = {pool.submit(trained, "base", seed, initial_weights(config, seed)): seed for seed in aside}
             experts = [
                 pool.submit(trained, domain, bases[base], base.result())
                 for base in as_completed(bases)
@@ -112,9 +127,6 @@ def build(places: dict[int, Path]) -> None:
             for directory in aside.values():
                 shutil.rmtree(directory, ignore_errors=True)
             raise
-    for seed, place in places.items():
-        shutil.rmtree(aside[seed] / "tokenizer")
-        aside[seed].rename(place)
 
 
 def train_member(
@@ -190,4 +202,4 @@ def save_companions(directory: Path) -> None:
     """Write the files that lie beside the weights: tokenizer and generation config."""
     save_tokenizer(directory)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3, "do_sample": False}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    write_whole(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")

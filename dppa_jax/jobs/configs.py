@@ -1,7 +1,9 @@
 """How each job's config is made from the values of all flags; every value is checked here, before a weight is read."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from dppa_jax.config.benchmark import BenchmarkConfig
@@ -13,7 +15,7 @@ from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
-from dppa_jax.flags import Values, command, make, read_experts, read_numbers
+from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
 UNSET = -1.0
@@ -22,6 +24,8 @@ UNSET = -1.0
 def job_config(values: Values) -> JobConfig:
     """Make the config of a job that merges, or looks at what would be merged."""
     _check_directory(values)
+    if values["job"] != "merge" or values["evaluate"]:  # a merge alone writes nothing there
+        _check_workdir(values)
     experts = _experts(values)
     if not values["base"]:
         raise ValueError("--base is empty: give the model that the experts were fine-tuned from.")
@@ -75,7 +79,9 @@ def report_config(values: Values) -> ReportConfig:
 
 def evaluate_config(values: Values) -> EvaluateConfig:
     """Make the config of --job=evaluate: the base, the experts and, where it is given, the merge."""
-    named = {"base": values["base"], **_experts(values), "merge": values["output"]}
+    base, merge = (read_path(f"--{flag}", values[flag]) for flag in ("base", "output"))
+    _check_workdir(values)
+    named = {"base": base, **_experts(values), "merge": merge}
     models = {name: where for name, where in named.items() if where}
     return make(EvaluateConfig, values, models=models, evaluation=evaluation(values), command=command(values))
 
@@ -83,6 +89,7 @@ def evaluate_config(values: Values) -> EvaluateConfig:
 def finetune_config(values: Values) -> FinetuneConfig:
     """Make the config of --job=finetune."""
     _check_directory(values)
+    _check_workdir(values)
     return make(
         FinetuneConfig,
         values,
@@ -100,11 +107,13 @@ def convert_config(values: Values) -> ConvertConfig:
 
 def validate_config(values: Values) -> ValidateConfig:
     """Make the config of --job=validate."""
+    _check_workdir(values)
     return make(ValidateConfig, values)
 
 
 def benchmark_config(values: Values) -> BenchmarkConfig:
     """Make the config of --job=benchmark; with --peer=restart it holds a job whose candidates are timed."""
+    _check_workdir(values)
     config = make(BenchmarkConfig, values)
     return replace(config, restart=job_config(values)) if config.peer == "restart" else config
 
@@ -159,7 +168,7 @@ def _coefficients(values: Values, names: tuple[str, ...]) -> dict[str, Any]:
         return {}
     given = [text for text in values["coefficient"] if text not in ADAMERGING]
     if given and given[-1].endswith(".json"):
-        return read_coefficients(given[-1], names)
+        return read_coefficients(read_path("--coefficient", given[-1]), names)
     return per_expert("--coefficient", [text for text in given if not text.endswith(".json")], names, float)
 
 
@@ -187,3 +196,12 @@ def _check_directory(values: Values) -> None:
             f"--output={output}: --job={job} writes a Hugging Face directory; give --output=DIR, and then "
             f"--job=convert --base=DIR --output={output}."
         )
+
+
+def _check_workdir(values: Values) -> None:
+    """Refuse a --workdir into which the results of the work could not be written; nothing is made."""
+    path = Path(read_path("--workdir", values["workdir"])).absolute()
+    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        fault = "may not be written to" if existing.is_dir() else "is no directory"
+        raise ValueError(f"--workdir={values['workdir']}: {existing} {fault}; give a directory for the results.")

@@ -1,5 +1,6 @@
 """Where a job reads and writes: models, outputs and the directory of its work must not lie in each other."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,21 +21,26 @@ def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path], workdir:
     Raises:
       CheckpointError: two of them are not apart.
     """
-    taken = {f"the model {name!r}": path.resolve() for name, path in inputs.items()}
+    taken = {f"the model {name!r}": _resolved(path) for name, path in inputs.items()}
     for flag, given in outputs.items():
-        path = Path(given).expanduser().resolve()
+        path = _resolved(given)
         for what, other in taken.items():
-            for place in (path, aside_of(path).resolve()):
+            for place in (path, _resolved(aside_of(path))):
                 if place.is_relative_to(other) or other.is_relative_to(place):
                     raise CheckpointError(
                         f"{flag}: {given} and {what} in {other} are the same or one contains the other; choose a "
                         f"directory apart from it."
                     )
         taken[f"the output of {flag}"] = path
-    work = Path(workdir).expanduser().resolve() if workdir else None
+    work = _resolved(workdir) if workdir else None
     for what, other in taken.items() if work else ():
-        if any(work.is_relative_to(place) for place in (other, aside_of(other).resolve())):
+        if any(work.is_relative_to(place) for place in (other, _resolved(aside_of(other)))):
             raise CheckpointError(
                 f"--workdir: {workdir} is or lies in {what} in {other}, where no other files may be; choose another "
                 f"directory."
             )
+
+
+def _resolved(path: Path | str) -> Path:
+    """Return a path without links; a link that leads back to itself stays, where Path.resolve raises RuntimeError."""
+    return Path(os.path.realpath(path))

@@ -30,6 +30,8 @@ from dppa_jax.checkpoint.compare import (
 )
 from dppa_jax.config.run import ValidateConfig
 from dppa_jax.jobs.places import check_apart
+from dppa_jax.runtime import markdown
+from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import Stage, console, stage
 from dppa_jax.where import open_checkpoint
 
@@ -123,11 +125,12 @@ class Validation:
 
     def markdown(self) -> str:
         """Return the content of validate.md."""
-        base = f", base `{self.base}`" if self.base else ""
-        lines = [f"# `{self.output}` beside the reference `{self.reference}`{base}", "", f"Verdict: {self.in_words()}."]
-        head, *rows = ("| " + " | ".join(cells) + " |" for cells in (HEADS, *self.rows()))
+        output, reference, base = map(markdown.code, (self.output, self.reference, self.base))
+        lines = [f"# {output} beside the reference {reference}{f', base {base}' if self.base else ''}", ""]
+        lines += [f"Verdict: {markdown.text(self.in_words())}."]
+        head, *rows = (markdown.row(map(markdown.text, cells)) for cells in (HEADS, *self.rows()))
         lines += ["", head, "|---" + "|---:" * (len(HEADS) - 3) + "|---|---|", *rows, ""]
-        lines += [*(f"- {note}" for note in self.notes()), "", "## What is measured", "", MEASURED]
+        lines += [*(f"- {markdown.text(note)}" for note in self.notes()), "", "## What is measured", "", MEASURED]
         return "\n".join(lines)
 
     def as_dict(self) -> dict:
@@ -164,8 +167,8 @@ def validate(config: ValidateConfig) -> Validation:
         source.close()
     directory = Path(config.workdir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "validate.json").write_text(json.dumps(validation.as_dict(), indent=1) + "\n")
-    (directory / "validate.md").write_text(validation.markdown())
+    write_whole(directory / "validate.json", json.dumps(validation.as_dict(), indent=1) + "\n")
+    write_whole(directory / "validate.md", validation.markdown())
     out = console()
     out.print(validation.printed())
     details = f"what the numbers mean, and every tensor: {directory}/validate.md, validate.json"

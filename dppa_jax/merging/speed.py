@@ -73,19 +73,19 @@ def read_speed(sources: Sequence[Source]) -> float:
 
 
 def write_speed(output: Path) -> float:
-    """Write a file beside `output`, which need not be there yet, and remove it again; return bytes a second."""
+    """Write a file without a name on the disk of `output`, which need not be there yet; return bytes a second."""
     existing = next(place for place in (output, *output.parents) if place.is_dir())
     piece = memoryview(np.random.default_rng(0).bytes(PIECE))
-    with tempfile.NamedTemporaryFile(dir=existing, prefix=".dppa_jax-") as name:
-        file = DirectFile(Path(name.name))
-        try:
-            begin = time.perf_counter()
-            for position in range(0, WRITTEN, PIECE):
-                file.write(piece, position)
-            file.sync()
-            return WRITTEN / (time.perf_counter() - begin)
-        finally:
-            file.close()
+    with tempfile.NamedTemporaryFile(dir=existing, prefix=".dppa_jax-") as named:
+        file = DirectFile(Path(named.name))  # and, when the block ends, without a name: a killed process leaves nothing
+    try:
+        begin = time.perf_counter()
+        for position in range(0, WRITTEN, PIECE):
+            file.write(piece, position)
+        file.sync()
+        return WRITTEN / (time.perf_counter() - begin)
+    finally:
+        file.close()
 
 
 class _Synthetic:

@@ -15,7 +15,8 @@ from absl import logging
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.runtime.reading import printable, read_bytes, read_json
 
-MAX_TOKENIZER = 200_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
+MAX_TOKENIZER = 100_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
+FIX = "Download it again."
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # with one of them a directory has a tokenizer
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -58,7 +59,7 @@ class Tokenizer:
     @property
     def exists(self) -> bool:
         """Is there a tokenizer?"""
-        return any((self.directory / name).is_file() for name in FILES)
+        return any(map(self._file, FILES))
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -69,14 +70,13 @@ class Tokenizer:
         Raises:
           CheckpointError: a file is damaged.
         """
-        path = self.directory / "tokenizer.json"
-        if not path.is_file():
+        path = self._file("tokenizer.json")
+        if not path:
             return {}
-        fix = "Fetch it again."
         try:
-            found = msgspec.json.decode(read_bytes(path, MAX_TOKENIZER, fix, CheckpointError), type=_TokenizerFile)
+            found = msgspec.json.decode(read_bytes(path, MAX_TOKENIZER, FIX, CheckpointError), type=_TokenizerFile)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {fix}") from None
+            raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {FIX}") from None
         ids = found.model.vocab
         if isinstance(ids, list):
             ids = {token: place for place, (token, _) in enumerate(ids)}
@@ -105,20 +105,26 @@ class Tokenizer:
     @property
     def has_template(self) -> bool:
         """Has it a chat template?"""
-        return "chat_template" in self.settings or any((self.directory / name).is_file() for name in TEMPLATES)
+        return "chat_template" in self.settings or any(map(self._file, TEMPLATES))
 
     def differs(self, other: "Tokenizer") -> str:
         """Return the name of the tokenizer's file where both have it, with other bytes; else the empty string."""
         for name in FILES:
-            ours, theirs = self.directory / name, other.directory / name
-            if ours.is_file() and theirs.is_file():
-                equal = read_bytes(ours, MAX_TOKENIZER) == read_bytes(theirs, MAX_TOKENIZER)
+            ours, theirs = self._file(name), other._file(name)
+            if ours and theirs:
+                equal = read_bytes(ours, MAX_TOKENIZER, FIX) == read_bytes(theirs, MAX_TOKENIZER, FIX)
                 return "" if equal else name
         return ""
 
     def _json(self, name: str) -> dict:
+        """Return the content of a JSON file; nothing where it is not there."""
+        path = self._file(name)
+        return read_json(path, fix=FIX, error=CheckpointError) if path else {}
+
+    def _file(self, name: str) -> Path | None:
+        """Return the path of a file, if it is there."""
         path = self.directory / name
-        return read_json(path, fix="Fetch it again.", error=CheckpointError) if path.is_file() else {}
+        return path if path.is_file() else None
 
 
 def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:

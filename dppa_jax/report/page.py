@@ -15,6 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.report import published
 from dppa_jax.report.tables import ResultTable
+from dppa_jax.runtime import markdown
+from dppa_jax.runtime.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def write_report(directory: Path, report: Report) -> list[Path]:
     content = {"tables": {table.name: table.as_dict() for table in report.tables}, **report.data}
     texts = {
         "report.html": page(report),
-        "tables.md": "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in report.tables),
+        "tables.md": "\n".join(f"## {markdown.text(table.title)}\n\n{table.markdown()}" for table in report.tables),
         "tables.json": _json(content, indent=1) + "\n",
         **{f"tables/{table.name}.csv": table.csv() for table in report.tables},
         **{f"figures/{figure.name}.svg": f"{figure.svg}\n" for figure in report.figures},
@@ -100,7 +102,7 @@ def write_report(directory: Path, report: Report) -> list[Path]:
     for name, text in texts.items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     return [directory / name for name in texts]
 
 

@@ -69,7 +69,7 @@ def published() -> tuple[Published, ...]:
     >>> published()[0]
     Published(table=1, subject='math', column='magnitude', rate=0.1, printed='96.46')
     """
-    with files("dppa_jax.report").joinpath("published.csv").open(newline="") as lines:
+    with files("dppa_jax.report").joinpath("published.csv").open(newline="", encoding="utf-8") as lines:
         next(lines)  # the names of the columns
         return tuple(
             Published(int(table), subject, column, float(rate) if rate else None, printed)

@@ -10,6 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from dppa_jax.evaluate.scores import Score
+from dppa_jax.runtime import markdown
 
 DASH = "–"
 NO_RATIO = f"{DASH}: no ratio, because the dense expert answers nothing of a task correctly."
@@ -138,10 +139,11 @@ class ResultTable:
 
     def markdown(self) -> str:
         """Return the table and its footnotes as markdown."""
-        lines = [_line((self.corner, *self.columns)), "|---" + "|---:" * len(self.columns) + "|"]
+        head = map(markdown.text, (self.corner, *self.columns))
+        lines = [markdown.row(head), "|---" + "|---:" * len(self.columns) + "|"]
         for section, rows in self.sections():
-            lines += [_line((f"**{section}**", *[""] * len(self.columns)))] if section else []
-            lines += [_line((name, *map(str, cells))) for name, cells in rows]
+            lines += [markdown.row((f"**{markdown.text(section)}**", *[""] * len(self.columns)))] if section else []
+            lines += [markdown.row((markdown.text(name), *map(str, cells))) for name, cells in rows]
         lines += ["", "  \n".join(self.footnotes())] if self.footnotes() else []
         return "\n".join(lines) + "\n"
 
@@ -187,10 +189,6 @@ class ResultTable:
             cells[column] |= {"intervals": [list(interval) for interval in cell.intervals]} if cell.intervals else {}
             cells[column] |= {} if cell.published is None else {"published": cell.published}
         return cells
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _with_bounds(cell: Cell, seed: int, bounds: bool) -> tuple:

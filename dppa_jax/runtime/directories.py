@@ -8,6 +8,9 @@ not a link, and must belong to the user who runs the program.
 import errno
 import fcntl
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -68,6 +71,40 @@ def lock_directory(descriptor: int, path: Path | str) -> int:
     except OSError:
         pass  # a file system without locks
     return descriptor
+
+
+def empty_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:
+    """Claim a directory as `claim_directory` does, and remove what is in it; return the descriptor that holds the lock.
+
+    The name must be one that nobody else gives, as what a killed run left there cannot be told from other things.
+    """
+    descriptor = claim_directory(path, error)
+    _remove_content(descriptor)
+    return descriptor
+
+
+@contextmanager
+def scratch_directory(path: Path, error: type[ValueError] = ValueError) -> Iterator[Path]:
+    """Yield an empty directory that is this run's alone, and remove it at the end; see `empty_directory`."""
+    descriptor = empty_directory(path, error)
+    try:
+        yield path
+    finally:
+        _remove_content(descriptor)
+        with suppress(OSError):
+            os.rmdir(path)
+        os.close(descriptor)
+
+
+def _remove_content(descriptor: int) -> None:
+    """Remove all that is in a directory that is open; links in it are removed, not followed."""
+    with os.scandir(descriptor) as found:
+        entries = list(found)
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.name, dir_fd=descriptor)
+        else:
+            os.unlink(entry.name, dir_fd=descriptor)
 
 
 def open_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:

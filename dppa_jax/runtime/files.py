@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -18,6 +19,21 @@ def cache_directory() -> Path:
     on Linux.
     """
     return Path(os.environ.get("DPPA_JAX_CACHE") or user_cache_path("dppa_jax", appauthor=False))
+
+
+def kept_directory(path: Path) -> Path:
+    """Make a directory of files that are kept between runs, and return it.
+
+    Raises:
+      OSError: files cannot be written there; the message says how to choose another place.
+    """
+    try:
+        path.mkdir(0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"probe")
+    except OSError as error:
+        raise OSError(f"{path}: {error.strerror}; $DPPA_JAX_CACHE names another directory for what is kept.") from None
+    return path
 
 
 def digest(content) -> str:

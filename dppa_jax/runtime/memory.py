@@ -34,8 +34,8 @@ def peak_resident() -> int:
     Linux says it in /proc/self/status. Its `getrusage` would also count what the parent process held.
     """
     try:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+        status = Path("/proc/self/status").read_bytes()
+        return int(re.search(rb"VmHWM:\s*(\d+) kB", status)[1]) * 1024
     except (OSError, TypeError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -14,16 +14,34 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
 
 from dppa_jax.runtime import processes, signals
+from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.memory import size_text
+from dppa_jax.runtime.reading import printable
 
 LINE_SECONDS = 60  # between two lines of a log that shows no bar
 _shown: list[Progress] = []  # the bars on the screen; rich allows one set of them, which nested steps join
+
+
+class PlainConsole(Console):
+    """A console that shows every text as it is: names of experts and tensors come from outside, and may hold anything.
+
+    Nothing is parsed as markup or emoji, and control characters are escaped.
+    """
+
+    def __init__(self, **how: Any):
+        super().__init__(markup=False, emoji=False, **how)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        """Make a text for the terminal; all that is printed, and all cells of tables, come through here."""
+        return super().render_str(printable(text), **how)
 
 
 def console() -> Console:
@@ -32,15 +50,22 @@ def console() -> Console:
     It is as wide as the terminal; without a terminal it is wide enough for every table.
     """
     if processes.index():
-        return Console(quiet=True)
-    return Console() if sys.stdout.isatty() else Console(width=150)
+        return PlainConsole(quiet=True)
+    return PlainConsole() if sys.stdout.isatty() else PlainConsole(width=150)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write the content of a table as JSON, for programs, and print where the file is."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    write_whole(path, json.dumps(content, indent=1))
     console().print(f"as JSON: {path}")
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    """Return bars on stderr, with these columns between the bar and the time; they are not shown without a terminal."""
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), *columns, TimeRemainingColumn())
+    return Progress(*columns, console=PlainConsole(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 class Stage:
@@ -49,7 +74,7 @@ class Stage:
     def __init__(self, name: str, total: int, bar: Progress | None):
         self.name, self.total, self._bar = name, total, bar
         self._offset = None
-        self._task = bar.add_task(name, total=total) if bar else None
+        self._task = bar.add_task(printable(name), total=total) if bar else None
 
     def start_at(self, done: int) -> "Stage":
         """Count from here: `done` is what the stream had read before this stage, in bytes."""
@@ -78,8 +103,7 @@ def stage(name: str, total: int, already: int = 0, quiet: bool = False):
     """
     started = time.perf_counter()
     if sys.stderr.isatty() and not quiet:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-        with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+        with _bars(DownloadColumn(), TransferSpeedColumn()) as bar:
             yield Stage(name, total, bar).start_at(already)
     else:
         yield Stage(name, total, None).start_at(already)
@@ -104,11 +128,9 @@ def steps(name: str, total: int | None, unit: str = "models"):
     last_line = started
     with ExitStack() as stack:
         if not nested:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            bars = Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
-            _shown.append(stack.enter_context(bars))
+            _shown.append(stack.enter_context(_bars(MofNCompleteColumn())))
             stack.callback(_shown.clear)
-        task = _shown[-1].add_task(name, total=total)
+        task = _shown[-1].add_task(printable(name), total=total)
         stack.callback(_shown[-1].remove_task, task)
 
         def advance(done: int = 1) -> None:

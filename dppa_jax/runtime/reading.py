@@ -74,7 +74,7 @@ def read_bytes(
         raise OSError(failure.errno, failure.strerror, str(path)) from failure
     finally:
         os.close(descriptor)
-    if max(size, len(content)) > most:
+    if (size := max(size, len(content))) > most:
         raise error(f"{path}: {size} bytes, and such a file has at most {most}. {fix}")
     return bytes(content)
 
@@ -181,13 +181,17 @@ def read_json_lines(
                 yield number, parse_json(text, where, shape, fix, error)
 
 
-def printable(text: str) -> str:
+def printable(text: str, keep: str = "\n\t") -> str:
     r"""Escape what a terminal would obey or could not show: control characters, bytes of a name that is not UTF-8.
 
     >>> printable("layer\x1b[2J, caf\udce9")
     'layer\\x1b[2J, caf\\udce9'
+    >>> printable("two\nlines", keep="")
+    'two\\nlines'
     """
-    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in keep else ascii(one)[1:-1] for one in text)
 
 
 def _kind(path: Path | str) -> str:

@@ -113,6 +113,22 @@ def test_a_broken_off_build_leaves_nothing(brief, monkeypatch):
     assert [path.name for path in brief.iterdir() if path.is_dir()] == []
 
 
+def test_a_link_in_the_place_of_an_unfinished_family_is_refused(brief, tmp_path_factory):
+    mine = tmp_path_factory.mktemp("mine")
+    (mine / "file").write_text("precious")
+    (brief / f"demo-{family.fingerprint()}-0.incomplete").symlink_to(mine)
+    with pytest.raises(ValueError, match="is a link to"):
+        demo.directory("base")
+    assert [file.name for file in mine.iterdir()] == ["file"]
+
+
+def test_where_a_family_cannot_be_kept_the_variable_that_helps_is_named(brief, monkeypatch):
+    (brief / "file").write_text("")
+    monkeypatch.setenv("DPPA_JAX_CACHE", str(brief / "file" / "cache"))
+    with pytest.raises(OSError, match=r"file/cache: Not a directory; \$DPPA_JAX_CACHE names another directory"):
+        demo.directory("base")
+
+
 def test_an_unknown_member_is_refused_before_anything_is_trained(brief):
     with pytest.raises(
         ValueError, match="demo:medicine does not exist; there are demo:base, demo:math, demo:finance, demo:law"

@@ -91,7 +91,8 @@ def test_value_of_a_stranger_is_refused_and_no_code_of_it_runs(client, second, m
     in_round(0, monkeypatch)
     second.put("1/cost/1", pack(7))
     [(key, recorded)] = client.key_value_dir_get_bytes(f"{second._prefix}/")
-    for number, content in enumerate((code(tmp_path / "harm"), b"", pack(7), recorded)):
+    without_code = bytes(sealed.CODE_BYTES) + recorded[sealed.CODE_BYTES :]
+    for number, content in enumerate((without_code, recorded, b"", pack(7), code(tmp_path / "harm"))):
         in_round(number + 2, monkeypatch)
         client.key_value_set_bytes(key.replace("1/cost", f"{number + 2}/cost"), content)
         with pytest.raises(ForeignValueError, match=r"cost/1 does not carry the code of this job.*another program"):
