@@ -83,7 +83,7 @@ class LimitedChild:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
             start_new_session=True,  # else Ctrl-C would end it, and that would pass for a wrong answer
         )
         first_line = self._process.stdout.readline().strip()

@@ -57,7 +57,7 @@ WORK = {  # by name: the function, a question that loads what it needs, and the 
 
 def main() -> None:
     """Answer questions from stdin until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not pass for an answer
     work, first, memory = WORK[sys.argv[1]]
     try:
@@ -82,7 +82,7 @@ def main() -> None:
 def _address_space() -> int:
     """Return the bytes of address space that this process has; 0 where the system does not say it."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
     except OSError:
         return 0
 

@@ -113,7 +113,8 @@ class ResponseLog:
         self._lines[line["id"], line["tokens"]] = line
         if self._out is None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = os.fdopen(open_to_append(self._file), "a", buffering=1)  # each line is there at once
+            # Line by line: a response is in the file as soon as it is written.
+            self._out = os.fdopen(open_to_append(self._file), "a", buffering=1, encoding="ascii")
             if not os.fstat(self._out.fileno()).st_size:
                 self._out.write(json.dumps(self._key) + "\n")
         self._out.write(json.dumps(line) + "\n")

@@ -284,7 +284,8 @@ def installed_version(python: str) -> str:
         probe = subprocess.run(
             [python, "-c", PROBE],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=PROBE_SECONDS,
             env=environment(0),
             cwd="/",  # a vllm.py in the working directory is not vLLM

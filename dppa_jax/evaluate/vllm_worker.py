@@ -166,7 +166,7 @@ def requests() -> Iterator[dict]:
 
 def main() -> None:
     """Serve requests until stdin ends or an exception is raised."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not pass for an answer
     sys.path.append(str(HERE))  # for vllm_extension; last, so that no other file there hides a library
     try:
