@@ -6,9 +6,11 @@ the command line that repeats a run. The flags are defined when this module is i
 
 import math
 import os
+import re
 import shlex
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from functools import partial
 from itertools import starmap
 from operator import itemgetter
@@ -38,6 +40,7 @@ TITLES = (  # of the groups of --help, in their order
     *("fine-tuning", "report, validate and benchmark"),
 )
 EXPLAINED = ("work", "models", "method", "devices")  # by --helpshort; the flags of other groups are named there
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(I)?)?B?", re.IGNORECASE)
 WIDTH, COLUMN = 120, 32  # of a line, and of the flags' names in it
 LARGEST = 10**18  # of whole numbers; a larger one fits into no counter of a library
 WHOLE = "a whole number of at most 18 digits"
@@ -67,6 +70,19 @@ def read_integers(flag: str, given: Sequence[str]) -> tuple[int, ...]:
         if not number.is_integer() or abs(number) > LARGEST:
             raise ValueError(f"{flag}: {text!r} is not {WHOLE}.")
     return tuple(map(int, numbers))
+
+
+def read_size(flag: str, given: str) -> int:
+    """Read a number of bytes, with or without a unit.
+
+    >>> [read_size("--max_shard_size", text) for text in ("2000000000", "5GB", "500mb", "1.5 MiB")]
+    [2000000000, 5000000000, 500000000, 1572864]
+    """
+    found = SIZE.fullmatch(given.strip())
+    if not found:
+        raise ValueError(f"{flag}={given}: a number of bytes, for example 2000000000, 500MB, 5GB or 2GiB.")
+    number, unit, binary = found[1], (found[2] or "").upper(), found[3]
+    return int(Decimal(number) * (1024 if binary else 1000) ** " KMGT".index(unit or " "))
 
 
 def read_ranges(flag: str, given: Sequence[str]) -> tuple[float, ...]:
@@ -164,6 +180,7 @@ KINDS = {
     "path": Kind(flags.DEFINE_string, read_path),  # of a file or directory; also any other place of a model
     "paths": Kind(flags.DEFINE_list, read_paths),
     "gigabytes": Kind(flags.DEFINE_float, read_gigabytes, "a number"),
+    "size": Kind(flags.DEFINE_string, read_size),
     "words": Kind(flags.DEFINE_list, lambda flag, given: tuple(given)),
     "numbers": Kind(flags.DEFINE_list, read_numbers),
     "integers": Kind(flags.DEFINE_list, read_integers),

@@ -8,11 +8,13 @@ from pathlib import Path
 from dppa_jax.architecture.specs import CheckpointError, tree_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.in_memory import Model
+from dppa_jax.checkpoint.inside import COPIED
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
-from dppa_jax.checkpoint.safetensors import COPIED, SafetensorsDirectory
+from dppa_jax.checkpoint.safetensors import SafetensorsDirectory
 from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.run import PREFIX, JobConfig
 from dppa_jax.runtime import processes
+from dppa_jax.runtime.reading import printable
 
 
 def open_checkpoint(where: str | Path, seed: int = 0, weights: bool = True) -> Checkpoint:
@@ -43,21 +45,24 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
 
         return demo.directory(text.removeprefix("demo:"), seed)
     path = Path(os.path.expanduser(text.removeprefix(PREFIX)))
+    shown = printable(text)
     if path.is_dir() and text.startswith(PREFIX) and not is_orbax(path):
         raise CheckpointError(
-            f"{text}: {path} is not an Orbax checkpoint of a tree; --job=convert --base=WHERE --output={PREFIX}DIR "
+            f"{shown}: {path} is not an Orbax checkpoint of a tree; --job=convert --base=WHERE --output={PREFIX}DIR "
             f"makes one. Give a Hugging Face directory without {PREFIX}. In the directory of an Orbax "
             f"CheckpointManager, give the item of a step: {PREFIX}DIR/STEP/default."
         )
     if path.is_dir():
         return path
+    if path.is_symlink():
+        raise CheckpointError(f"{shown} is a link to {path.readlink()}, where no directory is.")
     if text.startswith(PREFIX):
-        raise CheckpointError(f"{text}: no such directory: {path}. Check the path after {PREFIX}.")
+        raise CheckpointError(f"{shown}: no such directory. Check the path after {PREFIX}.")
     if path.exists():
-        raise CheckpointError(f"{text} is a file; give the directory that holds it and config.json.")
+        raise CheckpointError(f"{shown} is a file; give the directory that holds it and config.json.")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):
         return _from_hub(text, weights)
-    raise CheckpointError(f"{text}: no such directory, and not of the form owner/name of a hub id.")
+    raise CheckpointError(f"{shown}: no such directory, and not of the form owner/name of a hub id.")
 
 
 def _from_hub(text: str, weights: bool) -> Path:

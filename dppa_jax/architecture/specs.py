@@ -5,14 +5,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Int
 
 from dppa_jax.architecture.table import architecture_of
 
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
+LARGEST = 10_000_000  # of a size in config.json; the largest vocabulary of a model is a tenth of it
+MOST_LAYERS = 2_000
+QUANTISATION = "quantization_config"  # a key of config.json
 DEQUANTISE = (
     "Quantised weights have no delta to a base: take the model as it was before quantisation, or dequantise it "
     "(transformers: model.dequantize().save_pretrained(DIR))."
@@ -21,6 +25,46 @@ DEQUANTISE = (
 
 class CheckpointError(ValueError):
     """A checkpoint, or a set of them, that cannot be merged: names the file, the tensor and the fix."""
+
+
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Tokens = Whole | list[Whole] | None
+
+
+class RopeShape(msgspec.Struct):
+    """The types of what is read of rotary embeddings; see `ConfigShape`."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: float | None = None
+    factor: float | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: float | None = None
+
+
+class ConfigShape(msgspec.Struct):
+    """The types of what is read from a config.json; other keys may hold anything.
+
+    Every key may be absent, and most may be null. Sizes are not among them, as their messages say more.
+    """
+
+    architectures: list[str] | None = None
+    model_type: str | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
+    hidden_act: str | None = None
+    rms_norm_eps: float = 0.0
+    max_position_embeddings: Whole = 0
+    rope_theta: float | None = None
+    rope_scaling: RopeShape | None = None
+    rope_parameters: RopeShape | None = None
+    bos_token_id: Tokens = None
+    eos_token_id: Tokens = None
+    pad_token_id: Tokens = None
 
 
 class Role(StrEnum):
@@ -131,7 +175,7 @@ def first_linear(specs: Mapping[str, TensorSpec]) -> TensorSpec:
 
 
 def check_config(config: Mapping, where: Path | str) -> None:
-    """Refuse a config.json that is not that of an unquantised model of the table with all its sizes.
+    """Refuse a config.json that is not that of an unquantised model of the table, with sizes that a model can have.
 
     Args:
       where: the path of config.json, for the message.
@@ -140,23 +184,35 @@ def check_config(config: Mapping, where: Path | str) -> None:
         architecture = architecture_of(config)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    if quantisation := config.get("quantization_config"):
+    try:
+        msgspec.convert(dict(config), ConfigShape)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise CheckpointError(f"{where}: {error}. Correct it, or download it again.") from None
+    if quantisation := config.get(QUANTISATION):
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, Mapping) else quantisation
-        raise CheckpointError(f"{where}: the weights are quantised (quant_method {method!r}). {DEQUANTISE}")
+        raise CheckpointError(f"{where}: the weights are quantised (quant_method {method!r:.99}). {DEQUANTISE}")
     required = architecture.required
     for key in required:
         if key not in config:
             raise CheckpointError(f"{where}: has no {key!r}; download config.json again from where the weights came.")
     for key in (*required, *OPTIONAL_SIZES):
-        value = config.get(key)
-        if (key in required or value is not None) and (type(value) is not int or value < 1):
-            raise CheckpointError(f"{where}: {key} is {value!r}, it must be a positive integer.")
+        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
+        if key in required or config.get(key) is not None:
+            _check_size(config[key], key, most, where)
     heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
     if heads % keys or (config["hidden_size"] % heads and not config.get("head_dim")):
         raise CheckpointError(
             f"{where}: num_attention_heads {heads} does not fit num_key_value_heads {keys} and hidden_size "
             f"{config['hidden_size']}; it must be a multiple of the one and divide the other."
         )
+
+
+def _check_size(value: Any, key: str, most: int, where: Path | str) -> None:
+    """Refuse what is no size of a model."""
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{where}: {key} is {value!r:.99}, it must be a positive integer.")
+    if value > most:
+        raise CheckpointError(f"{where}: {key} is {value!s:.30}, a model has at most {most}; correct it.")
 
 
 def with_dtype(config: Mapping, dtype: str) -> dict:
@@ -201,11 +257,16 @@ def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
     return specs
 
 
-def tied_heads(config: Mapping) -> tuple[str, ...]:
-    """Names of the heads that are the embeddings; some files carry them, as copies. None where the head is its own."""
+def tied_heads(config: Mapping) -> dict[str, str]:
+    """The names of heads that are the embeddings, with the names of these; empty where the head is its own.
+
+    Some files carry such a head, as a copy.
+    """
     architecture = architecture_of(config)
-    tied = config.get("tie_word_embeddings", architecture.tied)
-    return tuple(f"{head}.weight" for head in architecture.heads) if tied else ()
+    if not config.get("tie_word_embeddings", architecture.tied):
+        return {}
+    pairs = zip(architecture.heads, architecture.embeddings, strict=True)
+    return {f"{head}.weight": f"{embeddings}.weight" for head, embeddings in pairs}
 
 
 def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpec]]:

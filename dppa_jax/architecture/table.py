@@ -127,9 +127,10 @@ def architecture_of(config: Mapping) -> Architecture:
       ValueError: no row has this architecture; names those that there are.
     """
     listed = config.get("architectures")
+    listed = listed if isinstance(listed, list) else None
     named = listed[0] if listed else config.get("model_type", "unknown")
     for row in ARCHITECTURES.values():
         if named in (row.classes if listed else (row.model_type,)):
             return row
     supported = ", ".join(name for row in ARCHITECTURES.values() for name in row.classes)
-    raise ValueError(f"architecture {named!r} is not supported; supported: {supported}.")
+    raise ValueError(f"architecture {named!r:.99} is not supported; supported: {supported}.")

@@ -1,15 +1,20 @@
 """recipe.json and the model card: what a merged checkpoint was made from, and how."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 
 from dppa_jax.architecture.specs import Linears
+from dppa_jax.checkpoint.inside import readable
 from dppa_jax.runtime import markdown
+from dppa_jax.runtime.reading import printable
 
 LIBRARIES = ("dppa_jax", "jax", "jaxlib", "numpy", "flax", "transformers", "safetensors")
+METADATA_BYTES = 64_000  # of a model card; its metadata stand first
 
 
 def recipe(
@@ -115,12 +120,21 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def licence(card: str) -> str:
-    """Return the licence field of a model card's metadata, or 'unknown'."""
+def licence(directory: Path) -> str:
+    """Return the licence that the metadata of a model's card name, or 'unknown'.
+
+    Raises:
+      CheckpointError: README.md leads outside the directory, is no file, or may not be read.
+    """
+    if not os.path.lexists(directory / "README.md"):
+        return "unknown"
+    with open(readable(directory, "README.md"), "rb") as file:
+        card = file.read(METADATA_BYTES).decode(errors="replace")
     if card.startswith("---"):
         for line in card.split("\n---", 1)[0].splitlines():
             if line.startswith("license:"):
-                return line.removeprefix("license:").split(" #")[0].strip().strip("'\"") or "unknown"
+                value = line.removeprefix("license:").split(" #")[0].strip().strip("'\"")
+                return printable(value[:99]) or "unknown"
     return "unknown"
 
 

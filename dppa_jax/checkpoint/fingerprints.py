@@ -9,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.checkpoint.inside import inside
+from dppa_jax.runtime.reading import naming, read_bytes
+
 PAGE = 4096  # bytes
 PAGES = 64  # sampled of each file
 
@@ -22,7 +26,7 @@ def fingerprint(config: Mapping, files: Mapping[str, Path]) -> str:
     """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, file in files.items():
-        with file.open("rb", buffering=0) as content:
+        with naming(file), file.open("rb", buffering=0) as content:
             size = os.fstat(content.fileno()).st_size
             digest.update(f"{name} {size}".encode())
             for position in np.linspace(0, max(size - PAGE, 0), PAGES).astype(int):
@@ -33,8 +37,9 @@ def fingerprint(config: Mapping, files: Mapping[str, Path]) -> str:
 def content_digest(directory: Path, config: Mapping, files: Mapping[str, Path]) -> str:
     """Hash a checkpoint's config, its generation config and every byte of its files: about a second for each GB."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    generation = directory / "generation_config.json"
-    digest.update(generation.read_bytes() if generation.is_file() else b"")
+    generation = "generation_config.json"
+    if (directory / generation).exists():
+        digest.update(read_bytes(inside(directory, generation), error=CheckpointError))
     for file in files.values():
         stat = file.stat()
         digest.update(_file_digest(file, stat.st_size, stat.st_mtime_ns))
@@ -44,5 +49,5 @@ def content_digest(directory: Path, config: Mapping, files: Mapping[str, Path]) 
 @cache  # a report opens its models once for every seed
 def _file_digest(file: Path, size: int, modified: int) -> bytes:
     """Hash a file; `size` and `modified` tell the cache that the file has changed."""
-    with file.open("rb") as content:
+    with naming(file), file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").digest()

@@ -5,12 +5,17 @@ them. config.json and the tokenizer files lie beside the arrays.
 """
 
 import math
-from collections.abc import Mapping
+import operator
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from absl import logging
 
@@ -25,8 +30,12 @@ from dppa_jax.architecture.specs import (
 )
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
-from dppa_jax.checkpoint.safetensors import read_config, read_json
+from dppa_jax.checkpoint.headers import UnfitError, shown
+from dppa_jax.checkpoint.inside import inside
+from dppa_jax.checkpoint.promised import drop_tied_heads, quantisation_left_over, without_quantisation
+from dppa_jax.checkpoint.safetensors import read_any_config
 from dppa_jax.config.run import PREFIX
+from dppa_jax.runtime.reading import printable, read_json
 
 TREE = "_METADATA"  # the file in which Orbax lists the names of all arrays
 MANIFEST = "manifest.ocdbt"  # this file is there when all arrays share files, which is Orbax's default
@@ -48,6 +57,21 @@ class StackedTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _Key(msgspec.Struct):
+    key: str | int
+
+
+class _Array(msgspec.Struct):
+    key_metadata: list[_Key]
+
+
+class _Tree(msgspec.Struct):
+    """What is read of Orbax's list of arrays."""
+
+    tree_metadata: dict[str, _Array]
+    use_zarr3: bool | None = False
+
+
 class OrbaxDirectory:
     """An open Orbax checkpoint, a `Source` that offers what a SafetensorsDirectory offers.
 
@@ -60,11 +84,17 @@ class OrbaxDirectory:
     def __init__(self, directory: Path | str):
         self.directory = Path(directory)
         check_name(self.directory)
-        self.config = read_config(self.directory)
-        self._arrays = _open_arrays(self.directory)
-        self._check()
+        said = read_any_config(self.directory)
+        self.config = without_quantisation(said)
+        with quantisation_left_over(said, self.directory / "config.json"):
+            self._arrays = self._open()
         self.specs = tensor_specs(self.config)
         self.tensors = {name: self._tensor(spec) for name, spec in self.specs.items()}
+        for head, path in _head_paths(self.config).items():
+            if array := self._arrays.get(path):
+                dtype = np.dtype(array.dtype.numpy_dtype)
+                self.tensors[head] = StackedTensor(self.directory, path, None, dtype, array.shape)
+        drop_tied_heads(self)
 
     @property
     def dtype(self) -> np.dtype:
@@ -87,10 +117,8 @@ class OrbaxDirectory:
             rows = rows[tensor.layer]
         if len(tensor.shape) == 2:
             rows = rows[start:stop]
-        try:
+        with _explained(self.directory, name):
             tensorstore.array(out.reshape(rows.shape)).write(rows).result()
-        except ValueError as error:
-            raise _damaged(self.directory, name, error) from error
 
     def read(self, name: str) -> np.ndarray:
         """Read a whole tensor."""
@@ -114,39 +142,31 @@ class OrbaxDirectory:
         """Close the arrays. They cannot be read afterwards."""
         self._arrays.clear()
 
-    def _check(self) -> None:
-        """Refuse a checkpoint whose arrays are not exactly those that config.json promises, in names and shapes."""
-        expected = stacked_shapes(self.config)
-        copies = {tuple(name.removesuffix(".weight").split(".")) for name in tied_heads(self.config)}
-        present = set(self._arrays) - copies
+    def _open(self) -> dict[tuple[str, ...], Any]:
+        """Open the arrays by path, if they are exactly those that config.json promises, in names, dtypes and shapes."""
+        expected, copies = stacked_shapes(self.config), set(_head_paths(self.config).values())
+        present, zarr3 = _listed(self.directory)
         if missing := [path for path in expected if path not in present]:
-            raise CheckpointError(
+            raise UnfitError(
                 f"{self.directory}: {len(missing)} arrays are missing, first {'.'.join(missing[0])!r}; is it the tree "
                 f"of a model with layers stacked (dppa_jax/checkpoint/README.md), and is config.json that of these "
                 f"arrays?"
             )
-        if extra := sorted(present - set(expected)):
-            raise CheckpointError(
+        if extra := sorted(present - set(expected) - copies):
+            raise UnfitError(
                 f"{self.directory} has {len(extra)} arrays that a model of this config.json does not have, first "
-                f"{'.'.join(extra[0])!r}; save the weights alone, and check attention_bias, mlp_bias and "
+                f"{shown('.'.join(extra[0]))!r}; save the weights alone, and check attention_bias, mlp_bias and "
                 f"tie_word_embeddings."
             )
+        arrays = {path: _opened(self.directory, path, zarr3) for path in (*expected, *(present - set(expected)))}
         for path, shape in expected.items():
-            if self._arrays[path].shape != shape:
-                raise CheckpointError(
-                    f"{self.directory}: {'.'.join(path)} has shape {self._arrays[path].shape}, config.json says "
+            if arrays[path].shape != shape:
+                raise UnfitError(
+                    f"{self.directory}: {'.'.join(path)} has shape {arrays[path].shape}, config.json says "
                     f"{shape}; config.json does not belong to these arrays."
                 )
-        if slow := [path for path in expected if len(expected[path]) == 3 and self._layers_of_chunk(path) > 1]:
-            logging.warning(
-                "%s: a chunk of %s has %d layers, and all of them are read to get one; --job=convert --base=%s%s "
-                "--output=%sDIR makes a checkpoint of smaller chunks",
-                *(self.directory, ".".join(slow[0]), self._layers_of_chunk(slow[0]), PREFIX, self.directory, PREFIX),
-            )
-
-    def _layers_of_chunk(self, path: tuple[str, ...]) -> int:
-        """Return how many layers a chunk of a stacked array holds."""
-        return self._arrays[path].chunk_layout.read_chunk.shape[0]
+        _check_chunks(self.directory, arrays)
+        return arrays
 
     def _tensor(self, spec: TensorSpec) -> StackedTensor:
         """Return where a tensor is among the arrays."""
@@ -172,28 +192,72 @@ def stacked_shapes(config: Mapping) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {path: stacked_shape(group) for path, group in by_path(tensor_specs(config).values()).items()}
 
 
-def _open_arrays(directory: Path) -> dict[tuple[str, ...], Any]:
-    """Open every array of the tree with TensorStore; return them by path."""
+def _head_paths(config: Mapping) -> dict[str, tuple[str, ...]]:
+    """Return the paths of heads that are the embeddings by their names; some checkpoints have them, as copies."""
+    return {head: tuple(head.removesuffix(".weight").split(".")) for head in tied_heads(config)}
+
+
+def _listed(directory: Path) -> tuple[set[tuple[str, ...]], bool]:
+    """Return the paths of the arrays that Orbax lists, and whether they are in the third version of zarr's format.
+
+    Raises:
+      CheckpointError: the list is damaged, or a file of the checkpoint leads outside.
+    """
+    _check_files(directory)
+    fix = "It is not as Orbax writes it; copy it again."
+    tree = read_json(inside(directory, TREE), _Tree, fix=fix, error=CheckpointError)
+    paths = {tuple(str(key.key) for key in array.key_metadata) for array in tree.tree_metadata.values()}
+    return paths, bool(tree.use_zarr3)
+
+
+def _check_files(directory: Path) -> None:
+    """Refuse links that lead outside, and what is neither file nor directory: TensorStore would open them."""
+    for folder, folders, files in os.walk(directory):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                mode = inside(directory, str(path.relative_to(directory))).stat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise CheckpointError(f"{path} is neither a file nor a directory; put the file there.")
+
+
+def _opened(directory: Path, path: tuple[str, ...], zarr3: bool) -> Any:
+    """Open an array with TensorStore.
+
+    Raises:
+      UnfitError: it has another dtype than weights can have.
+      CheckpointError: it is damaged.
+    """
     import tensorstore  # takes 0.2 s, which a run without such a checkpoint saves
 
-    tree = read_json(directory / TREE)
-    arrays = {}
-    try:
-        for entry in tree["tree_metadata"].values():
-            path = tuple(str(part["key"]) for part in entry["key_metadata"])
-            spec = _store(directory, ".".join(path), bool(tree.get("use_zarr3")))
-            arrays[path] = tensorstore.open(spec, context=_context(), open=True, read=True).result()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{directory / TREE} is not as Orbax writes it ({error!r}); copy it again.") from error
-    except ValueError as error:
-        raise _damaged(directory, ".".join(path), error) from error
+    name = ".".join(path)
+    with _explained(directory, name):
+        array = tensorstore.open(_store(directory, name, zarr3), context=_context(), open=True, read=True).result()
+    if array.dtype.numpy_dtype not in DTYPE_BY_NAME.values():
+        raise UnfitError(
+            f"{directory}: {name} is stored as {array.dtype.name}; weights must be {', '.join(DTYPE_BY_NAME)}."
+        )
+    return array
+
+
+def _check_chunks(directory: Path, arrays: Mapping[tuple[str, ...], Any]) -> None:
+    """Refuse chunks larger than their array, which would fill the memory; warn of chunks of several layers."""
+    slow = {}
     for path, array in arrays.items():
-        if array.dtype.numpy_dtype not in DTYPE_BY_NAME.values():
+        chunk = array.chunk_layout.read_chunk.shape
+        if any(map(operator.gt, chunk, array.shape)):
             raise CheckpointError(
-                f"{directory}: {'.'.join(path)} is stored as {array.dtype.name}; weights must be "
-                f"{', '.join(DTYPE_BY_NAME)}."
+                f"{directory}: {'.'.join(path)} has the shape {array.shape} and chunks of {chunk}; copy it again."
             )
-    return arrays
+        if len(chunk) == 3 and chunk[0] > 1:
+            slow[".".join(path)] = chunk[0]
+    for name, layers in [*slow.items()][:1]:
+        logging.warning(
+            "%s: a chunk of %s has %d layers, and all of them are read to get one; --job=convert --base=%s%s "
+            "--output=%sDIR makes a checkpoint of smaller chunks",
+            *(directory, name, layers, PREFIX, directory, PREFIX),
+        )
 
 
 def _store(directory: Path, name: str, zarr3: bool) -> dict:
@@ -222,7 +286,13 @@ def _files(directory: Path) -> dict[str, Path]:
     return {str(path.relative_to(directory)): path for path in sorted(files)}
 
 
-def _damaged(directory: Path, name: str, error: ValueError) -> CheckpointError:
-    """Turn TensorStore's error into ours, which names the array and the fix."""
-    reason = str(error).split(" [")[0]
-    return CheckpointError(f"{directory}: {name} cannot be read: {reason}. Copy the checkpoint again.")
+@contextmanager
+def _explained(directory: Path, name: str) -> Iterator[None]:
+    """Turn errors of TensorStore into ours, which name the array and the fix."""
+    try:
+        yield
+    except (ValueError, NotImplementedError, IndexError, KeyError) as error:
+        reason = str(error).split(" [")[0]
+        raise CheckpointError(
+            f"{directory}: {name} cannot be read: {printable(reason)}. Copy the checkpoint again."
+        ) from error

@@ -13,8 +13,10 @@ import xxhash
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct_file import DirectFile
+from dppa_jax.checkpoint.headers import DTYPE_BY_CODE
+from dppa_jax.checkpoint.inside import companions
 from dppa_jax.checkpoint.output import TakenError, Unfinished, check_space, output_directory, publish, sync
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, DTYPE_BY_CODE, companions
+from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.checkpoint.small_files import copies, write_small_files
 from dppa_jax.checkpoint.unfinished import aside_of
 from dppa_jax.config.run import MAX_SHARD_SIZE

@@ -3,16 +3,15 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from dppa_jax.checkpoint.inside import MAX_COPIED
 from dppa_jax.checkpoint.output import sync
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.reading import read_bytes
 
-MAX_BYTES = 1_000_000_000  # of a tokenizer file
-
 
 def copies(files: Iterable[Path], directory: Path | str) -> dict[str, bytes]:
     """Read files of a model's directory; return their contents by their places in it."""
-    return {str(file.relative_to(directory)): read_bytes(file, MAX_BYTES) for file in files}
+    return {str(file.relative_to(directory)): read_bytes(file, MAX_COPIED) for file in files}
 
 
 def write_small_files(directory: Path, contents: Mapping[str, str | bytes]) -> None:

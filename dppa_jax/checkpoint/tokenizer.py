@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from dppa_jax.architecture.specs import CheckpointError
-from dppa_jax.checkpoint.safetensors import companions
+from dppa_jax.checkpoint.inside import MAX_COPIED, companions
 from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.reading import printable, read_bytes
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it tells that it did not find PyTorch
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a tokenizer has one of them
-MAX_BYTES = 500_000_000  # of a tokenizer's file; the largest in use have some 40 MB
+OTHERS = ("generation_config", "LICENSE", "NOTICE", "USE_POLICY")  # how companions begin that are not a tokenizer's
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -25,9 +25,8 @@ def has_tokenizer(directory: Path) -> bool:
 
 def tokenizer_digest(directory: Path) -> str:
     """Hash the tokenizer files of a directory, with the chat template; equal hashes mean equal tokenizers."""
-    files = [file for file in companions(directory) if file.name != "generation_config.json"]
-    found = [(file.name, hashlib.sha256(read_bytes(file, MAX_BYTES)).hexdigest()) for file in files]
-    return digest(found)
+    files = [file for file in companions(directory) if not file.name.startswith(OTHERS)]
+    return digest([(file.name, hashlib.sha256(read_bytes(file, MAX_COPIED)).hexdigest()) for file in files])
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -36,14 +35,12 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
       CheckpointError: there is none, a file of it leads out of the directory, or transformers cannot read it.
     """
-    files = companions(directory)
+    companions(directory)  # refuses what leads out of it, or is too large
     if not has_tokenizer(directory):
         raise CheckpointError(
             f"{directory} has no tokenizer, none of {', '.join(VOCABULARIES)}: copy the tokenizer files of the model "
             f"that it was made from there. To evaluate it, --tokenizer=NAME may name a model that has them."
         )
-    if large := [file for file in files if file.stat().st_size > MAX_BYTES]:
-        raise CheckpointError(f"{large[0]}: more than {MAX_BYTES} bytes; copy the model's own file there.")
     whole = any((directory / name).is_file() for name in VOCABULARIES if name != "tokenizer.model")
     if not whole and find_spec("sentencepiece") is None:
         raise CheckpointError(

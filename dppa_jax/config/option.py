@@ -193,4 +193,6 @@ def _flag_default(default: Any, said: Option) -> Any:
         return said.default
     if default is None or default is MISSING:
         return EMPTY.get(said.kind, [])
+    if said.kind == "size":
+        return str(default)
     return [str(one) for one in default] if isinstance(default, tuple) else default

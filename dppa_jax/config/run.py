@@ -61,9 +61,10 @@ class JobConfig:
     save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
     max_shard_size: int = option(
         MAX_SHARD_SIZE,
-        "bytes of a safetensors file",
+        "bytes of a safetensors file, or 5GB, 500MB, 2GiB",
+        kind="size",
         least=1,
-        message="--{flag}={value}: a number of bytes, for example 2000000000.",
+        message="--{flag}={value}: a number of bytes, for example 2000000000 or 5GB.",
     )
     mesh: str = option(
         "",

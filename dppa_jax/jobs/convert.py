@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
+from dppa_jax.checkpoint.inside import companions, records
 from dppa_jax.checkpoint.output import output_directory
-from dppa_jax.checkpoint.safetensors import ALIGNMENT, companions
+from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.checkpoint.safetensors_writer import Tensors, publish_all, total_bytes
 from dppa_jax.checkpoint.small_files import copies
 from dppa_jax.config.run import PREFIX, ConvertConfig
@@ -33,7 +34,6 @@ from dppa_jax.runtime.progress import Stage, stage
 from dppa_jax.where import open_checkpoint
 
 PIECE = 1 << 26  # bytes read and written at a time when the output is safetensors
-RECORDS = ("README.md", "recipe.json", "finetune.json", "coefficients.json")  # they tell how the weights were made
 
 
 def run_convert(job: ConvertConfig) -> None:
@@ -45,6 +45,7 @@ def run_convert(job: ConvertConfig) -> None:
         opened = open_checkpoint(job.base, job.seed)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
+        companions(source.directory), records(source.directory)  # refused, if need be, before the work
         check_code(source)
         tensors = converted_tensors(source, job.output_dtype)
         write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
@@ -87,8 +88,8 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
                 stop = min(start + step, spec.rows)
                 if not writer.has_rows(name, start, stop):
                     writer.write_rows(name, start, reader.rows([spec], dtype, start, stop)[0])
-        records = copies(_records(source.directory), source.directory)
-        writer.complete(_config(source, job.output_dtype), source.directory, records)
+        texts = copies(records(source.directory), source.directory)
+        writer.complete(_config(source, job.output_dtype), source.directory, texts)
         reader.check_unchanged()
         publish_all([writer])
 
@@ -98,7 +99,7 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
     from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # takes a second to import
 
     source = reader.source
-    beside = [*companions(source.directory), *_records(source.directory)]
+    beside = [*companions(source.directory), *records(source.directory)]
     with OrbaxWriter(output, total_bytes(tensors), job.overwrite) as writer:
         tree = _deferred(reader, tensors, across_processes(make_mesh(job.mesh)))
         writer.commit(tree, _config(source, job.output_dtype), beside, source.directory, reader.check_unchanged)
@@ -151,8 +152,3 @@ def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:
 
 def _config(source: Checkpoint, output_dtype: str) -> dict:
     return with_dtype(source.config, output_dtype or source.dtype.name)
-
-
-def _records(directory: Path) -> list[Path]:
-    """Return the files of a model that tell how its weights were made."""
-    return [directory / name for name in RECORDS if (directory / name).is_file()]

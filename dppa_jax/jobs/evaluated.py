@@ -88,10 +88,11 @@ def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) 
 def check_forward(directory: Path) -> None:
     """Refuse a model that cannot be evaluated here, before any work is done."""
     config = read_config(directory)
-    if not architecture_of(config).forward:
+    architecture = architecture_of(config)
+    if not architecture.forward:
         able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes)
         raise ValueError(
-            f"{directory}: {config.get('architectures', ['?'])[0]} can be merged, and not yet evaluated, searched or "
+            f"{directory}: {architecture.classes[0]} can be merged, and not yet evaluated, searched or "
             f"tuned here, as {able} can: leave out --evaluate, and evaluate the output with another program."
         )
 

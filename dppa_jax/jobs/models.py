@@ -5,8 +5,9 @@ from pathlib import Path
 from absl import logging
 
 from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.checkpoint.card import licence
+from dppa_jax.checkpoint.inside import companions
 from dppa_jax.checkpoint.output import output_directory
-from dppa_jax.checkpoint.safetensors import companions
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible, check_same_base
@@ -56,6 +57,8 @@ def check_models(opened: Opened) -> None:
         job.workdir if works else "",
     )
     check_compatible(opened.base, opened.experts)
+    for model in models.values():
+        licence(model.directory)  # the model card names it in the end
     companions(opened.base.directory)
     companions(opened.tokenizer.directory)
     check_tokenizers({n: Tokenizer(n, model.directory, model.config) for n, model in models.items()}, job.tokenizer)

@@ -115,8 +115,7 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
         for name, model in models.items()
     }
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
-    cards = [model.directory / "README.md" for model in models.values()]
-    licences = [licence(card.read_text(errors="replace")) if card.is_file() else "unknown" for card in cards]
+    licences = [licence(model.directory) for model in models.values()]
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
     return {
         "recipe.json": recipe(job.flags, config, inputs, tables, outcome.linears, job.merge.rates, cost),

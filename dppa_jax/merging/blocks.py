@@ -56,14 +56,17 @@ def shares(specs: Mapping[str, TensorSpec], processes: int) -> list[dict[str, Te
 
 def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int) -> list[Block]:
     """Layers in blocks of `block_layers`, then embeddings and head in chunks no larger than a matrix, then the norm."""
-    layers = sorted({spec.layer for spec in specs.values() if spec.layer is not None})
+    of_layer: dict[int, list[TensorSpec]] = {}
+    for spec in specs.values():
+        if spec.layer is not None:
+            of_layer.setdefault(spec.layer, []).append(spec)
+    layers = sorted(of_layer)
     blocks = []
     for first in range(0, len(layers), block_layers):
         chosen = tuple(layers[first : first + block_layers])
         alike: dict[tuple, list[TensorSpec]] = {}
-        for spec in specs.values():
-            if spec.layer in chosen:
-                alike.setdefault((spec.kind, spec.shape), []).append(spec)
+        for spec in (spec for layer in chosen for spec in of_layer[layer]):
+            alike.setdefault((spec.kind, spec.shape), []).append(spec)
         blocks.append(Block(tuple(map(whole_matrix, alike.values())), chosen))
     largest = max((matrix.elements for block in blocks for matrix in block.matrices), default=CHUNK)
     for spec in specs.values():

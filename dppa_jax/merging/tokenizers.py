@@ -13,6 +13,7 @@ import msgspec
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.checkpoint.inside import inside
 from dppa_jax.runtime.reading import printable, read_bytes, read_json
 
 MAX_TOKENIZER = 100_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
@@ -123,7 +124,7 @@ class Tokenizer:
 
     def _file(self, name: str) -> Path | None:
         """Return the path of a file, if it is there."""
-        path = self.directory / name
+        path = inside(self.directory, name)
         return path if path.is_file() else None
 
 

@@ -117,7 +117,7 @@ class LlamaConfig:
             num_key_value_heads=kv_heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+            rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
             rope_scaling=RopeScaling.from_hf(rope),
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             max_position_embeddings=config.get("max_position_embeddings", 2048),

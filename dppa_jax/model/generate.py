@@ -11,11 +11,12 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Int
 
-from dppa_jax.checkpoint.safetensors import companions
+from dppa_jax.checkpoint.inside import inside
 from dppa_jax.model.config import LlamaConfig, end_ids
 from dppa_jax.model.decoder import Cache, Llama, Tree, hidden_states, unembed
 from dppa_jax.runtime.reading import read_json
 
+GENERATION = "generation_config.json"
 SMALLEST_BUCKET = 16  # tokens; for shorter lengths a compilation costs more than padding
 
 
@@ -80,9 +81,9 @@ def end_tokens(config: Mapping[str, Any], directory: Path | None) -> tuple[int, 
       ValueError: generation_config.json is no JSON object, or names something else than ids.
     """
     ids = LlamaConfig.from_hf(config).eos_token_id
-    for file in companions(directory) if directory else ():
-        if file.name == "generation_config.json":
-            ids = end_ids(read_json(file).get("eos_token_id"), f"{file}: eos_token_id") or ids
+    if directory and (directory / GENERATION).exists():
+        file = inside(directory, GENERATION)
+        ids = end_ids(read_json(file).get("eos_token_id"), f"{file}: eos_token_id") or ids
     return tuple(sorted(set(ids)))
 
 

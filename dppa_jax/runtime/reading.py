@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,17 @@ def open_regular(path: Path | str, error: type[ValueError] = ValueError) -> int:
     return descriptor
 
 
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Add a file's name to an error of the operating system that lacks it, as one of reading from a descriptor does."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno is None or failure.filename is not None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+
+
 def read_bytes(
     path: Path | str, most: int = MAX_BYTES, fix: str = "Correct it.", error: type[ValueError] = ValueError
 ) -> bytes:
@@ -66,12 +78,11 @@ def read_bytes(
     """
     descriptor = open_regular(path, error)
     try:
-        size = os.fstat(descriptor).st_size
-        content = bytearray()
-        while size <= most and (piece := os.read(descriptor, min(STEP, most + 1 - len(content)))):
-            content += piece
-    except OSError as failure:
-        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+        with naming(path):
+            size = os.fstat(descriptor).st_size
+            content = bytearray()
+            while size <= most and (piece := os.read(descriptor, min(STEP, most + 1 - len(content)))):
+                content += piece
     finally:
         os.close(descriptor)
     if (size := max(size, len(content))) > most:
@@ -137,7 +148,7 @@ def convert(value: Any, where: str, shape: Any, fix: str = "Correct it.", error:
     """Return a JSON value as the declared shape; the arguments are those of `parse_json`."""
     try:
         return msgspec.convert(value, shape)
-    except (msgspec.ValidationError, RecursionError, OverflowError) as failure:
+    except (msgspec.ValidationError, RecursionError, OverflowError, UnicodeError) as failure:
         raise error(f"{where}: {printable(str(failure))}. {fix}") from None
 
 
@@ -165,10 +176,8 @@ def read_json_lines(
     with os.fdopen(open_regular(path, error), "rb") as lines:
         for number in count(1):
             where = f"{path}:{number}"
-            try:
+            with naming(path):
                 line = lines.readline(MAX_LINE_BYTES + 1)
-            except OSError as failure:
-                raise OSError(failure.errno, failure.strerror, str(path)) from failure
             if not line:
                 return
             if len(line) > MAX_LINE_BYTES:

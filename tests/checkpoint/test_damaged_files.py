@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from command import launch
 from families import (
     Q_PROJ,
     edit_header,
@@ -70,16 +71,16 @@ def test_git_lfs_pointer_in_place_of_the_weights(merge, weights):
 @pytest.mark.parametrize(
     ("header", "said"),
     [
-        (b"{'a'}", "is not JSON"),
-        (b"\xff\xfe", "is not JSON"),
-        (b"[1, 2]", "holds a list"),
-        (b"[" * 99999, "is not JSON"),
+        (b"{'a'}", " is not JSON"),
+        (b"\xff\xfe", " is not JSON"),
+        (b'{"a":{"b":' + b"[" * 99999, " is not JSON"),
+        (b"[1, 2]", ": Expected `object`, got `array`"),
     ],
 )
 def test_corrupted_header(merge, weights, header, said):
     weights.write_bytes(len(header).to_bytes(8, "little") + header + bytes(100))
     message = merge.refusal()
-    assert f"the header of {weights} {said}" in message
+    assert f"the header of {weights}{said}" in message
     assert "download it again" in message
 
 
@@ -189,12 +190,21 @@ def test_more_layers_in_the_config_than_in_the_files(merge):
     assert "config.json (num_hidden_layers 4)" in message
 
 
-@pytest.mark.parametrize(("dtype", "code"), [(np.int32, "I32"), (np.uint8, "U8"), (np.float64, "F64")])
-def test_quantised_and_other_dtypes(merge, weights, dtype, code):
+@pytest.mark.parametrize(
+    ("dtype", "code", "fix"),
+    [
+        (np.int32, "I32", "model.dequantize().save_pretrained(DIR)"),
+        (np.uint8, "U8", "model.dequantize().save_pretrained(DIR)"),
+        (np.float64, "F64", "dtype='float32'"),
+        (np.int64, "I64", "leave it out"),
+    ],
+)
+def test_dtypes_that_weights_cannot_have(merge, weights, dtype, code, fix):
     edit_tensors(weights, lambda tensors: tensors.update({Q_PROJ: np.ones((32, 32), dtype)}))
     message = merge.refusal()
     assert f"{weights}: {Q_PROJ} is stored as {code}; weights must be F32, F16, BF16" in message
-    assert "model.dequantize().save_pretrained(DIR)" in message
+    assert fix in message
+    assert ("uantise" in message) == ("dequantize" in fix)
 
 
 def test_float8(merge, weights):
@@ -205,11 +215,26 @@ def test_float8(merge, weights):
     assert f"{weights}: {Q_PROJ} is stored as F8_E4M3" in merge.refusal()
 
 
-def test_quantised_by_its_config(merge):
-    edit_json(merge.base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    message = merge.refusal()
-    assert f"{merge.base}/config.json: the weights are quantised (quant_method 'gptq')" in message
-    assert "dequantise it" in message
+@pytest.mark.parametrize(
+    "tensors",
+    [{Q_PROJ: np.ones((4, 32), np.int32)}, {Q_PROJ: np.ones((32, 16), np.float16)}, {"scales": np.ones(3, np.float16)}],
+    ids=["integers", "shape", "scales"],
+)
+def test_quantised_by_its_config(merge, weights, tensors):
+    edit_json(merge.law / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_tensors(weights, lambda found: found.update(tensors))
+    for of in (merge.flags(), ["--job=plan", *merge.flags()]):
+        message = merge.refusal(of=of)
+        assert f"{merge.law}/config.json: the weights are quantised (quant_method 'gptq')" in message
+        assert "dequantise it" in message
+
+
+def test_quantization_config_that_was_left_over(merge, capsys, caplog):
+    edit_json(merge.base / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    launch("--job=plan", *merge.flags()[:3], "--method=dppa", f"--workdir={merge.root / 'runs'}")
+    output = merge("--method=task_arithmetic")
+    assert "quantization_config" not in read_json(output / "config.json")
+    assert f"{merge.base}/config.json: the weights are not quantised, so its quantization_config is left" in caplog.text
 
 
 # ---- pickles and adapters
@@ -252,10 +277,12 @@ def test_config_missing(merge):
     assert f"{merge.law}/config.json is missing; is {merge.law} a Hugging Face model directory?" in message
 
 
-@pytest.mark.parametrize(("text", "said"), [("{'a': 1}", "is not JSON (Expecting property"), ("[]", "holds a list")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{'a': 1}", " is not JSON (Expecting property"), ("[]", ": Expected `object`, got `array`")]
+)
 def test_config_that_is_no_json_object(merge, text, said):
     (merge.law / "config.json").write_text(text)
-    assert f"{merge.law}/config.json {said}" in merge.refusal()
+    assert f"{merge.law}/config.json{said}" in merge.refusal()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +325,8 @@ def test_other_architecture(merge, changes, found):
 @pytest.mark.parametrize("index", [{"metadata": {}}, {"weight_map": ["a"]}, {"weight_map": {Q_PROJ: 1}}])
 def test_index_without_a_weight_map(merge, sharded, index):
     write_json(sharded / "model.safetensors.index.json", index)
-    assert "model.safetensors.index.json: has no weight_map from tensors to files" in merge.refusal()
+    assert f"{sharded}/model.safetensors.index.json: " in (message := merge.refusal())
+    assert "It must have a weight_map from tensors to files; download it again" in message
 
 
 # ---- paths that lead outside

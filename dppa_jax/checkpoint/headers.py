@@ -1,0 +1,158 @@
+"""Headers of safetensors files: which tensors a file holds, and where.
+
+A safetensors file is eight bytes with the length of the header, a JSON header, and the bytes of the tensors, without
+holes and overlaps.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import ml_dtypes
+import msgspec
+import numpy as np
+
+from dppa_jax.architecture.specs import DEQUANTISE, CheckpointError
+from dppa_jax.architecture.table import IGNORED
+from dppa_jax.runtime.reading import naming, open_regular, printable
+
+DTYPE_BY_CODE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+OTHER_CODES = {  # what to do with a tensor of another code; one that is not here is a quantised weight
+    "F64": "Save the model in one of them (transformers: from_pretrained(DIR, dtype='float32').save_pretrained(NEW)).",
+    **dict.fromkeys(("BOOL", "C64", "I16", "U16", "I64", "U64"), "It is no weight: leave it out of the file."),
+}
+MAX_HEADER = 16_000_000  # bytes; a model of 100,000 tensors has less
+NAMED = 4_000_000  # bytes of a header of which a damaged entry is looked for by name
+
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+
+class UnfitError(CheckpointError):
+    """The tensors of a checkpoint are not those that config.json promises."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # of the tensor's first byte in the file
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Entry(msgspec.Struct, gc=False):
+    """What a header says of a tensor. The header's __metadata__ has none of these keys."""
+
+    dtype: str = ""
+    shape: Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=8)] | None = None
+    data_offsets: tuple[Bytes, Bytes] | None = None
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.dtype) and self.shape is not None and self.data_offsets is not None
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name.
+
+    Raises:
+      UnfitError: a tensor has a dtype that weights cannot have.
+      CheckpointError: the file is truncated, damaged or no safetensors file.
+    """
+    with naming(file), open(open_regular(file, CheckpointError), "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        first = stream.read(8)
+        length = int.from_bytes(first, "little")
+        if first == b"version ":
+            raise CheckpointError(f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` there.")
+        if size < 8 or length > min(size - 8, MAX_HEADER):
+            raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); download it again.")
+        entries = _parse(file, stream.read(length))
+    tensors, data = {}, 8 + length
+    for name, offset in _in_order(file, entries, data, size):
+        if tensor := _tensor(file, name, entries[name], offset):
+            tensors[name] = tensor
+    return tensors
+
+
+def shown(name: str) -> str:
+    """Return a tensor's name as a message can have it."""
+    return printable(name if len(name) < 300 else f"{name[:300]}…", keep="")
+
+
+def _parse(file: Path, header: bytes) -> dict[str, _Entry]:
+    """Parse a header straight into entries, so that a hostile one takes little more memory than its own size."""
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, _Entry | None])
+    except msgspec.ValidationError as error:
+        raise _damaged(file, header, error) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header of {file} is not JSON ({error}); download it again.") from None
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry is None or not entry.complete:
+            raise CheckpointError(f"{file}: the header's entry of {shown(name)} is damaged; download it again.")
+    return entries
+
+
+def _damaged(file: Path, header: bytes, error: msgspec.ValidationError) -> CheckpointError:
+    """Return the error for a header that is JSON of another shape, with the name of the first such entry."""
+    try:
+        raw = msgspec.json.decode(header, type=dict[str, msgspec.Raw]) if len(header) <= NAMED else {}
+    except (ValueError, RecursionError):
+        raw = {}
+    for name, entry in raw.items():
+        try:
+            msgspec.json.decode(entry, type=_Entry | None)
+        except (ValueError, RecursionError):
+            said = bytes(entry)[:99].decode(errors="replace")
+            return CheckpointError(
+                f"{file}: the header's entry of {shown(name)} is damaged: {printable(said)}; download it again."
+            )
+    return CheckpointError(f"the header of {file}: {error}; download it again.")
+
+
+def _in_order(file: Path, entries: dict[str, _Entry], data: int, size: int) -> Iterator[tuple[str, int]]:
+    """Yield name and place of each tensor as they lie in the file; they must fill it from byte `data` to `size`."""
+    position = 0
+    for name, (begin, end) in sorted(((n, e.data_offsets) for n, e in entries.items()), key=lambda item: item[1]):
+        if data + end > size:
+            raise CheckpointError(
+                f"{file}: truncated: {shown(name)} ends at byte {data + end} of {size}; download it again."
+            )
+        if begin != position:
+            raise CheckpointError(
+                f"{file}: {shown(name)} begins at byte {begin} of the data, but should begin at byte {position}: "
+                f"tensors overlap or leave holes; download it again."
+            )
+        position = end
+        yield name, data + begin
+    if data + position != size:
+        raise CheckpointError(f"{file}: {size - data - position} bytes after the last tensor; download it again.")
+
+
+def _tensor(file: Path, name: str, entry: _Entry, offset: int) -> StoredTensor | None:
+    """Return the tensor of an entry, or None for a buffer of another dtype that no merge needs."""
+    code, shape, (begin, end) = entry.dtype, entry.shape, entry.data_offsets
+    if code not in DTYPE_BY_CODE:
+        if IGNORED.match(name):
+            return None
+        raise UnfitError(
+            f"{file}: {shown(name)} is stored as {printable(code[:20])}; weights must be {', '.join(DTYPE_BY_CODE)}. "
+            f"{OTHER_CODES.get(code, DEQUANTISE)}"
+        )
+    nbytes = math.prod(shape) * DTYPE_BY_CODE[code].itemsize
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{file}: {shown(name)} has {end - begin} bytes in the header, its shape {shape} in {code} needs {nbytes}; "
+            f"download it again."
+        )
+    return StoredTensor(file, DTYPE_BY_CODE[code], shape, offset)
