@@ -13,11 +13,9 @@ import msgspec
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
-from dppa_jax.checkpoint.inside import inside
+from dppa_jax.checkpoint.inside import AGAIN, MAX_COPIED, inside
 from dppa_jax.runtime.reading import printable, read_bytes, read_json
 
-MAX_TOKENIZER = 100_000_000  # bytes of tokenizer.json; the largest that are known have 40 MB
-FIX = "Download it again."
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # with one of them a directory has a tokenizer
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -75,9 +73,9 @@ class Tokenizer:
         if not path:
             return {}
         try:
-            found = msgspec.json.decode(read_bytes(path, MAX_TOKENIZER, FIX, CheckpointError), type=_TokenizerFile)
+            found = msgspec.json.decode(read_bytes(path, MAX_COPIED, AGAIN, CheckpointError), type=_TokenizerFile)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {FIX}") from None
+            raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {AGAIN}") from None
         ids = found.model.vocab
         if isinstance(ids, list):
             ids = {token: place for place, (token, _) in enumerate(ids)}
@@ -113,17 +111,17 @@ class Tokenizer:
         for name in FILES:
             ours, theirs = self._file(name), other._file(name)
             if ours and theirs:
-                equal = read_bytes(ours, MAX_TOKENIZER, FIX) == read_bytes(theirs, MAX_TOKENIZER, FIX)
+                equal = read_bytes(ours, MAX_COPIED, AGAIN) == read_bytes(theirs, MAX_COPIED, AGAIN)
                 return "" if equal else name
         return ""
 
     def _json(self, name: str) -> dict:
         """Return the content of a JSON file; nothing where it is not there."""
         path = self._file(name)
-        return read_json(path, fix=FIX, error=CheckpointError) if path else {}
+        return read_json(path, fix=AGAIN, error=CheckpointError) if path else {}
 
     def _file(self, name: str) -> Path | None:
-        """Return the path of a file, if it is there."""
+        """Return the path of a file, if it is there; refuse one that leads out of the directory."""
         path = inside(self.directory, name)
         return path if path.is_file() else None
 

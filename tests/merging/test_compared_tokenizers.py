@@ -127,6 +127,16 @@ def test_a_damaged_tokenizer(merge, content):
     assert f"{merge.law / 'tokenizer.json'} is not a tokenizer" in merge.refusal("--tokenizer=law")
 
 
+def test_a_tokenizer_that_leads_out_is_not_read(merge):
+    """Whose file it is decides what a message about it would show."""
+    outside = merge.root / "secret"
+    (merge.law / "tokenizer.json").rename(outside)
+    (merge.law / "tokenizer.json").symlink_to(outside)
+    told = merge.warnings(FAST)
+    assert len(told) == 1
+    assert f"{merge.law / 'tokenizer.json'} leads outside the directory" in told[0]
+
+
 def test_slow_formats_are_compared_by_their_bytes(tmp_path, caplog):
     models = {}
     for name in ("base", "same", "other"):
