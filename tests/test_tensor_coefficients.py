@@ -1,8 +1,11 @@
 """A coefficient for every tensor: checked by name, and the same merge as rules that name each tensor."""
 
 import json
+import os
 
+import hypothesis
 import pytest
+from hostile import damaged, other_form, read_or_message
 from support import assert_same_bits, make_family, merge_to_arrays
 
 from dppa_jax.config.merge import MergeConfig, read_coefficients
@@ -60,11 +63,15 @@ def test_a_value_must_be_a_finite_number(by_tensor):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "not a readable JSON file"),
-        ("[1]", 'no object "coefficients"'),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON .nested too deep"),
+        ("[1]", "Expected `object`, got `array`. Give --coefficient a file that AdaMerging wrote"),
+        ("{}", "missing required field `coefficients`"),
+        ('{"coefficients": {"math": true, "law": 1}}', "got `bool`"),
+        ('{"coefficients": {"math": 1%s, "law": 1}}' % ("0" * 400), "found.json"),
         ('{"coefficients": {"math": 0.2}}', "no coefficient of the expert 'law'"),
         ('{"coefficients": {"math": 0.2, "low": 1}}', "Did you mean 'law'"),
-        ('{"coefficients": {"math": "x", "law": 1}}', "not a number"),
+        ('{"coefficients": {"math": "x", "law": 1}}', "Expected `float | object`, got `str`"),
         ('{"coefficients": {"math": 0.2, "law": 1}, "finished": false}', "has not finished"),
     ],
 )
@@ -73,6 +80,28 @@ def test_a_bad_file_is_refused(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_coefficients(file, EXPERTS)
+
+
+CONTENT = {"coefficients": {"math": 0.2, "law": {"model.norm.weight": 1}}, "finished": True, "groups": ["all"]}
+
+
+@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.given(content=damaged(json.dumps(CONTENT).encode()) | other_form(CONTENT))
+def test_any_file_is_numbers_or_a_message_with_its_name(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("coefficients") / "found.json"
+    file.write_bytes(content)
+    found = read_or_message(lambda: read_coefficients(file, EXPERTS), file)
+    assert found is None or [type(found[name]) in (float, dict) for name in EXPERTS] == [True, True]
+
+
+def test_neither_a_pipe_nor_an_endless_file_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json is a pipe"):
+        read_coefficients(tmp_path / "pipe.json", EXPERTS)
+    (tmp_path / "large.json").touch()
+    os.truncate(tmp_path / "large.json", 3 << 30)
+    with pytest.raises(ValueError, match=r"large\.json: 3221225472 bytes"):
+        read_coefficients(tmp_path / "large.json", EXPERTS)
 
 
 def test_a_file_has_numbers_or_numbers_by_tensor(by_tensor, tmp_path):

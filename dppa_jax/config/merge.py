@@ -1,6 +1,5 @@
 """What a merge computes: the method, its numbers, and what each tensor gets."""
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +8,12 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
+
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import METHODS, PARAMETERS
+from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
 A_RATE = {  # the bounds of an option
     "within": (0, 1),
@@ -22,7 +24,16 @@ CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help nam
   --method=task_arithmetic     keeps every parameter: the safest first merge
   --method=ties --density=0.2  keeps the largest fifth of each delta: ties where experts clash, dppa to amplify it"""
 
+COEFFICIENT_FIX = 'Give --coefficient a file that AdaMerging wrote, or {"coefficients": {"NAME": 0.7}}.'
+
 Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
+
+
+class CoefficientFile(msgspec.Struct):
+    """What a merge reads of a file of coefficients."""
+
+    coefficients: dict[str, float | dict[str, float]]
+    finished: bool = True
 
 
 def axis(name: str) -> Mapping[str, Any]:
@@ -320,20 +331,15 @@ def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coe
     Raises:
       ValueError: not such a file, or an expert is missing or unknown.
     """
-    try:
-        content = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--coefficient={file}: not a readable JSON file: {error}") from None
-    found = content.get("coefficients") if isinstance(content, Mapping) else None
-    if not isinstance(found, Mapping):
-        raise ValueError(f'--coefficient={file}: it has no object "coefficients", which AdaMerging writes.')
-    if content.get("finished") is False:
+    content = read_json(file, CoefficientFile, MAX_KEPT_BYTES, COEFFICIENT_FIX)
+    found = content.coefficients
+    if not content.finished:
         raise ValueError(f"--coefficient={file}: AdaMerging has not finished; run it to its end.")
     for name in found:
         choose(f"--coefficient={file}: the expert", name, experts)
     if missing := [name for name in experts if name not in found]:
         raise ValueError(f"--coefficient={file}: no coefficient of the expert {missing[0]!r}.")
-    return {name: _coefficient(name, found[name]) for name in experts}
+    return {name: found[name] for name in experts}
 
 
 def _coefficient(expert: str, given: object) -> Coefficient:

@@ -53,7 +53,11 @@ class JobConfig:
         "runs", "directory of responses, searches, reports, benchmark models", group="work", kind="path"
     )
     resume: bool = same(EvaluationConfig, "resume")
-    tokenizer: str = option("base", "whose tokenizer and chat template to copy: base, or an expert's name")
+    tokenizer: str = option(
+        "base",
+        "model whose tokenizer and chat template a merge gets (base), or evaluate asks all with (each its own)",
+        flag_default="",
+    )
     save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
     max_shard_size: int = option(
         MAX_SHARD_SIZE,
@@ -169,7 +173,7 @@ class EvaluateConfig:
 
     Attributes:
       models: where each model is, by the name that tables give it.
-      tokenizer: the name of the model whose tokenizer asks all of them; the first model's where it is not among them.
+      tokenizer: the name of the model whose tokenizer asks all of them; empty to ask each with its own.
       seed: of the demo family.
     """
 
@@ -179,10 +183,12 @@ class EvaluateConfig:
     evaluation: EvaluationConfig
     workdir: str = same(JobConfig, "workdir")
     seed: int = same(MergeConfig, "seed")
-    tokenizer: str = same(JobConfig, "tokenizer")
+    tokenizer: str = same(JobConfig, "tokenizer", default="")
     command: str = ""
 
     def __post_init__(self):
+        if self.tokenizer:
+            choose("--tokenizer", self.tokenizer, self.models)
         if not self.models:
             raise ValueError(
                 "--job=evaluate: give a model: --base=WHERE, --expert=NAME=WHERE or --output=DIR, or several."

@@ -28,9 +28,10 @@ class Encoder:
         """Return the size of the vocabulary."""
         return self._tokenizer.get_vocab_size()
 
-    def __call__(self, texts: Sequence[str]) -> dict[str, list[list[int]]]:
+    def __call__(self, texts: Sequence[str], add_special_tokens: bool = True) -> dict[str, list[list[int]]]:
         """Return the tokens of each text as `input_ids`."""
-        return {"input_ids": [encoded.ids for encoded in self._tokenizer.encode_batch(list(texts))]}
+        encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
+        return {"input_ids": [one.ids for one in encoded]}
 
 
 def save_tokenizer(directory: Path) -> None:

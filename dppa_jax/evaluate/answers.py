@@ -28,14 +28,21 @@ REMOVED = (
     "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
 )
 # fmt: on
-REWRITTEN = (
-    (r"(.*?)\$(.*?)\$(.*)", r"$\2$"),  # a sentence with a formula becomes the formula
-    (r"\\text\{(.*?)\}", r"\1"),
-    (r"\\textbf\{(.*?)\}", r"\1"),
-    (r"\\overline\{(.*?)\}", r"\1"),
-    (r"\\boxed\{(.*)\}", r"\1"),
-    (r"frac([^{])(.)", r"frac{\1}{\2}"),  # \frac12
-    (r"sqrt([^{])", r"sqrt{\1}"),  # \sqrt2
+# A model may open a wrapper a million times. Where one is not closed on its line, the second alternative takes the rest
+# of the line, in which no later one is closed either; else each of them would look for its end.
+FORMULA = re.compile(r"^.*?\$(.*?)\$.*", re.MULTILINE)  # a sentence with a formula becomes the formula
+WRAPPERS = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"\\text\{(?:(.*?)\}|.*)",
+        r"\\textbf\{(?:(.*?)\}|.*)",
+        r"\\overline\{(?:(.*?)\}|.*)",
+        r"\\boxed\{(?:(.*)\}|.*)",
+    )
+)
+BRACED = (
+    (re.compile(r"frac([^{])(.)"), r"frac{\1}{\2}"),  # \frac12
+    (re.compile(r"sqrt([^{])"), r"sqrt{\1}"),  # \sqrt2
 )
 NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
@@ -73,8 +80,8 @@ def final_answer(response: str) -> str:
     >>> final_answer("so it is #### 1,200 dollars</s>"), final_answer("#### 7\n\nThat was it.")
     ('1200', '')
     """
-    marked = re.findall(r"#### (.*)$", response.split("Question")[0])
-    return normalize(marked[-1].removesuffix("</s>")) if marked else ""
+    last_line = response.split("Question")[0].removesuffix("\n").rpartition("\n")[2]
+    return normalize(last_line.partition("#### ")[2].removesuffix("</s>"))
 
 
 def normalize(answer: str) -> str:
@@ -93,8 +100,11 @@ def normalize(answer: str) -> str:
         answer = answer.replace(text, other)
     for text in REMOVED:
         answer = answer.replace(text, "")
-    for pattern, other in REWRITTEN:
-        answer = re.sub(pattern, other, answer)
+    answer = FORMULA.sub(r"$\1$", answer)
+    for wrapper in WRAPPERS:
+        answer = wrapper.sub(lambda found: found[0] if found[1] is None else found[1], answer)
+    for pattern, other in BRACED:
+        answer = pattern.sub(other, answer)
     answer = answer.replace("$", "")
     digits = answer.replace(",", "")
     return digits if digits.isdigit() else answer

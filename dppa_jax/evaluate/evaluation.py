@@ -1,25 +1,25 @@
 """Score models on tasks. Responses are kept on disk, so an evaluator is asked only for those that are missing."""
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TextIO, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.checkpoint.tokenizer import load_tokenizer
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
+from dppa_jax.evaluate.reader import Reader, Readers
+from dppa_jax.evaluate.responses import Question, ResponseLog
 from dppa_jax.evaluate.scores import Score, Scores
-from dppa_jax.evaluate.tasks import Item, Split, Task
+from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.runtime import processes
-from dppa_jax.runtime.files import digest, sources_digest
+from dppa_jax.runtime.files import digest
 from dppa_jax.runtime.progress import steps
 
 Weights = Path | Model  # a directory, or a model in memory
-SCORER = sources_digest("evaluate/answers.py", "evaluate/equivalence.py")  # verdicts of other code are not reused
 BATCHES_AT_A_TIME = 2  # between two writes of responses; more would lose more, fewer would leave vLLM's batch empty
 
 
@@ -58,35 +58,36 @@ class Cost:
     responses: int = 0
 
 
-class Question(NamedTuple):
-    """An item as a model is asked."""
-
-    task: Task
-    item: Item
-    prompt: list[int]  # token ids
-    budget: int  # tokens that the response may have
-    digest: str  # of the token ids
-
-
 class Evaluation:
     """Asks models, judges their responses, and remembers both.
 
     Responses are kept as JSON lines, in a file for each model and task. Their key is the fingerprint of the weights and
-    all else that decides a response: prompt, decoding, number of tokens. So nothing is asked twice, and an interrupted
-    evaluation goes on where it was. Verdicts are kept beside the responses, with the rules by which they were made.
+    all else that decides a response: prompt, decoding, number of tokens, vocabulary. So nothing is asked twice, and an
+    interrupted evaluation goes on where it was. Verdicts are kept beside the responses, with the rules by which they
+    were made.
 
     Of several processes, process 0 asks and tells the others; all must call `scores` in the same order.
 
     Args:
       evaluator: generates the responses.
-      tokenizer: of the models.
+      tokenizer: of the models that have none of their own.
       options: how items are read, asked and judged.
       directory: of the responses.
       resume: use the responses of earlier runs; otherwise remove them.
+      shared: ask all models with `tokenizer`.
     """
 
-    def __init__(self, evaluator: Evaluator, tokenizer, options: TaskOptions, directory: Path, resume: bool = True):
-        self.evaluator, self.tokenizer, self.options, self.directory = evaluator, tokenizer, options, directory
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        tokenizer: Any,
+        options: TaskOptions,
+        directory: Path,
+        resume: bool = True,
+        shared: bool = False,
+    ):
+        self.evaluator, self.options, self.directory = evaluator, options, directory
+        self.readers = Readers(tokenizer, shared)
         self._begun: set[Path] | None = None if resume else set()  # the files that this run has begun anew
         self.costs: dict[str, Cost] = {}  # by fingerprint
         self._in_use = ""
@@ -100,25 +101,27 @@ class Evaluation:
         tasks: Sequence[Task],
         split: Split = "test",
         options: TaskOptions | None = None,
+        reader: Reader | None = None,
     ) -> Scores:
         """Return the scores of a model, by task.
 
         Args:
           name: of the model, for the log.
-          fingerprint: of its weights.
+          fingerprint: of its weights, config.json and generation_config.json.
           weights: makes or finds the weights. All processes call it when a response is missing and the evaluator has
             other weights.
           tasks: to answer.
           split: "test" for results that are reported, "validation" for results by which something is chosen.
           options: how items are asked and judged; None takes the options of this evaluation.
+          reader: the model's, of `readers`; None takes the tokenizer of this evaluation.
         """
-        options = options or self.options
+        options, reader = options or self.options, reader or self.readers.default
         cost = self.costs.setdefault(fingerprint, Cost())
-        questions = {task.name: self.questions(task, split, options) for task in tasks}
+        questions = {task.name: self.questions(task, split, options, reader) for task in tasks}
         logs: dict[str, ResponseLog] = {}
         missing: list[Question] = []
         if processes.index() == 0:
-            logs = {task.name: self._log(fingerprint, task, options) for task in tasks}
+            logs = {task.name: self._log(fingerprint, task, options, reader) for task in tasks}
             missing = [q for task in tasks for q in questions[task.name] if not logs[task.name].has(q)]
         for question in missing:
             if not question.prompt:  # the prompt is longer than the model may read
@@ -127,7 +130,7 @@ class Evaluation:
         if processes.of_first("weights needed", lambda: bool(missing) and self._in_use != fingerprint):
             self._hand_over(fingerprint, weights, cost)
         if missing:
-            self._ask(name, missing, logs, cost)
+            self._ask(name, missing, reader, logs, cost)
 
         def judged() -> Scores:
             return {
@@ -140,20 +143,26 @@ class Evaluation:
             log.close()
         return scores
 
-    def questions(self, task: Task, split: Split = "test", options: TaskOptions | None = None) -> list[Question]:
-        """Return a task's items as a model is asked; they are read and encoded once."""
-        options = options or self.options
-        key = task.name, split, options
+    def questions(
+        self,
+        task: Task,
+        split: Split = "test",
+        options: TaskOptions | None = None,
+        reader: Reader | None = None,
+    ) -> list[Question]:
+        """Return a task's items as a model is asked; they are read and encoded once for each tokenizer."""
+        options, tokenizer = options or self.options, (reader or self.readers.default).tokenizer
+        key = task.name, split, options, id(tokenizer)  # the readers hold it, so that no other gets its id
         if key not in self._questions:
             items = task.items(options, split)
-            prompts = task.encode(options, items, self.tokenizer)
+            prompts = task.encode(options, items, tokenizer)
             self._questions[key] = [
                 Question(task, item, prompt, task.budget(options, prompt), digest(prompt)[:16])
                 for item, prompt in zip(items, prompts, strict=True)
             ]
         return self._questions[key]
 
-    def _log(self, fingerprint: str, task: Task, options: TaskOptions) -> "ResponseLog":
+    def _log(self, fingerprint: str, task: Task, options: TaskOptions, reader: Reader) -> ResponseLog:
         """Open the responses of a model to a task; the file's name says all that decides them."""
         key = {
             "task": task.name,
@@ -161,6 +170,7 @@ class Evaluation:
             "decoding": dict(self.evaluator.decoding),
             "max_new_tokens": options.max_new_tokens or task.max_new_tokens,
             "max_length": options.max_length,
+            "vocabulary": reader.vocabulary,
         }
         file = self.directory / fingerprint[:16] / f"{task.name}-{digest(key)[:8]}.jsonl"
         if self._begun is not None and file not in self._begun:
@@ -186,7 +196,9 @@ class Evaluation:
         cost.hand_over += time.perf_counter() - started
         self._in_use = fingerprint
 
-    def _ask(self, name: str, questions: list[Question], logs: Mapping[str, "ResponseLog"], cost: Cost) -> None:
+    def _ask(
+        self, name: str, questions: list[Question], reader: Reader, logs: Mapping[str, ResponseLog], cost: Cost
+    ) -> None:
         """Ask the model in use, and write its responses as they come."""
         started = time.perf_counter()
         at_a_time = BATCHES_AT_A_TIME * self.evaluator.batch_size
@@ -194,7 +206,7 @@ class Evaluation:
             for start in range(0, len(questions), at_a_time):
                 batch = questions[start : start + at_a_time]
                 tokens = self.evaluator.generate([q.prompt for q in batch], [q.budget for q in batch])
-                texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                texts = reader.tokenizer.batch_decode(tokens, skip_special_tokens=True)
                 for question, text in zip(batch, texts, strict=True):
                     logs[question.task.name].add(question, text)
                 advance(len(batch))
@@ -202,82 +214,21 @@ class Evaluation:
         cost.responses += len(questions)
 
 
-class ResponseLog:
-    """The file of one model's responses to one task: JSON lines, of which the first says all that decides them.
-
-    Args:
-      file: which is made with the first response.
-      key: the first line.
-    """
-
-    def __init__(self, file: Path, key: Mapping):
-        self._file, self._key = file, key
-        self._lines: dict[tuple[str, str], dict] = {}  # by the item's id and the digest of the prompt's tokens
-        self._out: TextIO | None = None  # opened by the first line that is written
-        if not file.is_file():
-            return
-        text = file.read_text()
-        if not text.endswith("\n"):  # a run was killed while it wrote a line
-            with file.open("a") as out:
-                out.write("\n")
-        for json_line in text.split("\n"):
-            try:
-                line = json.loads(json_line)
-                self._lines[line["id"], line["tokens"]] = line
-            except (ValueError, KeyError):  # a line that was cut off, or the first line
-                continue
-
-    def has(self, question: Question) -> bool:
-        """Return whether the response to a question is here."""
-        return (question.item.id, question.digest) in self._lines
-
-    def add(self, question: Question, response: str) -> None:
-        """Keep the response to a question."""
-        item = question.item
-        line = {"id": item.id, "tokens": question.digest, "prompt": item.prompt, "answers": item.answers}
-        self._write({**line, "response": response})
-
-    def verdict(self, question: Question, options: TaskOptions) -> bool:
-        """Return whether the response to a question is right; it is judged once for every way of judging."""
-        task, item = question.task, question.item
-        line = self._lines[item.id, question.digest]
-        scoring = digest([SCORER, task.scoring_variant(options), item.answers, item.choices])[:8]
-        if line.get("scoring") != scoring:
-            line = {**line, "scoring": scoring, "correct": task.correct(options, line["response"], item)}
-            self._write(line)
-        return line["correct"]
-
-    def close(self) -> None:
-        """Close the file; the next line that is written opens it again."""
-        if self._out:
-            self._out.close()
-            self._out = None
-
-    def _write(self, line: dict) -> None:
-        """Add a line; of several lines of a question the last one counts. They are ASCII: a line cut short is text."""
-        self._lines[line["id"], line["tokens"]] = line
-        if self._out is None:
-            new = not self._file.is_file()
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._out = self._file.open("a", buffering=1)  # each line is in the file as soon as it is written
-            if new:
-                self._out.write(json.dumps(self._key) + "\n")
-        self._out.write(json.dumps(line) + "\n")
-
-
 @contextmanager
-def open_evaluation(config: EvaluationConfig, tokenizer_directory: Path, workdir: Path) -> Iterator[Evaluation]:
+def open_evaluation(
+    config: EvaluationConfig, tokenizer_directory: Path, workdir: Path, shared: bool = False
+) -> Iterator[Evaluation]:
     """Yield an evaluation with its evaluator; the evaluator's memory is freed when the block ends.
 
     Args:
       config: says which evaluator, and how items are asked and judged.
-      tokenizer_directory: a directory with the tokenizer files of the models.
+      tokenizer_directory: has the tokenizer of models that have none of their own; with `shared`, of all.
       workdir: gets the responses, in a folder of their own, and the log of vLLM.
     """
     evaluator = make_evaluator(config, workdir)
     try:
         tokenizer = load_tokenizer(tokenizer_directory)
-        yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses", config.resume)
+        yield Evaluation(evaluator, tokenizer, config.options, workdir / "responses", config.resume, shared)
     finally:
         evaluator.close()
 

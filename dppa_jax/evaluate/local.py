@@ -1,7 +1,6 @@
 """The evaluator that generates with the JAX model in this process (--evaluator=jax)."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +10,7 @@ from absl import logging
 
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.model import LlamaConfig, generate
-from dppa_jax.model.generate import bucket
+from dppa_jax.model.generate import bucket, end_tokens
 from dppa_jax.runtime.memory import device_memory
 from dppa_jax.where import load_tree
 
@@ -121,17 +120,3 @@ def room_for(prompts: Sequence[Sequence[int]], max_new_tokens: Sequence[int] | i
     if too_long := sum(budget < min(1, int(limit)) for budget, limit in zip(budgets, limits, strict=True)):
         logging.warning("%d prompts have %d tokens or more and get no answer", too_long, max_length)
     return [max(0, budget) for budget in budgets]
-
-
-def end_tokens(config: Mapping, directory: Path | None) -> tuple[int, ...]:
-    """Return the ids that end an answer: those of config.json and of generation_config.json, as transformers does.
-
-    Args:
-      config: the content of config.json.
-      directory: of generation_config.json; None for a model that has none.
-    """
-    tokens = set(LlamaConfig.from_hf(config).eos_token_id)
-    if directory and (file := Path(directory) / "generation_config.json").is_file():
-        end = json.loads(file.read_text()).get("eos_token_id")
-        tokens |= set() if end is None else {end} if isinstance(end, int) else set(end)
-    return tuple(sorted(tokens))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dppa_jax.evaluate.items import Dataset, Item
+from dppa_jax.evaluate.sources import Dataset, Item
 
 SENTIMENTS = ("negative", "neutral", "positive")
 ISSUE_AREAS = (
@@ -74,7 +74,7 @@ def last_boxed(solution: str) -> str:
             depth += {"{": 1, "}": -1}.get(sign, 0)
             if depth == 0:
                 return rest[1:position]
-    raise ValueError(f"the solution {solution!r} has no \\boxed{{}} answer, which a row of MATH must have.")
+    raise ValueError(f"the solution {solution[:200]!r} has no \\boxed{{}} answer, which a row of MATH must have.")
 
 
 DATASETS = {

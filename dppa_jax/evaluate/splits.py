@@ -17,13 +17,16 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from absl import logging
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.evaluate.items import with_cue
 from dppa_jax.evaluate.paper_tasks import DATASETS
+from dppa_jax.evaluate.sources import with_cue
 from dppa_jax.evaluate.tasks import TASKS, Item
+from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.reading import read_json_lines
 
 FPB_TEST = 970  # rows; AdaptLLM tests as many
 VALIDATION = 200  # rows of gsm8k and fpb, from those that are not in the test split
@@ -31,19 +34,48 @@ UNFAIR_SHARES = {"train": 0.4, "validation": 0.15}  # of the questions of unfair
 NONE_PER_LABEL = 1.0  # in the training split of unfair_tos: rows without a label for each row with one
 
 Row = Mapping
+
+
+class Question(TypedDict):
+    """A line with an item of a task."""
+
+    id: str
+    question: str
+    answer: str
+    choices: NotRequired[list[str]]
+
+
+class Solution(TypedDict):
+    """A line with the worked solution of an item of GSM8K."""
+
+    id: str
+    solution: str
+
+
 Splits = dict[str, list[Row]]
 
 
 def gsm8k(source: Path) -> Splits:
     """Split GSM8K. A completion is the worked solution, as Abel learns it, without the calculator's marks <<…>>."""
-    solutions = {row["id"]: row["solution"] for row in read_rows(source / "gsm8k_train_solutions.jsonl")}
+    file = source / "gsm8k_train_solutions.jsonl"
+    solutions = {row["id"]: row["solution"] for row in read_rows(file, Solution)}
     test = read_rows(source / "gsm8k_test.jsonl")
-    rows = [
-        {**row, "completion": re.sub(r"<<.*?>>", "", solutions[row["id"]])}
-        for row in without(test, read_rows(source / "gsm8k_train.jsonl"))
-    ]
+    train = without(test, read_rows(source / "gsm8k_train.jsonl"))
+    if missing := [row["id"] for row in train if row["id"] not in solutions]:
+        raise ValueError(f"{file}: no solution of {missing[0]!r}, which gsm8k_train.jsonl has; add its line.")
+    rows = [{**row, "completion": without_marks(solutions[row["id"]])} for row in train]
     validation = rows[-VALIDATION:]
     return {"train": without(validation, rows), "validation": validation, "test": test}
+
+
+def without_marks(solution: str) -> str:
+    """Return a solution without the calculator's marks.
+
+    >>> without_marks("3 + 4 = <<3+4=7>>7 <<")
+    '3 + 4 = 7 <<'
+    """
+    # Where a mark is not closed on its line, the second alternative takes the rest: else each further << would look.
+    return re.sub(r"<<(?:.*?(>>)|.*)", lambda found: "" if found[1] else found[0], solution)
 
 
 def fpb(source: Path) -> Splits:
@@ -115,14 +147,14 @@ def in_random_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: hashlib.sha256(row["question"].encode()).digest())
 
 
-def read_rows(file: Path) -> list[Row]:
-    """Read a file of JSON lines."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+def read_rows(file: Path, shape: type = Question) -> list[Row]:
+    """Read a file of JSON lines; keys that the shape does not have are left out."""
+    return [row for _, row in read_json_lines(file, shape)]
 
 
 def write_rows(file: Path, rows: Sequence[Row]) -> None:
     """Write a file of JSON lines."""
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _item_row(row: Row) -> Row:
@@ -138,7 +170,7 @@ def main() -> None:
     logging.set_stderrthreshold("info")
     try:
         write_splits(Path(sys.argv[1]), Path(sys.argv[2]))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
 
 

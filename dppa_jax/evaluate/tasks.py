@@ -7,12 +7,14 @@ from typing import Any
 
 from absl import logging
 
+from dppa_jax.checkpoint.tokenizer import encode as encode_texts
 from dppa_jax.config.evaluation import Split, TaskOptions
 from dppa_jax.config.option import choose
 from dppa_jax.demo import text
 from dppa_jax.evaluate import answers
-from dppa_jax.evaluate.items import Item, read, set_aside
 from dppa_jax.evaluate.paper_tasks import DATASETS
+from dppa_jax.evaluate.sources import Item, read, set_aside
+from dppa_jax.evaluate.templates import in_chat_template
 
 SPLITS = ("test", "validation")
 
@@ -137,21 +139,17 @@ class Task:
     def encode(self, options: TaskOptions, items: Sequence[Item], tokenizer: Any) -> list[list[int]]:
         """Return the items' prompts as token ids, wrapped where `--prompt_wrapper` applies.
 
-        Each begins with one beginning-of-sequence token, whether the tokenizer adds it or the wrapper writes it. A
-        prompt that leaves no room for an answer in `--max_length` becomes empty: it is not asked, and its response ""
-        is never right. The number of such prompts is logged.
+        Each begins as the tokenizer begins a text, and none ends with what it puts after one; see `encode_texts`. In a
+        chat template, a prompt has the tokens that the template writes and no others. A prompt that leaves no room for
+        an answer in `--max_length` becomes empty: it is not asked, and its response "" is never right. The number of
+        such prompts is logged.
 
         Raises:
-          ValueError: with `--prompt_wrapper=chat_template`, the tokenizer has no template.
+          ValueError: with `--prompt_wrapper=chat_template`, the tokenizer has no template, or one that does not render.
         """
         wrapper = options.wrapper if self.kind.wrapped else "none"
-        if wrapper == "chat_template" and not tokenizer.chat_template:
-            raise ValueError(
-                "--prompt_wrapper=chat_template: the model's tokenizer has no chat template; give llama2_chat or none."
-            )
-        texts = [WRAP[wrapper](item.prompt, tokenizer) for item in items]
-        begun = bool(tokenizer.bos_token and texts and texts[0].startswith(tokenizer.bos_token))
-        prompts = tokenizer(texts, add_special_tokens=not begun)["input_ids"] if texts else []
+        texts = WRAP[wrapper]([item.prompt for item in items], tokenizer) if items else []
+        prompts = encode_texts(tokenizer, texts, begin=wrapper != "chat_template")
         prompts = [prompt if len(prompt) < options.max_length else [] for prompt in prompts]
         if [] in prompts:
             logging.warning(
@@ -177,12 +175,12 @@ that your responses are socially unbiased and positive in nature.
 If a question does not make any sense, or is not factually coherent, explain why instead of answering something not \
 correct. If you don't know the answer to a question, please don't share false information.
 """
-WRAP: dict[str, Callable[[str, Any], str]] = {
-    "none": lambda prompt, tokenizer: prompt,
-    "llama2_chat": lambda prompt, tokenizer: f"[INST] <<SYS>>{SYSTEM_PROMPT}<</SYS>>\n\n{prompt} [/INST]",
-    "chat_template": lambda prompt, tokenizer: tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-    ),
+WRAP: dict[str, Callable[[Sequence[str], Any], Sequence[str]]] = {
+    "none": lambda prompts, tokenizer: prompts,
+    "llama2_chat": lambda prompts, tokenizer: [
+        f"[INST] <<SYS>>{SYSTEM_PROMPT}<</SYS>>\n\n{prompt} [/INST]" for prompt in prompts
+    ],
+    "chat_template": lambda prompts, tokenizer: in_chat_template(tokenizer, prompts),
 }
 
 

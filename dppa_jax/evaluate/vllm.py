@@ -1,7 +1,5 @@
 """The evaluator that generates with vLLM (--evaluator=vllm), in a child process that gets new weights in place."""
 
-import fcntl
-import json
 import os
 import shutil
 import subprocess
@@ -11,16 +9,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
+import msgspec
 import psutil
 from absl import logging
 
 from dppa_jax.checkpoint import SafetensorsDirectory, is_orbax, save_tree
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.evaluate.local import end_tokens, room_for
+from dppa_jax.evaluate.local import room_for
 from dppa_jax.evaluate.worker import Worker, WorkerError
 from dppa_jax.model import LlamaConfig
+from dppa_jax.model.generate import check_prompts, end_tokens
+from dppa_jax.runtime.directories import claim_directory
+from dppa_jax.runtime.reading import parse_json
 from dppa_jax.where import load
 
 CHILD = Path(__file__).with_name("vllm_worker.py")
@@ -41,6 +43,28 @@ INSTALL = (
 OURS = ("PYTHON", "JAX_", "XLA_", "TF_")  # variables that begin so are meant for this interpreter
 
 T = TypeVar("T")
+
+
+class Done(msgspec.Struct):
+    """An answer of the child: how long the request took."""
+
+    seconds: float
+
+
+class Sums(Done):
+    """The sums of bits of every parameter, as vLLM has it in use and as the files hold it."""
+
+    used: dict[str, int]
+    stored: dict[str, int]
+
+
+class Generated(Done):
+    """The tokens of every answer."""
+
+    answers: list[list[Annotated[int, msgspec.Meta(ge=0, lt=2**31)]]]
+
+
+SHAPES = {"start": Done, "replace": Done, "sums": Sums, "generate": Generated}
 
 
 class Shape(NamedTuple):
@@ -143,7 +167,10 @@ class VllmEvaluator:
             if asked:
                 tokens = [list(map(int, prompts[index])) for index in asked]
                 limits = [budgets[index] for index in asked]
-                generated = self._ask("generate", prompts=tokens, max_new_tokens=limits, stop=self._stop)["answers"]
+                check_prompts(tokens, self._shape.config.vocab_size)
+                generated = self._ask("generate", prompts=tokens, max_new_tokens=limits, stop=self._stop).answers
+                if len(generated) != len(asked):
+                    raise WorkerError(f"vLLM {self.version} gave {len(generated)} answers to {len(asked)} prompts.")
                 for index, answer in zip(asked, generated, strict=True):
                     answers[index] = answer
             return answers
@@ -201,7 +228,7 @@ class VllmEvaluator:
           WorkerError: names the first parameter that differs.
         """
         sums = self._ask("sums", directory=str(directory))
-        used, stored = sums["used"], sums["stored"]
+        used, stored = sums.used, sums.stored
         wrong = sorted(name for name in used.keys() | stored.keys() if used.get(name) != stored.get(name))
         if wrong:
             raise WorkerError(
@@ -209,11 +236,11 @@ class VllmEvaluator:
                 f"differ, first {wrong[0]} (sum of bits {used.get(wrong[0])}, in the files {stored.get(wrong[0])})."
             )
 
-    def _ask(self, what: str, **request) -> dict:
+    def _ask(self, what: str, **request) -> Any:
         """Send a request to the child, wait for the answer, and note how long it took."""
         assert self._worker is not None
-        answer = self._worker.ask({"do": what, **request}, self._timeout)
-        self.seconds["check" if what == "sums" else what].append(answer["seconds"])
+        answer = self._worker.ask({"do": what, **request}, self._timeout, SHAPES[what])
+        self.seconds["check" if what == "sums" else what].append(answer.seconds)
         return answer
 
     def _max_length(self) -> int:
@@ -257,7 +284,8 @@ def installed_version(python: str) -> str:
         probe = subprocess.run(
             [python, "-c", PROBE],
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=PROBE_SECONDS,
             env=environment(0),
             cwd="/",  # a vllm.py in the working directory is not vLLM
@@ -267,7 +295,7 @@ def installed_version(python: str) -> str:
     if "no vllm" in probe.stderr:
         raise ValueError(f"--vllm_python={python}: vLLM is not installed there. {INSTALL.format(python)}")
     try:
-        versions = json.loads(probe.stdout)
+        versions = parse_json(probe.stdout, "the answer", dict[str, str])
     except ValueError:
         output = (probe.stderr or probe.stdout).strip()[-300:]
         raise ValueError(f"--vllm_python={python} is not a Python interpreter: it wrote {output!r}.") from None
@@ -294,20 +322,19 @@ def scratch(where: Path) -> Iterator[Path]:
     """Yield a new directory, which is removed at the end; first remove those that killed processes left there."""
     where.mkdir(parents=True, exist_ok=True)
     for other in where.glob(f"{SCRATCH}*"):
-        with suppress(OSError), _locked(other):
+        with suppress(OSError, ValueError), locked(other):  # ValueError: in use, a link, or another user's
             if time.time() - other.stat().st_mtime < LEFT_SECONDS:
                 continue  # its process may be about to lock it
             shutil.rmtree(other, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=where) as directory, _locked(Path(directory)):
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=where) as directory, locked(Path(directory)):
         yield Path(directory)
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Hold a lock on a directory, which ends with the process; OSError if another process holds it."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def locked(directory: Path) -> Iterator[None]:
+    """Hold the lock on a directory of ours, which ends with the process; see `claim_directory`."""
+    descriptor = claim_directory(directory)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)

@@ -43,6 +43,7 @@ class Engine:
             model=directory,
             enforce_eager=eager,
             skip_tokenizer_init=True,
+            trust_remote_code=False,
             generation_config="vllm",  # ignore the penalties and temperatures of the model's generation config
             worker_extension_cls="vllm_extension.Sums",
             disable_log_stats=True,
@@ -119,7 +120,7 @@ def directory_sums(directory: Path, dtype: str, shards: int) -> dict[str, int]:
     import torch
     from vllm_extension import bit_sum
 
-    config = json.loads((directory / "config.json").read_text())
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     key_copies = max(1, shards // (config.get("num_key_value_heads") or shards))
     sums: dict[str, int] = {}
     for name, tensor in tensors_of(directory):
@@ -150,7 +151,7 @@ def tensors_of(directory: Path) -> Iterator[tuple[str, object]]:
 def requests() -> Iterator[dict]:
     """Yield the requests on stdin. When stdin ends, so has the parent, or it wants to: end this process and vLLM's."""
     lines: queue.Queue = queue.Queue()
-    kill_members = runpy.run_path(str(HERE / "worker.py"))["kill_members"]
+    kill_members = runpy.run_path(str(HERE / "groups.py"))["kill_members"]
 
     def read() -> None:
         for line in sys.stdin:
@@ -165,7 +166,7 @@ def requests() -> Iterator[dict]:
 
 def main() -> None:
     """Serve requests until stdin ends or an exception is raised."""
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not pass for an answer
     sys.path.append(str(HERE))  # for vllm_extension; last, so that no other file there hides a library
     try:

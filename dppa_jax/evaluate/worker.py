@@ -2,7 +2,7 @@
 
 The child reads one request in each line of its stdin, and answers each with one line on its stdout. It writes all else
 to its stderr, and ends when its stdin ends. During long work it writes lines {"working": ...} before the answer, which
-show that it lives. This file uses the standard library only: the child of vLLM runs a part of it.
+show that it lives.
 """
 
 import json
@@ -16,9 +16,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from dppa_jax.evaluate.groups import kill_group
+from dppa_jax.runtime.files import open_to_append
+from dppa_jax.runtime.reading import convert, parse_json
+
+MOST_BYTES = 500_000_000  # of a line that the child writes
 LOG_LINES = 15  # of the child's stderr that an error shows
-CLEANUP_SECONDS = 5.0  # for killed processes to end, and for their shared memory to be removed
 
 
 class WorkerError(ChildProcessError):
@@ -44,7 +49,7 @@ class Worker:
         self.command = [str(part) for part in command]
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as errors:
+        with os.fdopen(open_to_append(self.log), "ab") as errors:
             self._log_start = errors.tell()
             try:
                 self._process = subprocess.Popen(
@@ -73,12 +78,13 @@ class Worker:
         """Whether the child runs."""
         return self._end.alive and self._process.poll() is None
 
-    def ask(self, message: Mapping, timeout: float) -> dict:
+    def ask(self, message: Mapping, timeout: float, shape: Any = dict[str, Any]) -> Any:
         """Send a message to the child and return its answer.
 
         Args:
           message: anything that JSON can hold.
           timeout: seconds for the child to take the message, and from one of its lines to the next.
+          shape: of the answer, see `reading.parse_json`.
 
         Raises:
           WorkerError: there is no answer. The child and all processes that it started have been killed.
@@ -87,18 +93,18 @@ class Worker:
             raise WorkerError(f"{self.command[0]} has ended; its log is {self.log}.")
         try:
             line = self._exchange(json.dumps(message).encode() + b"\n", time.monotonic() + timeout)
-            while "working" in (answer := _parsed(line)):
+            while "working" in (answer := parse_json(line, "the line", fix="")):
                 line = self._exchange(b"", time.monotonic() + timeout)
+            return convert(answer, "the line", shape, fix="")
         except TimeoutError:
             raise self._failure(f"did not answer within {timeout:g} s") from None
         except (EOFError, BrokenPipeError):
             raise self._failure("ended") from None
-        except ValueError:
-            raise self._failure(f"answered {line[:100]!r}, which is no JSON object") from None
+        except ValueError as error:
+            raise self._failure(f"answered {line[:100]!r}, no JSON object as expected ({str(error).strip()})") from None
         except BaseException:  # e.g. an interrupt: the answer still to come would pass for that of the next message
             self._end()
             raise
-        return answer
 
     def close(self, grace: float = 2.0) -> None:
         """End the child: close its stdin, and kill what still runs `grace` seconds later."""
@@ -128,6 +134,8 @@ class Worker:
                         unsent = unsent[os.write(stdin, unsent[:65536]) :]
                         if not unsent:
                             ready.unregister(stdin)
+                    elif len(self._unread) > MOST_BYTES:
+                        raise ValueError(f"a line of more than {MOST_BYTES} bytes")
                     elif chunk := os.read(stdout, 1 << 20):
                         self._unread += chunk
                     else:
@@ -153,14 +161,6 @@ class Worker:
             return [line.decode(errors="replace").rstrip() for line in deque(log, count)]
 
 
-def _parsed(line: bytes) -> dict:
-    """Parse a line that must hold a JSON object."""
-    answer = json.loads(line)
-    if not isinstance(answer, dict):
-        raise ValueError
-    return answer
-
-
 def _end(process: subprocess.Popen, grace: float) -> None:
     """Close a child's stdin, wait, and kill what is left of its process group, grandchildren included."""
     process.stdin.close()
@@ -170,53 +170,3 @@ def _end(process: subprocess.Popen, grace: float) -> None:
     kill_group(process.pid)
     process.wait()
     process.stdout.close()
-
-
-def kill_group(group: int) -> None:
-    """Kill a process group that this process is not in, wait for its end, and let its shared memory be removed."""
-    _wait_for_the_end(group, kill_members(group))
-    with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
-    _wait_for_the_end(group, _members(group))
-
-
-def kill_members(group: int) -> list[int]:
-    """Kill the processes of a group, but not this one and not multiprocessing's resource trackers.
-
-    A tracker ends by itself when the processes that it served have ended; before, it removes their shared memory.
-
-    Returns:
-      The ids of the trackers.
-    """
-    members = _members(group)
-    trackers = [pid for pid in members if b"resource_tracker" in _read(Path(f"/proc/{pid}/cmdline"))]
-    for pid in set(members) - {*trackers, os.getpid()}:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return trackers
-
-
-def _members(group: int) -> list[int]:
-    """Return the ids of a group's processes."""
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _group_of(path) == group]
-
-
-def _wait_for_the_end(group: int, members: Sequence[int]) -> None:
-    """Wait for killed processes to end and free their memory, but no longer than CLEANUP_SECONDS."""
-    deadline = time.monotonic() + CLEANUP_SECONDS
-    while time.monotonic() < deadline and any(_group_of(Path(f"/proc/{pid}")) == group for pid in members):
-        time.sleep(0.02)
-
-
-def _group_of(process: Path) -> int | None:
-    """Return the group of a process, given its directory in /proc; None if the process has ended."""
-    state, _, group = _read(process / "stat").rpartition(b")")[2].split()[:3] or (b"Z", b"", b"")
-    return None if state == b"Z" else int(group)
-
-
-def _read(path: Path) -> bytes:
-    """Return the content of a file; nothing if the file has gone."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""

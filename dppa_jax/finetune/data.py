@@ -4,20 +4,29 @@ A file of examples holds one JSON object a line: {"prompt": "...", "completion":
 of the completion. For pre-training, leave the prompts empty.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from absl import logging
 from jaxtyping import Bool, Int
+
+from dppa_jax.checkpoint.tokenizer import encode as encode_texts
+from dppa_jax.runtime.reading import read_json_lines
 
 OPEN_ROWS = 64  # rows that are filled side by side; with 64 of them, less than 1 % of a row stays empty
 
 
 class Example(NamedTuple):
     """One text to learn from: the model sees `prompt` and learns to continue it with `completion`."""
+
+    prompt: str
+    completion: str
+
+
+class Line(TypedDict):
+    """A line of a file of examples."""
 
     prompt: str
     completion: str
@@ -53,24 +62,8 @@ def read_examples(path: Path | str) -> list[Example]:
     Raises:
       ValueError: the file is not UTF-8, has no examples, or a line is not an object with these two texts.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}.") from error
-    examples = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-            example = Example(fields["prompt"], fields["completion"])
-            if not all(isinstance(text, str) for text in example):
-                raise TypeError
-            examples.append(example)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}:{number}: not of the form {{"prompt": "...", "completion": "..."}}: {line[:80]!r}'
-            ) from error
+    fix = 'A line has the form {"prompt": "...", "completion": "..."}.'
+    examples = [Example(**line) for _, line in read_json_lines(path, Line, fix=fix)]
     if not examples:
         raise ValueError(f"{path}: no examples.")
     return examples
@@ -135,11 +128,13 @@ def _encoded(examples: Iterable[Example], tokenizer, max_length: int) -> list[tu
     """Return the tokens of each example, cut at `max_length`, and which of them are learned."""
     examples = list(examples)
     prompts = sorted({example.prompt for example in examples})
-    prompt_tokens = dict(zip(prompts, tokenizer(prompts)["input_ids"], strict=True))
-    texts = tokenizer([example.prompt + example.completion for example in examples])["input_ids"]
+    prompt_tokens = dict(zip(prompts, encode_texts(tokenizer, prompts), strict=True))
+    texts = encode_texts(tokenizer, [example.prompt + example.completion for example in examples])
     encoded, cut = [], 0
     for example, text in zip(examples, texts, strict=True):
         start = common_prefix(prompt_tokens[example.prompt], text)
+        while text[start:] and text[-1] == tokenizer.eos_token_id:  # a completion that writes the end itself
+            text = text[:-1]
         tokens = np.array([*text, tokenizer.eos_token_id], np.int32)
         cut += len(tokens) > max_length
         encoded.append((tokens[:max_length], (np.arange(len(tokens)) >= start)[:max_length]))

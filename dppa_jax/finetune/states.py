@@ -1,6 +1,5 @@
 """Save and restore the state of a training run with Orbax; a state restores to the same bits onto any mesh."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,8 @@ from absl import logging
 
 from dppa_jax.finetune.train import State, Trainer
 from dppa_jax.runtime import processes
+from dppa_jax.runtime.directories import claim_directory
+from dppa_jax.runtime.reading import printable
 
 KEPT = 2  # states on disk: if a run is killed while it writes the newer, the older one is whole
 
@@ -28,8 +29,15 @@ class Checkpoints:
         if newest is None:
             return None
         state = ocp.args.StandardRestore(trainer.abstract()._asdict())
-        restored = self._manager.restore(newest, args=ocp.args.Composite(state=state, log=ocp.args.JsonRestore()))
-        return State(**restored["state"]), restored["log"]["entries"]
+        try:
+            restored = self._manager.restore(newest, args=ocp.args.Composite(state=state, log=ocp.args.JsonRestore()))
+            return State(**restored["state"]), restored["log"]["entries"]
+        except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+            reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+            raise ValueError(
+                f"{self.directory / str(newest)}: the state cannot be read ({reason}); remove it to go on from the "
+                f"state before, or give --resume=false to begin anew."
+            ) from error
 
     def save(self, state: State, log: Sequence[Mapping]) -> None:
         """Save a state unless it is saved already. Return when it is on the disk."""
@@ -57,9 +65,10 @@ def checkpoints(directory: Path, every: int, resume: bool = True) -> Iterator[Ch
       resume: False removes the states of an earlier run first.
 
     Raises:
-      ValueError: another run is training the same model, or a process does not see the directory.
+      ValueError: another run is training the same model, the directory is a link or another user's, or a process does
+        not see it.
     """
-    directory = directory.resolve()
+    directory = directory.parent.resolve() / directory.name  # a link at its place is not followed, but refused
     # Not async: the next step reuses the state's memory, so an async save would have to copy all of it first.
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=False, enable_async_checkpointing=False)
     with _locked(directory, every, resume), ocp.CheckpointManager(directory, options=options) as manager:
@@ -88,17 +97,11 @@ def _locked(directory: Path, every: int, resume: bool) -> Iterator[None]:
 def _prepared(directory: Path, every: int, resume: bool) -> int | None:
     """Make the directory if states are kept, lock it, and empty it unless resuming; return the lock, if any."""
     if every:
-        directory.mkdir(parents=True, exist_ok=True)
-    if not directory.is_dir():
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    elif not os.path.lexists(directory):
         return None
-    lock = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"{directory}: another run is training the same; wait for it, or end it.") from None
-    if not resume:
-        for state in directory.iterdir():
-            logging.info("--resume=false: %s is removed", state)
-            shutil.rmtree(state)
+    lock = claim_directory(directory)
+    for state in () if resume else directory.iterdir():
+        logging.info("--resume=false: %s is removed", state)
+        shutil.rmtree(state)
     return lock

@@ -45,6 +45,7 @@ def job_config(values: Values) -> JobConfig:
         values,
         merge=merge,
         experts=experts,
+        tokenizer=values["tokenizer"] or "base",
         evaluation=evaluation(values),
         search=factor_search(values),
         adamerging=_adamerging(values, granularity) if granularity else None,

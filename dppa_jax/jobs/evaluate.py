@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dppa_jax.checkpoint.tokenizer import has_tokenizer
 from dppa_jax.config.run import EvaluateConfig
 from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.scores import Scores
@@ -17,28 +18,31 @@ from dppa_jax.where import open_checkpoint
 def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
     """Evaluate every model on every task; print the accuracies, and write them as a report to job.workdir.
 
-    All models are asked with the tokenizer of one of them.
+    Each is asked with its own tokenizer, or all with that of the model that --tokenizer names.
     """
     config, models = job.evaluation, job.models
     check_tasks(config)
     opened = {name: open_checkpoint(where, job.seed) for name, where in models.items()}
     directories = {name: model.directory for name, model in opened.items()}
     check_apart({}, directories, job.workdir)
-    reader = directories.get(job.tokenizer) or next(iter(directories.values()))
-    with open_evaluation(config, reader, Path(job.workdir)) as evaluation:
+    with_tokenizer = [directory for directory in directories.values() if has_tokenizer(directory)]
+    default = directories[job.tokenizer] if job.tokenizer else [*with_tokenizer, *directories.values()][0]
+    tasks = every_task(config.tasks)
+    with open_evaluation(config, default, Path(job.workdir), shared=bool(job.tokenizer)) as evaluation:
         announce(evaluation, config)
+        readers = {name: evaluation.readers.of(name, model.config, directories[name]) for name, model in opened.items()}
+        for reader in readers.values():  # what cannot be encoded is refused before anything is asked
+            for task in tasks:
+                evaluation.questions(task, reader=reader)
         with steps("evaluate", len(opened)) as advance:
             found = {}
             for name, model in opened.items():
                 weights = directories[name]
                 fingerprint = model.content_digest()
                 model.close()
-                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, every_task(config.tasks))
+                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, tasks, reader=readers[name])
                 advance()
-        rows = {
-            task.name: [Cell.of_scores([found[name][task.name]]) for name in models]
-            for task in every_task(config.tasks)
-        }
+        rows = {task.name: [Cell.of_scores([found[name][task.name]]) for name in models] for task in tasks}
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")
         show([table])
         finish(Path(job.workdir), new_report("Evaluation", job.command, models, config, evaluation, [table]))

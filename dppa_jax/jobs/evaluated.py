@@ -79,6 +79,9 @@ def evaluated_candidates(job: JobConfig, writes: bool = False) -> Iterator[Candi
 def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) -> Iterator[Candidates]:
     """Open the job's models for an evaluation that is open."""
     with open_job(job, writes) as opened, Candidates(opened, evaluation) as candidates:
+        for name, tasks in {"base": every_task(job.evaluation.tasks), **by_domain(job.evaluation.tasks)}.items():
+            for task in tasks:  # what a model's own tokenizer cannot encode is refused before anything is asked
+                evaluation.questions(task, reader=candidates.reader(name))
         yield candidates
 
 
@@ -95,7 +98,7 @@ def check_forward(directory: Path) -> None:
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
-    """Open the evaluator, with the tokenizer of the model that --tokenizer names."""
+    """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
     check_forward(locate(job.base, job.merge.seed))
     tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))

@@ -93,7 +93,9 @@ def _report_merge(
             experts |= candidates.dense(domain, tasks)
             advance()
         fingerprints = {**candidates.fingerprints, "merge": content}
-        scores = candidates.evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every)
+        evaluation, reads = candidates.evaluation, candidates.evaluation.readers.of
+        reader = reads("the merge", merged.config, merged.directory)
+        scores = evaluation.scores("merge", fingerprints["merge"], lambda: merged.directory, every, reader=reader)
         advance()
     merged.close()
     if processes.index():

@@ -32,6 +32,7 @@ from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
 from dppa_jax.jobs.models import check_code
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.model import LlamaConfig
+from dppa_jax.model.generate import end_tokens
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.mesh import make_mesh
@@ -63,7 +64,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     model = open_checkpoint(source)
     check_code(model)
     tree = stored_tree(model, model.specs)
-    config, tokenizer = LlamaConfig.from_hf(model.config), _tokenizer(source)
+    config, tokenizer = LlamaConfig.from_hf(model.config), _tokenizer(model)
     rows = _rows(job, tokenizer, config, examples)
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
@@ -233,10 +234,16 @@ def _read(files: Sequence[str]) -> list[Example]:
     return [example for file in files for example in read_examples(file)]
 
 
-def _tokenizer(source: Path):
-    tokenizer = load_tokenizer(source)
+def _tokenizer(model: Checkpoint):
+    tokenizer, ends = load_tokenizer(model.directory), end_tokens(model.config, model.directory)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{source}: its tokenizer has no end-of-sequence token, by which completions end.")
+        raise ValueError(f"{model.directory}: its tokenizer has no end-of-sequence token, by which completions end.")
+    if tokenizer.eos_token_id not in ends:
+        logging.warning(
+            "%s: completions end with the token %d of its tokenizer, but its answers with %s: the expert will not stop "
+            "where a completion ended; set eos_token_id in its generation_config.json",
+            *(model.directory, tokenizer.eos_token_id, " or ".join(map(str, ends)) or "none"),
+        )
     return tokenizer
 
 

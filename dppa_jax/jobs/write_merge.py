@@ -22,6 +22,7 @@ from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.survey import NonfiniteError
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.memory import peak_resident
+from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 
 def write_merge(opened: Opened) -> Outcome:
@@ -66,7 +67,7 @@ def identity_of(opened: Opened, layout: Layout) -> str:
     """Hash all that decides what a merge writes."""
     job = opened.job
     inputs = {name: input_identity(model) for name, model in opened.models.items()}
-    calibration = Path(job.calibration).read_text() if job.calibration else ""
+    calibration = read_text(job.calibration, MAX_LINES_BYTES) if job.calibration else ""
     outputs = {flag: str(where) for flag, where in opened.outputs.items()}
     computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration]
     return common_identity([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])

@@ -12,10 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from dppa_jax.architecture.specs import Role, tree_of
 from dppa_jax.checkpoint import Checkpoint
-from dppa_jax.checkpoint.tokenizer import load_tokenizer
+from dppa_jax.checkpoint.tokenizer import encode, load_tokenizer
 from dppa_jax.config.run import JobConfig
 from dppa_jax.model.config import LlamaConfig
 from dppa_jax.model.decoder import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
+from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
 ROWS = 128  # at most: 65,536 tokens
@@ -23,7 +24,8 @@ ROWS = 128  # at most: 65,536 tokens
 
 def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tokens"]:
     """Read a text as rows of equally many tokens, the remainder dropped."""
-    tokens = np.array(load_tokenizer(tokenizer)(text.read_text())["input_ids"], np.int32)
+    (ids,) = encode(load_tokenizer(tokenizer), [read_text(text, MAX_LINES_BYTES)])
+    tokens = np.array(ids, np.int32)
     width = min(TOKENS, len(tokens))
     if not width:
         raise ValueError(f"--calibration={text}: no tokens in it.")

@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+
+from dppa_jax.runtime.reading import convert
 
 ROPE_TYPES = ("default", "linear", "llama3")
 COMPUTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}  # nothing else
+TokenId = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # some configs write -1 for none
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,16 @@ class RopeScaling:
         return dict(vars(self))
 
 
+def end_ids(value: Any, where: str) -> tuple[int, ...]:
+    """Return the ids that an eos_token_id names: one, several, or none for null.
+
+    Raises:
+      ValueError: it is of another form, such as the token's text; `where` names it.
+    """
+    ids = convert(value, where, TokenId | list[TokenId] | None, "Give the number of the token, or a list of numbers.")
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """The numbers of a config.json that the forward pass depends on. It is hashable: a static argument of `jax.jit`."""
@@ -93,7 +108,6 @@ class LlamaConfig:
                 f"num_attention_heads must be a multiple of num_key_value_heads."
             )
         rope = config.get("rope_scaling") or config.get("rope_parameters") or {}  # transformers 5's own precedence
-        eos = config.get("eos_token_id", 2)
         return cls(
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -108,7 +122,7 @@ class LlamaConfig:
             tie_word_embeddings=config.get("tie_word_embeddings", False),
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             bos_token_id=config.get("bos_token_id", 1),
-            eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            eos_token_id=end_ids(config.get("eos_token_id", 2), "config.json: eos_token_id"),
         )
 
     def to_hf(self) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Greedy generation: in batches, with a cache of keys and values, compiled once for each bucket of lengths."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,12 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Int
 
-from dppa_jax.model.config import LlamaConfig
+from dppa_jax.checkpoint.inside import inside
+from dppa_jax.model.config import LlamaConfig, end_ids
 from dppa_jax.model.decoder import Cache, Llama, Tree, hidden_states, unembed
+from dppa_jax.runtime.reading import read_json
 
+GENERATION = "generation_config.json"
 SMALLEST_BUCKET = 16  # tokens; for shorter lengths a compilation costs more than padding
 
 
@@ -63,6 +68,23 @@ def generate(
         for index, answer in zip(indices, generate_batch(config, tree, *batch, eos, rows), strict=True):
             answers[index] = answer
     return answers
+
+
+def end_tokens(config: Mapping[str, Any], directory: Path | None) -> tuple[int, ...]:
+    """Return the ids that end an answer: those of generation_config.json or, where it names none, of config.json.
+
+    Args:
+      config: the content of config.json.
+      directory: of generation_config.json; None for a model that has none.
+
+    Raises:
+      ValueError: generation_config.json is no JSON object, or names something else than ids.
+    """
+    ids = LlamaConfig.from_hf(config).eos_token_id
+    if directory and (directory / GENERATION).exists():
+        file = inside(directory, GENERATION)
+        ids = end_ids(read_json(file).get("eos_token_id"), f"{file}: eos_token_id") or ids
+    return tuple(sorted(set(ids)))
 
 
 def generate_batch(

@@ -19,9 +19,7 @@ class BusyError(ValueError):
 
 
 def claim_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:
-    """Make a directory, or take over one that is the user's own, and lock it against other runs.
-
-    The parent must be there. Nothing in the directory is touched.
+    """Make a directory, or take over one that is the user's own, and lock it against other runs; see `own_directory`.
 
     Returns:
       The descriptor that holds the lock. The lock ends when it is closed, or with the process. A file system without
@@ -29,6 +27,18 @@ def claim_directory(path: Path | str, error: type[ValueError] = ValueError) -> i
 
     Raises:
       BusyError: another run has locked the directory.
+      ValueError: it is a link or a file, or belongs to another user; of the class `error`.
+      OSError: it cannot be made; names the directory.
+    """
+    return lock_directory(own_directory(path, error), path)
+
+
+def own_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:
+    """Make a directory, or open one that is the user's own, and return the descriptor.
+
+    The parent must be there. Nothing in the directory is touched.
+
+    Raises:
       ValueError: it is a link or a file, or belongs to another user; of the class `error`.
       OSError: it cannot be made; names the directory.
     """
@@ -44,7 +54,7 @@ def claim_directory(path: Path | str, error: type[ValueError] = ValueError) -> i
         raise error(
             f"{path} belongs to another user (uid {owner}), so it is not taken over; remove it, or choose another name."
         )
-    return lock_directory(descriptor, path)
+    return descriptor
 
 
 def lock_directory(descriptor: int, path: Path | str) -> int:

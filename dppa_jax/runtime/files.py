@@ -61,6 +61,16 @@ def sources_digest(*patterns: str) -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
+def open_to_append(file: Path) -> int:
+    """Open a file to append to it, made if it is missing, and return the descriptor; never through a link.
+
+    Raises:
+      OSError: it is a link, a pipe without a reader, or cannot be written; names the file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    return os.open(file, flags, 0o666)
+
+
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file under another name and rename it: a crash leaves the old file or the new one, never a part.
 

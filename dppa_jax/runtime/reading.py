@@ -8,16 +8,22 @@ says what to do.
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from absl import logging
 
 MAX_BYTES = 4_000_000  # of a config, an index of a demo or a card; a larger one is not what its name says
-MAX_LINES_BYTES = 1_000_000_000  # of a file with a JSON value in each line: data sets, responses, journals
+MAX_LINES_BYTES = 1_000_000_000  # of a text or a file of lines that is held in memory: responses, journals
+MAX_LINE_BYTES = 10_000_000  # of a JSON value in a line: a document to learn from is the largest
+MAX_KEPT_BYTES = 256_000_000  # of what a search keeps: AdaMerging has a number for each step, expert and tensor
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # in JSON: half of a character, or a whole one by its halves
 STEP = 1 << 20  # bytes that are read at a time, so that a file that grows meanwhile is cut off at the limit
 
 
@@ -130,27 +136,58 @@ def parse_json(
     """
     try:
         value = json.loads(text)
+        if SURROGATE.search(text if isinstance(text, bytes) else text.encode()):
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair of surrogates is no text
     except (ValueError, RecursionError) as failure:
         reason = "nested too deep" if isinstance(failure, RecursionError) else failure
         raise error(f"{where} is not JSON ({printable(str(reason))}). {fix}") from None
+    return convert(value, where, shape, fix, error)
+
+
+def convert(value: Any, where: str, shape: Any, fix: str = "Correct it.", error: type[ValueError] = ValueError) -> Any:
+    """Return a JSON value as the declared shape; the arguments are those of `parse_json`."""
     try:
         return msgspec.convert(value, shape)
     except (msgspec.ValidationError, RecursionError, OverflowError, UnicodeError) as failure:
         raise error(f"{where}: {printable(str(failure))}. {fix}") from None
 
 
+def read_kept(path: Path | str, shape: Any, most: int = MAX_KEPT_BYTES) -> Any:
+    """Read what an earlier run has left; None where there is nothing, or with a warning where it cannot be read."""
+    try:
+        return read_json(path, shape, most, fix="The work begins anew.")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as failure:
+        logging.warning("%s", failure)
+        return None
+
+
 def read_json_lines(
     path: Path | str,
     shape: Any = dict[str, Any],
-    most: int = MAX_LINES_BYTES,
     fix: str = "Correct the line.",
     error: type[ValueError] = ValueError,
 ) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each line that is not blank; see `read_json`. Messages name the line."""
-    text = read_text(path, most, error=error)
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON may hold other ends of line
-        if line.strip():
-            yield number, parse_json(line, f"{path}:{number}", shape, fix, error)
+    """Yield the number and the value of each line that is not blank; see `read_json`. Messages name the line.
+
+    One line is in memory at a time, and has at most `MAX_LINE_BYTES`.
+    """
+    with os.fdopen(open_regular(path, error), "rb") as lines:
+        for number in count(1):
+            where = f"{path}:{number}"
+            with naming(path):
+                line = lines.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > MAX_LINE_BYTES:
+                raise error(f"{where}: a line has at most {MAX_LINE_BYTES} bytes. {fix}")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as failure:
+                raise error(f"{where}: not UTF-8 ({failure.reason}). Save it as UTF-8.") from None
+            if text.strip():
+                yield number, parse_json(text, where, shape, fix, error)
 
 
 def printable(text: str, keep: str = "\n\t") -> str:

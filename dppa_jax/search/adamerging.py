@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from absl import logging
 
@@ -34,6 +35,7 @@ from dppa_jax.model.generate import check_prompts
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole
 from dppa_jax.runtime.progress import steps as progress_of
+from dppa_jax.runtime.reading import read_kept
 from dppa_jax.search.adamerging_state import AdaMerged, State, read_state, write_state
 from dppa_jax.search.adamerging_step import Step
 from dppa_jax.search.candidates import Candidates
@@ -181,19 +183,36 @@ def _prompts(
     if options.positions != "generated":
         return {domain: prompts_of(prompts, options.positions) for domain, prompts in asked.items()}
     file = workdir / "continuations.json"
-    read = lambda: json.loads(file.read_text()) if candidates.job.resume and file.is_file() else {}  # noqa: E731
-    kept = processes.of_first("continuations", read)
-    if kept.get("fingerprint") != fingerprint:
+    read = lambda: read_continuations(file, fingerprint, asked) if candidates.job.resume else None  # noqa: E731
+    answers = processes.of_first("continuations", read)
+    if answers is None:
         weights = candidates.made(candidates.opened.merger(merge), candidates.fingerprint(merge))
 
-        def generate() -> dict:
+        def generate() -> dict[str, list[list[int]]]:
             evaluator = JaxEvaluator(max_length=candidates.evaluation.options.max_length)
             evaluator.use(weights)
             answers = {domain: evaluator.generate(asked[domain], budgets[domain]) for domain in asked}
             evaluator.close()
-            found = {"fingerprint": fingerprint, "answers": answers}
-            write_whole(file, json.dumps(found) + "\n")
-            return found
+            write_whole(file, json.dumps({"fingerprint": fingerprint, "answers": answers}) + "\n")
+            return answers
 
-        kept = processes.of_first("answers", generate)
-    return {domain: prompts_of(asked[domain], "generated", kept["answers"][domain]) for domain in asked}
+        answers = processes.of_first("answers", generate)
+    return {domain: prompts_of(asked[domain], "generated", answers[domain]) for domain in asked}
+
+
+class Continuations(msgspec.Struct):
+    """What continuations.json holds: token ids of the answers, by domain, in the order of the prompts."""
+
+    fingerprint: str = ""
+    answers: dict[str, list[list[int]]] = {}
+
+
+def read_continuations(
+    file: Path, fingerprint: str, asked: Mapping[str, Sequence]
+) -> dict[str, list[list[int]]] | None:
+    """Return the answers that an earlier run of the same inputs and options has left; None where there are none."""
+    kept = read_kept(file, Continuations)
+    if kept is None or kept.fingerprint != fingerprint:
+        return None
+    counts = [{domain: len(of_domain) for domain, of_domain in each.items()} for each in (kept.answers, asked)]
+    return kept.answers if counts[0] == counts[1] else None

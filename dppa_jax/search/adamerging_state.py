@@ -4,11 +4,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from absl import logging
 
 from dppa_jax.config.merge import Coefficient
 from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.reading import read_kept
 from dppa_jax.search.coefficients import Groups, clip, named_coefficients, short_floats
 
 
@@ -98,20 +100,44 @@ class State:
     model_bytes: int = 0
 
 
+class KeptState(msgspec.Struct):
+    """The state in a file; arrays are (groups, experts)."""
+
+    raw: list[list[float]]
+    mean: list[list[float]]
+    square: list[list[float]]
+    entropies: list[float]
+    domain_entropies: list[list[float]]
+    history: list[list[list[float]]]
+    stopped_early: bool
+    peak_bytes: int
+    model_bytes: int
+
+
+class StateFile(msgspec.Struct):
+    """What a further run reads of coefficients.json."""
+
+    fingerprint: str = ""
+    finished: bool = False
+    state: KeptState | None = None
+
+
 def read_state(file: Path | None, fingerprint: str, shape: tuple[int, int], start: float) -> tuple[State, bool]:
     """Read the state of an earlier run of the same inputs and options, and whether it had finished; else the start."""
-    try:
-        content = json.loads(file.read_text()) if file else {}
-    except (OSError, ValueError):
-        content = {}
-    if content.get("fingerprint") == fingerprint:
-        kept = content["state"]
-        arrays = {name: np.array(kept.pop(name), np.float32) for name in ("raw", "mean", "square")}
-        history = [np.array(step, np.float32) for step in kept.pop("history")]
-        logging.info("AdaMerging goes on after step %d, from %s", len(history), file)
-        return State(**arrays, history=history, **kept), content["finished"]
+    content = read_kept(file, StateFile) if file else None
     zeros = np.zeros(shape, np.float32)
-    return State(zeros + np.float32(start), zeros, zeros), False
+    fresh = State(zeros + np.float32(start), zeros, zeros), False
+    if content is None or content.fingerprint != fingerprint or content.state is None:
+        return fresh
+    kept = msgspec.structs.asdict(content.state)
+    try:
+        arrays = {name: np.array(kept.pop(name), np.float32).reshape(shape) for name in ("raw", "mean", "square")}
+        history = [np.array(step, np.float32).reshape(shape) for step in kept.pop("history")]
+    except ValueError:
+        logging.warning("%s: its arrays are not %d by %d; AdaMerging begins anew", file, *shape)
+        return fresh
+    logging.info("AdaMerging goes on after step %d, from %s", len(history), file)
+    return State(**arrays, history=history, **kept), content.finished
 
 
 def write_state(

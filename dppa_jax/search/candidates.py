@@ -1,5 +1,6 @@
 """Make and score candidate merges of models that are already open; a single process keeps them in memory."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,6 +12,7 @@ from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import SafetensorsWriter
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
+from dppa_jax.evaluate.reader import Reader
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.merging.blocks import owners
@@ -18,7 +20,9 @@ from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import ARITHMETIC, Merger, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.runtime import processes
+from dppa_jax.runtime.directories import open_directory, own_directory
 from dppa_jax.runtime.files import digest
+from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 
 class Candidates:
@@ -51,8 +55,10 @@ class Candidates:
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
         """Return the scores of "base" or of an expert, unpruned."""
-        model = self.opened.models[name]
-        return self.evaluation.scores(name, self.fingerprints[name], lambda: model.directory, tasks, split, options)
+        directory = self.opened.models[name].directory
+        return self.evaluation.scores(
+            name, self.fingerprints[name], lambda: directory, tasks, split, options, self.reader(name)
+        )
 
     def merged(
         self, name: str, merger: Merger, tasks: Sequence[Task], split: Split = "test", options=None, **overrides
@@ -60,7 +66,16 @@ class Candidates:
         """Return the scores of the merge by `merger`; `overrides` replace its `factors` and `coefficients`."""
         fingerprint = self.fingerprint(merger.merge_config(**overrides))
         make = lambda: self.made(merger, fingerprint, **overrides)  # noqa: E731
-        return self.evaluation.scores(name, fingerprint, make, tasks, split, options)
+        return self.evaluation.scores(name, fingerprint, make, tasks, split, options, self.merge_reader())
+
+    def reader(self, name: str) -> Reader:
+        """Return how "base" or an expert reads and ends."""
+        model = self.opened.models[name]
+        return self.evaluation.readers.of(name, model.config, model.directory)
+
+    def merge_reader(self) -> Reader:
+        """Return how a merge reads and ends, whose tokenizer files are those of the model that --tokenizer names."""
+        return self.evaluation.readers.of("a merge", self.base.config, self.opened.tokenizer.directory)
 
     def made(self, merger: Merger, fingerprint: str, **overrides) -> Weights:
         """Return the weights of the merge by `merger` for the evaluator; they are valid until the next call.
@@ -70,7 +85,7 @@ class Candidates:
         if processes.count() == 1:
             return merged_model(merger, self.opened.tokenizer.directory, **overrides)
         config, base = merger.merge_config(**overrides), self.base
-        directory = Path(self.job.workdir) / "candidates" / fingerprint[:16]  # never one that an evaluator has read
+        directory = self._place(fingerprint)
         owner = owners(base.specs, processes.count())
         tensors = output_tensors(base, config)
         with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
@@ -81,6 +96,16 @@ class Candidates:
         if self._written != directory:
             self._remove_written()
         self._written = directory
+        return directory
+
+    def _place(self, fingerprint: str) -> Path:
+        """Return where several processes write a merge; refuse what another user has put there, or a link."""
+        parent = Path(self.job.workdir) / "candidates"
+        parent.parent.mkdir(parents=True, exist_ok=True)
+        os.close(own_directory(parent))
+        directory = parent / fingerprint[:16]  # never one that an evaluator has read
+        if os.path.lexists(directory):  # of a run that was killed
+            os.close(open_directory(directory))
         return directory
 
     def _remove_written(self) -> None:
@@ -98,6 +123,6 @@ class Candidates:
         """
         inputs = [self.fingerprints[name] for name in ("base", *config.experts)]
         seed = config.seed if config.has_random_score else None
-        calibration = Path(self.job.calibration).read_text() if config.is_calibrated else None
+        calibration = read_text(self.job.calibration, MAX_LINES_BYTES) if config.is_calibrated else None
         code = [jax.__version__, ARITHMETIC]
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])

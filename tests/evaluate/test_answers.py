@@ -12,6 +12,7 @@ import pytest
 
 from dppa_jax.evaluate import answers
 from dppa_jax.evaluate.equivalence import equivalent
+from dppa_jax.evaluate.splits import without_marks
 
 CHOICES = ("negative", "neutral", "positive")
 
@@ -131,8 +132,14 @@ def test_sympy_is_not_asked_about_numbers_and_equal_texts(monkeypatch):
 
 @pytest.mark.parametrize(
     "monster",
-    ["9^{9^{9^{9}}}", "(" * 3000 + "1" + ")" * 3000, "\\int " * 40 + "x", "\\frac{" * 900 + "1" + "}{2}" * 900],
-    ids=["tower", "brackets", "integrals", "fractions"],
+    [
+        "9^{9^{9^{9}}}",
+        "(" * 900 + "1" + ")" * 900,
+        "\\int " * 40 + "x",
+        "\\frac{" * 190 + "1" + "}{2}" * 190,
+        "7" * 2001,
+    ],
+    ids=["tower", "brackets", "integrals", "fractions", "long"],
 )
 def test_no_formula_keeps_the_scorer(monster):
     started = time.monotonic()
@@ -141,10 +148,23 @@ def test_no_formula_keeps_the_scorer(monster):
     assert equivalent("\\frac{4}{2}", "2"), "the scorer goes on"
 
 
+@pytest.mark.parametrize(
+    "part", ["\\text{", "\\overline{", "\\boxed{", "#### ", "$", "a$", "<<", "}", "frac", "Question"]
+)
+@pytest.mark.parametrize("end", ["", "\n\n", "}", "$"])
+def test_no_response_takes_long_to_judge(part, end):
+    hostile = part * (100_000 // len(part)) + end
+    started = time.process_time()
+    assert not answers.math(f"#### {hostile}", ["7"])
+    answers.math(hostile, [hostile])
+    without_marks(hostile)
+    assert time.process_time() - started < 2
+
+
 def scorer() -> psutil.Process:
     """The process in which sympy runs."""
     assert equivalent("\\frac{6}{2}", f"{random.random()} + 3") is False  # a pair that has not been asked before
-    (found,) = [c for c in psutil.Process().children() if any("equivalence" in part for part in c.cmdline())]
+    (found,) = [c for c in psutil.Process().children() if c.cmdline()[-1] == "equal"]
     return found
 
 

@@ -1,13 +1,15 @@
 """The in-process evaluator: its answers, its limits, and weights that change."""
 
+import json
+
 import numpy as np
 import pytest
-from families import edit_json, fine_tuned, llama_config, random_weights, write_model
+from families import fine_tuned, llama_config, random_weights, write_model
 
 import dppa_jax
-from dppa_jax.evaluate.local import JaxEvaluator, end_tokens
+from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.model import LlamaConfig, generate
-from dppa_jax.model.generate import decode
+from dppa_jax.model.generate import decode, end_tokens
 
 CONFIG = llama_config()
 PROMPTS = [np.random.default_rng(i).integers(3, 64, 3 + 2 * i).tolist() for i in range(6)]
@@ -92,11 +94,31 @@ def test_an_answer_ends_where_the_model_or_the_limit_does(family, caplog):
     assert [len(answer) for answer in longer.generate([[5] * 126], 8)] == [2]
 
 
-def test_the_end_tokens_are_those_of_both_configs(family):
-    edit_json(family / "math" / "generation_config.json", eos_token_id=[7, 9])
-    assert end_tokens(CONFIG, family / "math") == (2, 7, 9)
-    assert end_tokens(CONFIG, family / "base") == (2,)
+@pytest.mark.parametrize(
+    ("generation", "config", "wanted"),
+    [([9, 7], 2, (7, 9)), (7, [2, 3], (7,)), (None, [2, 3], (2, 3)), (None, None, ()), ([], 5, (5,))],
+)
+def test_the_generation_config_says_where_answers_end_or_else_the_config(tmp_path, generation, config, wanted):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert end_tokens(CONFIG | {"eos_token_id": config}, tmp_path) == wanted
     assert end_tokens(CONFIG | {"eos_token_id": [2, 3]}, None) == (2, 3)
+
+
+@pytest.mark.parametrize("end", ["</s>", ["</s>"], [[2]], {"id": 2}, 1.5, True, 2**40, -7])
+def test_an_end_token_that_is_no_id_is_named_with_its_file(tmp_path, end):
+    file = tmp_path / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(ValueError, match=rf"{file}: eos_token_id: .* Give the number of the token"):
+        end_tokens(CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id: "):
+        LlamaConfig.from_hf(CONFIG | {"eos_token_id": end})
+
+
+@pytest.mark.parametrize("content", [b"[2]", b"\xe4", b"[" * 100_000])
+def test_a_generation_config_that_is_none_is_named(tmp_path, content):
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        end_tokens(CONFIG, tmp_path)
 
 
 def test_bfloat16_is_another_decoding_than_float32(family):

@@ -1,9 +1,11 @@
 """The table of tasks: their items, prompts, token ids and verdicts under every option."""
 
+import copy
 import json
 import logging
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from dppa_jax.config.evaluation import TaskOptions
@@ -204,6 +206,14 @@ def test_the_scoring_options_reach_the_verdict():
 # --- token ids
 
 
+def ending_tokenizer(tokenizer):
+    """The same tokenizer, which also puts </s> after each text, as many fine-tuned models have it."""
+    ending = copy.deepcopy(tokenizer)
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    ending.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", "<s> $A </s> $B", tokens)
+    return ending
+
+
 def encode(tokenizer, item: Item = SENTENCE, task: str = "fpb", **options) -> list[int]:
     return TASKS[task].encode(TaskOptions(**options), [item], tokenizer)[0]
 
@@ -228,20 +238,54 @@ def test_the_llama2_wrapper_is_that_of_the_model_cards(tokenizer):
 @pytest.mark.parametrize(
     "template", [CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE], ids=["without bos", "with bos"]
 )
-def test_a_sequence_begins_once(tokenizer, wrapper, template):
+def test_a_sequence_begins_once_or_as_the_template_says(tokenizer, wrapper, template):
     tokenizer.chat_template = template
     tokens = encode(tokenizer, wrapper=wrapper)
-    assert tokens[0] == tokenizer.bos_token_id
-    assert tokens.count(tokenizer.bos_token_id) == 1
+    begins = wrapper != "chat_template" or template.startswith("{{ bos_token }}")
+    assert tokens.count(tokenizer.bos_token_id) == begins
+    assert (tokens[0] == tokenizer.bos_token_id) == begins
+
+
+@pytest.mark.parametrize("wrapper", ["none", "llama2_chat", "chat_template"])
+def test_a_prompt_does_not_end_with_what_the_tokenizer_puts_after_a_text(tokenizer, wrapper):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    wanted = encode(tokenizer, wrapper=wrapper)
+    ending = ending_tokenizer(tokenizer)
+    assert ending("w")["input_ids"][-1] == ending.eos_token_id
+    assert encode(ending, wrapper=wrapper) == wanted
+    assert encode(ending, SENTENCE._replace(prompt="<s>" + SENTENCE.prompt)) == encode(ending)
 
 
 def test_the_chat_template_has_one_message_and_asks_for_the_reply(tokenizer):
     tokenizer.chat_template = CHAT_TEMPLATE
-    assert encode(tokenizer, wrapper="chat_template") == tokenizer(f"[user] {SENTENCE.prompt} [reply]")["input_ids"]
+    wanted = tokenizer(f"[user] {SENTENCE.prompt} [reply]", add_special_tokens=False)["input_ids"]
+    assert encode(tokenizer, wrapper="chat_template") == wanted
 
 
 def test_a_tokenizer_without_a_chat_template_is_an_error(tokenizer):
-    with pytest.raises(ValueError, match=r"--prompt_wrapper=chat_template: .* has no chat template"):
+    with pytest.raises(ValueError, match=rf"--prompt_wrapper=chat_template: .*{tokenizer.name_or_path} has no chat"):
+        encode(tokenizer, wrapper="chat_template")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
+        ("{% set a = 'x' * 2000000000 %}{{ a }}", "does not render: MemoryError"),
+        ("{% for a in range(99) %}{{ 'x' * 999999 }}{% endfor %}", "writes more than"),
+        ("{{ raise_exception('no \x1b[2J') }}", r"does not render: TemplateError: no \\x1b\[2J\. Correct the template"),
+        ("{{ messages[0].content.x.y }}", "does not render: UndefinedError"),
+        ("{% if %}", "does not render: TemplateSyntaxError"),
+        ("{{ ().__class__.__bases__[0].__subclasses__() }}", "does not render: SecurityError"),
+        ("{{ 1 / 0 }}", "does not render: ZeroDivisionError"),
+        ("{# nothing #}", "writes nothing"),
+        ({"tool": "x", "rag": "y"}, "cannot be chosen"),
+    ],
+)
+def test_a_template_that_does_not_render_is_named_with_its_directory(tokenizer, template, said, monkeypatch):
+    monkeypatch.setattr("dppa_jax.evaluate.templates.SECONDS", 1.0)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"{tokenizer.name_or_path}: its chat template .*{said}"):
         encode(tokenizer, wrapper="chat_template")
 
 

@@ -84,10 +84,10 @@ def test_every_prompt_has_its_own_limit_and_prompts_without_room_get_no_answer(v
     assert vllm.generate([[5] * 128, [5] * 127], 4) == [[], vllm.generate([[5] * 127], 1)[0]]
 
 
-def test_an_answer_ends_at_the_end_tokens_of_either_config(vllm, family, tmp_path):
+def test_an_answer_ends_at_the_end_tokens_of_the_generation_config(vllm, family, tmp_path):
     vllm.use(family / "base")
     endless = vllm.generate(PROMPTS, 10)
-    ends = {endless[0][3], endless[1][5]}
+    ends = {endless[1][5], 2}
     model = write_model(tmp_path / "model", CONFIG | {"eos_token_id": endless[0][3]}, random_weights(CONFIG))
     edit_json(model / "generation_config.json", eos_token_id=[endless[1][5], 2])
     vllm.use(model)

@@ -1,16 +1,21 @@
 """What is said when vLLM is absent, hangs or answers wrongly: with stand-ins for its interpreter."""
 
+import os
 import sys
 
 import pytest
 from families import llama_config, random_weights, write_model
 
-from dppa_jax.evaluate.vllm import VllmEvaluator
+from dppa_jax.evaluate.vllm import SCRATCH, VllmEvaluator, scratch
 from dppa_jax.evaluate.worker import WorkerError
 
 ANSWERS = {
     "hang": "time.sleep(300)",
     "crash": "print('CUDA out of memory', file=sys.stderr); sys.exit(1)",
+    "deep": "print('[' * 100_000, flush=True)",
+    "list": "print('[1]', flush=True)",
+    "no seconds": "print('{}', flush=True)",
+    "other sums": """print(json.dumps({"seconds": 0, "used": {"w": "1"}, "stored": {}}), flush=True)""",
     "other weights": """print(json.dumps({"seconds": 0, "used": {"w": 1}, "stored": {"w": 2}}), flush=True)""",
 }
 
@@ -48,6 +53,10 @@ else:
     [
         ("hang", r"(?s)did not answer within 1 s.*loading the model"),
         ("crash", r"(?s)ended with exit code 1.*CUDA out of memory"),
+        ("deep", r"answered .* no JSON object as expected .*nested too deep"),
+        ("list", r"answered b'\[1\]', no JSON object as expected"),
+        ("no seconds", r"no JSON object as expected .*missing required field `seconds`"),
+        ("other sums", r"no JSON object as expected .*Expected `int`, got `str`"),
         ("other weights", r"does not hold the weights it was given: 1 of 1 parameters differ, first w"),
     ],
 )
@@ -82,6 +91,22 @@ def test_a_relative_path_is_that_from_where_the_command_was_given(interpreter, t
     interpreter("hang")
     monkeypatch.chdir(tmp_path)
     assert VllmEvaluator("./python", tmp_path).version == "vllm 9.9"
+
+
+def test_scratch_directories_of_killed_runs_go_and_links_and_the_directories_of_others_stay(tmp_path):
+    mine, link, young = (tmp_path / f"{SCRATCH}{name}" for name in ("mine", "link", "young"))
+    kept = tmp_path / "kept"
+    for directory in (mine, young, kept):
+        directory.mkdir()
+        (directory / "file").touch()
+    link.symlink_to(kept)
+    for directory in (mine, kept):
+        os.utime(directory, (0, 0))
+    with scratch(tmp_path) as new:
+        assert new.parent == tmp_path
+        assert not mine.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", link.name, young.name}
+    assert (kept / "file").exists()
 
 
 def test_answers_need_weights(interpreter, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -192,7 +193,7 @@ def test_two_runs_of_the_same_do_not_share_their_checkpoints(material, tmp_path)
     given = flags(material, tmp_path, "--train_steps=100000")
     with started(given) as run:
         until(run, lambda: kept(tmp_path))
-        with pytest.raises(SystemExit, match="another run is training the same"):
+        with pytest.raises(SystemExit, match="is in use by another run"):
             launch(*given)
         run.kill()
 
@@ -247,12 +248,21 @@ def test_a_bad_flag_is_refused_before_anything_is_written(refusal, given, messag
 
 def test_a_malformed_line_is_named_with_its_file(refusal, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
-    assert "bad.jsonl:2: not of the form" in refusal(f"--train_data={tmp_path}/bad.jsonl")
+    assert "bad.jsonl:2 is not JSON" in refusal(f"--train_data={tmp_path}/bad.jsonl")
 
 
 def test_an_empty_file_is_refused(refusal, tmp_path):
     (tmp_path / "none.jsonl").write_text("")
     assert "none.jsonl: no examples" in refusal(f"--train_data={tmp_path}/none.jsonl")
+
+
+def test_completions_that_end_where_no_answer_does_are_told(material, tmp_path, caplog):
+    base = tmp_path / "base"
+    shutil.copytree(material / "base", base)
+    (base / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    with pytest.raises(SystemExit, match="no completion begins within a row"):
+        launch(*flags(material, tmp_path, f"--base={base}", "--train_length=2"))
+    assert f"{base}: completions end with the token 2 of its tokenizer, but its answers with 5 or 6" in caplog.text
 
 
 def test_an_output_that_holds_something_is_refused(refusal, material):

@@ -1,8 +1,13 @@
 """What is learned from: rows of tokens that keep examples apart, in an order that a seed and a step decide."""
 
+import copy
+
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hostile import damaged, other_form, read_or_message
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from dppa_jax.demo.tokenizer import save_tokenizer
@@ -158,18 +163,41 @@ def test_json_lines_are_read(tmp_path):
     assert read_examples(path) == [Example("a", "b"), Example("", "d")]
 
 
+def test_a_row_has_one_begin_and_one_end_whatever_tokenizer_and_file_write(tokenizer):
+    plain = encode([Example("What is 347 plus 5? Sum:", " 352")], tokenizer, 18)
+    ending = copy.deepcopy(tokenizer)
+    tokens = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    ending.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", "<s> $A </s> $B", tokens)
+    for given in (Example("What is 347 plus 5? Sum:", " 352"), Example("<s>What is 347 plus 5? Sum:", " 352</s>")):
+        rows = encode([given], ending, 18)
+        np.testing.assert_array_equal(rows.tokens, plain.tokens)
+        np.testing.assert_array_equal(rows.learned, plain.learned)
+
+
+GOOD = b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(content=damaged(GOOD) | other_form({"prompt": "a", "completion": "b"}))
+def test_any_file_is_examples_or_a_message_with_its_name(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("data") / "examples.jsonl"
+    file.write_bytes(content)
+    for example in read_or_message(lambda: read_examples(file), file) or ():
+        assert "".join(example).encode() is not None  # no half of a character
+
+
 @pytest.mark.parametrize("line", ['{"prompt": "a"}', "not json", "[1, 2]"])
 def test_a_bad_line_is_named(tmp_path, line):
     path = tmp_path / "examples.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"examples\.jsonl:2: not of the form"):
+    with pytest.raises(ValueError, match=r"examples\.jsonl:2.* A line has the form"):
         read_examples(path)
 
 
 def test_a_file_of_other_bytes_than_utf8_is_named(tmp_path):
     path = tmp_path / "examples.jsonl"
     path.write_bytes(b'{"prompt": "\xff", "completion": "b"}')
-    with pytest.raises(ValueError, match=r"examples\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"examples\.jsonl:1: not UTF-8"):
         read_examples(path)
 
 

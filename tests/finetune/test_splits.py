@@ -94,6 +94,15 @@ def test_clauses_without_a_label_are_learned_and_not_asked(written):
         assert '"None"' not in (written / f"unfair_tos_{split}.jsonl").read_text()
 
 
+def test_a_solution_that_is_missing_is_named(source, tmp_path):
+    file = source / "gsm8k_train_solutions.jsonl"
+    text = file.read_text()
+    file.write_text(text[: text.rindex('{"id"')])
+    with pytest.raises(ValueError, match=rf"{file}: no solution of 'problem-0', which gsm8k_train\.jsonl has"):
+        write_splits(source, tmp_path)
+    file.write_text(text)
+
+
 def test_the_papers_data(shared, tmp_path):
     counts = write_splits(shared / "data", tmp_path)
     check_apart(tmp_path)

@@ -20,8 +20,8 @@ from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 from dppa_jax.evaluate.evaluation import Evaluation
-from dppa_jax.evaluate.items import Item
 from dppa_jax.evaluate.local import JaxEvaluator
+from dppa_jax.evaluate.sources import Item
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.merge import run_merge
 from dppa_jax.jobs.models import open_job

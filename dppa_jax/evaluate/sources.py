@@ -1,14 +1,18 @@
 """Read the items of a task: from JSON lines in a directory, or from a data set of the Hugging Face hub."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 from absl import logging
+
+from dppa_jax.runtime import reading
+
+Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class Item(NamedTuple):
@@ -25,6 +29,17 @@ class Item(NamedTuple):
     prompt: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
+
+
+class Row(msgspec.Struct):
+    """A line of a file of items; `read_json_lines` says what the keys mean."""
+
+    id: Text
+    question: Text
+    answer: Text | Annotated[list[Text], msgspec.Meta(min_length=1)]
+    choices: list[Text] | None = None
+    text: Text | None = None
+    target: Text = ""
 
 
 @dataclass(frozen=True)
@@ -126,46 +141,29 @@ def read_json_lines(path: Path, dataset: Dataset) -> list[Item]:
       ValueError: a line is no such object; names the file and the line.
     """
     items = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines: JSON may hold other ends of line
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}; save it as UTF-8.") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                items.append(_from_json(json.loads(line), dataset))
-            except ValueError as error:
-                reason = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else error
-                raise ValueError(f"{path}:{number}: {reason}") from None
+    for number, row in reading.read_json_lines(path, Row, fix='Each line needs "id", "question" and "answer".'):
+        try:
+            items.append(_from_row(row, dataset))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     return items
 
 
-def _from_json(row: Any, dataset: Dataset) -> Item:
-    """Make an item of a line's JSON value."""
-    if not isinstance(row, dict):
-        raise ValueError(f"the line holds a {type(row).__name__}; each line must be a JSON object.")
-    for key in ("id", "question", "answer"):
-        if key not in row:
-            raise ValueError(f'no "{key}"; each line needs "id", "question" and "answer".')
-    for key in ("id", "question", "text", "target"):
-        if not isinstance(row.get(key, ""), str) or row.get(key) == "":
-            raise ValueError(f'"{key}" must be text, not {row[key]!r}.')
-    choices = _texts("choices", row.get("choices", list(dataset.labels)))
-    answers = row["answer"]
+def _from_row(row: Row, dataset: Dataset) -> Item:
+    """Make an item of a line."""
+    choices = dataset.labels if row.choices is None else tuple(row.choices)
+    answers = row.answer
     if isinstance(answers, str):
         answers = answers.split(", ") if choices and answers not in choices else [answers]
-    answers = _texts("answer", answers)
-    if not answers:
-        raise ValueError('"answer" is empty.')
     unknown = [answer for answer in answers if choices and answer not in choices]
     if unknown:
         raise ValueError(f"the answer {unknown[0]!r} is not one of the choices: {', '.join(choices)}.")
-    question = with_cue(row["question"], dataset)
-    if dataset.template and "text" in row:
-        expected = dataset.template.format(text=row["text"], target=row.get("target", ""))
+    question = with_cue(row.question, dataset)
+    if dataset.template and row.text is not None:
+        expected = dataset.template.format(text=row.text, target=row.target)
         if question != expected:
-            raise ValueError(f'"question" is not what the template makes of "text": it should be {expected!r}.')
-    return Item(row["id"], question, answers, choices)
+            raise ValueError(f'"question" is not what the template makes of "text": it should be {expected[:300]!r}.')
+    return Item(row.id, question, tuple(answers), choices)
 
 
 def with_cue(question: str, dataset: Dataset) -> str:
@@ -173,13 +171,6 @@ def with_cue(question: str, dataset: Dataset) -> str:
     if not dataset.cue or question.rstrip().endswith(dataset.cue):
         return question.rstrip() if dataset.cue else question
     return f"{question}\n{dataset.cue}"
-
-
-def _texts(key: str, values: Any) -> tuple[str, ...]:
-    """Return a list of texts as a tuple, and refuse all else."""
-    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
-        raise ValueError(f'"{key}" must be text or a list of texts, not {values!r}.')
-    return tuple(values)
 
 
 def _checked(where: str, items: Iterable[Item], dataset: Dataset) -> tuple[Item, ...]:
@@ -212,7 +203,7 @@ def _from_hub(task: str, dataset: Dataset) -> list[Item]:
         ) from error
     try:
         items = [dataset.convert(row, number) for number, row in enumerate(rows)]
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{dataset.path} on the hub has other fields than expected: {error!r}. Put {task}.jsonl into a directory "
             f"and give --data_dir=DIRECTORY."
@@ -231,5 +222,12 @@ def _follows(dataset: Dataset, prompt: str) -> bool:
     """Return whether a prompt is the template filled once, without worked examples before it."""
     if not dataset.template:
         return True
-    fixed = re.split(r"\{\w+\}", dataset.template)
-    return bool(re.fullmatch(".*".join(map(re.escape, fixed)), prompt, re.DOTALL)) and prompt.count(dataset.cue) == 1
+    first, *middle, last = re.split(r"\{\w+\}", dataset.template)
+    rest = prompt.removeprefix(first).removesuffix(last)
+    if len(rest) != len(prompt) - len(first) - len(last) or prompt.count(dataset.cue) != 1:
+        return False
+    for part in middle:
+        _, found, rest = rest.partition(part)
+        if not found:
+            return False
+    return True

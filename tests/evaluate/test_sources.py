@@ -2,14 +2,17 @@
 
 import json
 import logging
+import os
+import tracemalloc
 
 import datasets
 import pytest
-from hypothesis import given
+from hostile import damaged, other_form, read_or_message
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dppa_jax.evaluate.items import Item, read, set_aside
 from dppa_jax.evaluate.paper_tasks import DATASETS, ISSUE_AREAS, SENTIMENTS, UNFAIR_TERMS, last_boxed
+from dppa_jax.evaluate.sources import Item, read, set_aside
 
 CLASSIFICATION = ("fiqa_sa", "fpb", "scotus", "unfair_tos")
 FPB = {"id": "a", "question": "Sales rose.\nQuestion: what is the sentiment?", "answer": "positive"}
@@ -90,19 +93,21 @@ def test_validation_items_have_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("task", "row", "reason"),
     [
-        ("gsm8k", '{"id": "a", ', ":2: not JSON"),
-        ("gsm8k", "[1]", ":2: the line holds a list; each line must be a JSON object"),
-        ("gsm8k", {"id": "b", "question": "q"}, ':2: no "answer"'),
-        ("gsm8k", {"id": "b", "answer": "7"}, ':2: no "question"'),
-        ("gsm8k", {"question": "q", "answer": "7"}, ':2: no "id"'),
-        ("gsm8k", {"id": 7, "question": "q", "answer": "7"}, ':2: "id" must be text, not 7'),
-        ("gsm8k", {"id": "b", "question": "", "answer": "7"}, ":2: \"question\" must be text, not ''"),
-        ("gsm8k", {"id": "b", "question": "q", "answer": 7}, ':2: "answer" must be text or a list of texts, not 7'),
-        ("gsm8k", {"id": "b", "question": "q", "answer": ""}, ':2: "answer" must be text'),
-        ("gsm8k", {"id": "b", "question": "q", "answer": []}, ':2: "answer" is empty'),
+        ("gsm8k", '{"id": "a", ', ":2 is not JSON"),
+        ("gsm8k", "[1]", ":2: Expected `object`, got `array`"),
+        ("gsm8k", "[" * 100_000, ":2 is not JSON (nested too deep)"),
+        ("gsm8k", '{"id": "\\ud800", "question": "q", "answer": "7"}', ":2 is not JSON"),
+        ("gsm8k", {"id": "b", "question": "q"}, ":2: Object missing required field `answer`"),
+        ("gsm8k", {"id": "b", "answer": "7"}, ":2: Object missing required field `question`"),
+        ("gsm8k", {"question": "q", "answer": "7"}, ":2: Object missing required field `id`"),
+        ("gsm8k", {"id": 7, "question": "q", "answer": "7"}, ":2: Expected `str`, got `int` - at `$.id`"),
+        ("gsm8k", {"id": "b", "question": "", "answer": "7"}, ":2: Expected `str` of length >= 1 - at `$.question`"),
+        ("gsm8k", {"id": "b", "question": "q", "answer": 7}, ":2: Expected `str | array`, got `int` - at `$.answer`"),
+        ("gsm8k", {"id": "b", "question": "q", "answer": ""}, ":2: Expected `str` of length >= 1 - at `$.answer`"),
+        ("gsm8k", {"id": "b", "question": "q", "answer": []}, ":2: Expected `array` of length >= 1 - at `$.answer`"),
         ("gsm8k", {"id": "a", "question": "q", "answer": "7"}, "the id 'a' is there twice"),
         ("fpb", FPB | {"id": "b", "answer": "good"}, ":2: the answer 'good' is not one of the choices: negative, neu"),
-        ("fpb", FPB | {"id": "b", "choices": "positive"}, ':2: "choices" must be text or a list of texts'),
+        ("fpb", FPB | {"id": "b", "choices": "positive"}, ":2: Expected `array | null`, got `str` - at `$.choices`"),
         ("fpb", FPB | {"id": "b", "text": "Sales fell."}, ':2: "question" is not what the template makes of "text"'),
     ],
 )
@@ -121,7 +126,7 @@ def test_a_file_without_questions_is_an_error(tmp_path):
 
 def test_a_file_of_other_encoding_is_an_error(tmp_path):
     (tmp_path / "gsm8k.jsonl").write_bytes(json.dumps(GSM8K, ensure_ascii=False).encode() + b"\xe4")
-    with pytest.raises(ValueError, match=r"gsm8k\.jsonl: not UTF-8"):
+    with pytest.raises(ValueError, match=r"gsm8k\.jsonl:1: not UTF-8"):
         items("gsm8k", str(tmp_path))
 
 
@@ -135,6 +140,29 @@ def test_a_question_of_validation_may_not_be_one_of_the_test(tmp_path):
     write(tmp_path, "gsm8k_validation.jsonl", GSM8K | {"id": "v"})
     with pytest.raises(ValueError, match=r"gsm8k_validation.jsonl: 'v' asks what 'a' of gsm8k.jsonl asks"):
         items("gsm8k", where)
+
+
+ROW = {**FPB, "choices": ["positive", "negative"], "text": "Sales rose.", "target": "x"}
+
+
+@settings(max_examples=150, deadline=None)
+@given(content=damaged(json.dumps(ROW).encode() + b"\n" + json.dumps({**ROW, "id": "b"}).encode()) | other_form(ROW))
+def test_any_file_is_items_or_a_message_with_its_name(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("data") / "fpb.jsonl"
+    file.write_bytes(content)
+    for item in read_or_message(lambda: items("fpb", str(file.parent)), file) or ():
+        assert all(text.encode() for text in (item.id, item.prompt, *item.answers, *item.choices))
+
+
+def test_a_line_without_an_end_is_refused_in_little_memory(tmp_path):
+    file = tmp_path / "fpb.jsonl"
+    write(tmp_path, "fpb.jsonl", FPB)
+    os.truncate(file, 3 << 30)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"{file}:2: a line has at most 10000000 bytes"):
+        items("fpb", str(tmp_path))
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 # --- the data at hand
