@@ -55,7 +55,7 @@ class JobConfig:
     resume: bool = same(EvaluationConfig, "resume")
     tokenizer: str = option(
         "base",
-        "model whose tokenizer and chat template a merge gets (base), or evaluate asks all with (each its own)",
+        "model whose tokenizer a merge gets (base), or evaluate asks all with (each its own)",
         flag_default="",
     )
     save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
