@@ -1,7 +1,6 @@
 """Output directories: written under a name that ends in .incomplete, and given their names when they are complete."""
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from dppa_jax.checkpoint.unfinished import (
     put_right,
     read_mark,
     settle,
+    uri,
 )
 from dppa_jax.runtime import signals
 from dppa_jax.runtime.directories import BusyError, claim_directory, open_directory, still_there
@@ -118,7 +118,7 @@ class Unfinished:
         file, mark = self.path / MARK, Mark(os.fstat(self._lock).st_ino, self._identity, list(outputs), old)
         if not file.exists():
             file.touch()  # a run that is killed here leaves no other file without a mark
-        write_whole(file, json.dumps(msgspec.to_builtins(mark)))  # in ASCII: a path need not be UTF-8
+        write_whole(file, msgspec.json.encode(mark))
 
     def unmoved(self) -> bool:
         """Return whether the directory is still the one that was claimed, under its unfinished name."""
@@ -159,7 +159,7 @@ def publish(outputs: Sequence[Unfinished], overwrite: bool = False) -> None:
             except TakenError as error:
                 raise _taken_error(output.directory) from error
             sync(output.path)
-        names = [str(output.directory) for output in outputs]
+        names = [uri(output.directory) for output in outputs]
         replaced = {output: inode(output.directory) for output in outputs}
         for output in outputs:
             output.mark(names, replaced[output])

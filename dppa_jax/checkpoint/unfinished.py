@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -33,7 +34,7 @@ class Mark(msgspec.Struct):
     Attributes:
       inode: of the directory; a copy of a mark in another directory says nothing.
       identity: names what decides the content; a run goes on only where its own identity stands.
-      outputs: all outputs of the run, the main one last; empty until they get their names.
+      outputs: all outputs of the run as URIs, the main one last; empty until they get their names.
       old: the inode of the directory that this one replaces; 0 where there is none.
     """
 
@@ -81,7 +82,7 @@ def put_right(directory: Path) -> None:
     mark = read_mark(directory)
     if mark is None or not mark.outputs:
         return
-    main = Path(mark.outputs[-1])
+    main = from_uri(mark.outputs[-1])
     if main == directory or read_mark(main) is not None:
         finish(main)
     elif mark.old and inode(aside) == mark.old:
@@ -93,7 +94,7 @@ def put_right(directory: Path) -> None:
 def finish(main: Path) -> None:
     """Remove what the outputs of a run have replaced, and then their marks and journals, the main one's last."""
     named = read_mark(main).outputs
-    for place in map(Path, named):
+    for place in map(from_uri, named):
         _end_renames(place)
         mark = read_mark(place)
         if mark is None or mark.outputs != named:
@@ -162,6 +163,16 @@ def read_mark(directory: Path) -> Mark | None:
     except (OSError, ValueError):
         return None
     return mark if mark.inode == inode(directory) else None
+
+
+def uri(path: Path) -> str:
+    """Return a path as text that JSON can hold, although its name need not be UTF-8."""
+    return path.as_uri()
+
+
+def from_uri(text: str) -> Path:
+    """Return the path that `uri` turned into text."""
+    return Path(os.fsdecode(unquote_to_bytes(text.removeprefix("file://"))))
 
 
 def inode(path: Path) -> int:
