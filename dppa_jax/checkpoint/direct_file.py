@@ -17,6 +17,7 @@ import xxhash
 
 PAGE = 4096
 STEP = 8 << 20  # bytes that are copied to aligned memory and written at a time
+COPY = 1 << 19  # bytes that are copied and added to the checksum at a time: the second finds them in the cache
 
 _thread_memory = threading.local()
 
@@ -38,18 +39,23 @@ class DirectFile:
         if not hasattr(os, "O_DIRECT"):
             self._drop_direct()
 
-    def write(self, data: memoryview, position: int) -> None:
-        """Write bytes from a position of the file on."""
+    def write(self, data: memoryview, position: int) -> int:
+        """Write bytes from a position of the file on; return their checksum, see `checksum`."""
+        checksum = xxhash.xxh3_64()
         first = min(-position % PAGE, data.nbytes)
         whole = (data.nbytes - first) // PAGE * PAGE
         if self._direct is None or not whole:
+            checksum.update(data)
             self._write_cached(data, position)
-            return
+            return checksum.intdigest()
+        checksum.update(data[:first])
         self._write_cached(data[:first], position)
         for start in range(first, first + whole, STEP):
             piece = data[start : min(start + STEP, first + whole)]
-            self._write_direct(piece, position + start)
+            self._write_direct(piece, position + start, checksum)
+        checksum.update(data[first + whole :])
         self._write_cached(data[first + whole :], position + first + whole)
+        return checksum.intdigest()
 
     def sync(self) -> None:
         """Flush all that was written to the disk, where it survives a power failure."""
@@ -71,11 +77,13 @@ class DirectFile:
         self._drop_direct()
         os.close(self._cached)
 
-    def _write_direct(self, piece: memoryview, position: int) -> None:
+    def _write_direct(self, piece: memoryview, position: int, checksum: xxhash.xxh3_64) -> None:
         """Write whole pages straight to the device, and what it does not take through the cache."""
+        aligned = _aligned()[: piece.nbytes]
+        for start in range(0, piece.nbytes, COPY):
+            aligned[start : start + COPY] = piece[start : start + COPY]
+            checksum.update(aligned[start : start + COPY])
         if self._direct is not None:
-            aligned = _aligned()[: piece.nbytes]
-            aligned[:] = piece
             try:
                 done = os.pwrite(self._direct, aligned, position)
             except OSError as error:

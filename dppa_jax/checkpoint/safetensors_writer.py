@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.direct_file import DirectFile
@@ -110,9 +109,8 @@ class SafetensorsWriter:
         raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
         file, position, row_bytes = self._place(name, start)
         with self._errors(name):
-            file.write(memoryview(raw), position)
-            if self._identity:
-                self._rows.add(_rows_key(name, start, start + raw.nbytes // row_bytes), xxhash.xxh3_64_intdigest(raw))
+            checksum = file.write(memoryview(raw), position)
+            self._rows.add(_rows_key(name, start, start + raw.nbytes // row_bytes), checksum)
 
     def has_rows(self, name: str, start: int, stop: int) -> bool:
         """Return whether an earlier run has written these rows, and they are still as they were written."""
