@@ -1,6 +1,6 @@
 """Every jitted function lowers for TPUs and for NVIDIA GPUs from a machine that has neither: nothing is run here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 
 import jax
@@ -47,6 +47,12 @@ LLAMA = LlamaConfig(
 PRESETS = sorted({(of.score or "magnitude", of.combine) for of in METHODS.values()})
 RANKING = [score for score in SCORES if not SCORES[score].random]  # thresholds of the others are the rates
 OTHERS = [(score, "sum") for score in SCORES if (score, "sum") not in PRESETS]
+FAST = (("magnitude", "ties"), ("random", "sum"), ("della", "ties"), ("column", "sum"))
+
+
+def but(fast: str, values: Iterable[str]) -> list:
+    """All of them, those slow that are not the one."""
+    return [pytest.param(value, marks=[] if value == fast else pytest.mark.slow) for value in values]
 
 
 def assert_lowers(function: Callable, *arguments, **named) -> jax.export.Exported:
@@ -96,7 +102,7 @@ def defaults(score: str) -> tuple[tuple[str, float], ...]:
 BASE, EXPERT = array(ROWS, COLUMNS), array(ROWS, COLUMNS, dtype=np.float32)
 
 
-@pytest.mark.parametrize("score", RANKING)
+@pytest.mark.parametrize("score", but("column", RANKING))
 def test_kernels_that_tell_ties_apart_on_a_mesh(score, lowered):
     of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32"))
 
@@ -110,7 +116,10 @@ def test_kernels_that_tell_ties_apart_on_a_mesh(score, lowered):
     assert (merged.shape, counts.shape) == (BASE.shape, (ROWS, BOUNDS))
 
 
-@pytest.mark.parametrize(("score", "combine"), PRESETS + OTHERS)
+@pytest.mark.parametrize(
+    ("score", "combine"),
+    [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in PRESETS + OTHERS],
+)
 def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
     of = Kernels(make_mesh(MESH), Elementwise(score, combine, "float32", parameters=defaults(score)))
 
@@ -124,7 +133,7 @@ def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
     assert merged.shape == pruned.shape == BASE.shape
 
 
-@pytest.mark.parametrize("score", RANKING)
+@pytest.mark.parametrize("score", but("column", RANKING))
 def test_kernels_of_thresholds_on_a_mesh(score, lowered):
     of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32", parameters=defaults(score)))
 
@@ -137,7 +146,7 @@ def test_kernels_of_thresholds_on_a_mesh(score, lowered):
     assert (counts.shape, sample.shape) == ((ROWS, BOUNDS), (ROWS, 3))
 
 
-@pytest.mark.parametrize("delta_dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("delta_dtype", but("bfloat16", ["float32", "float16", "bfloat16"]))
 def test_kernels_of_surveys_and_inspections_on_a_mesh(delta_dtype, lowered):
     of = Kernels(make_mesh(MESH), Elementwise("magnitude", "sum", delta_dtype, allow_nonfinite=True))
 
@@ -199,7 +208,7 @@ def test_layer_of_a_calibration():
 # ---- steps
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "dare"])
+@pytest.mark.parametrize("method", but("dare", ["task_arithmetic", "dare"]))
 def test_step_of_adamerging_on_a_mesh(method, monkeypatch):
     """With bfloat16 activations, as on an accelerator."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -214,7 +223,7 @@ def test_step_of_adamerging_on_a_mesh(method, monkeypatch):
     assert_lowers(adamerging_step._step, mixture.arithmetic, *arguments)
 
 
-@pytest.mark.parametrize(("dtype", "accumulate"), [("float32", 1), ("bfloat16", 2)])
+@pytest.mark.parametrize(("dtype", "accumulate"), [pytest.param("float32", 1, marks=pytest.mark.slow), ("bfloat16", 2)])
 def test_step_and_loss_of_fine_tuning_on_a_mesh(dtype, accumulate):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), TRAIN_AXES)
     options = TrainConfig(steps=2, learning_rate=1e-3, batch_size=8, accumulate=accumulate, dtype=dtype, remat=True)

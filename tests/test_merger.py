@@ -26,7 +26,7 @@ def merged(merger: Merger, base, **numbers) -> dict[str, np.ndarray]:
     return sink.arrays({name: spec.shape for name, spec in base.specs.items()})
 
 
-FAST = (("dppa", False, "layer=1,row=8"), ("dare_dpa", True, ONE_DEVICE))
+FAST = (("dppa", False, ONE_DEVICE), ("dare_dpa", True, ONE_DEVICE))
 WAYS = [
     pytest.param(*way, marks=[] if way in FAST else pytest.mark.slow)
     for way in itertools.product(("dppa", "dare_dpa"), (True, False), (ONE_DEVICE, "layer=1,row=8"))

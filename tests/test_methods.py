@@ -1,6 +1,6 @@
 """The table of presets against the table of properties; that the bits are the same on 8 devices is in test_bits.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import jax
@@ -28,6 +28,11 @@ EXPERTS = ("math", "law")
 PRUNING = [method for method in METHODS if METHODS[method].score]
 SUMMING = [method for method in METHODS if METHODS[method].combine == "sum"]
 RANDOM = [method for method in PRUNING if SCORES[METHODS[method].score].random]
+FAST = ("task_arithmetic", "dppa", "dare_ties")  # between them: no score, a ranked and a random one, both combinations
+
+
+def some_slow(methods: Iterable[str], fast: tuple[str, ...] = FAST) -> list:
+    return [pytest.param(method, marks=[] if method in fast else pytest.mark.slow) for method in methods]
 
 
 def family(layers: int = 2, seed: int = 0, **shape) -> tuple[MemorySource, dict[str, MemorySource]]:
@@ -84,7 +89,7 @@ def compilations() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", some_slow(METHODS))
 class TestEveryMethod:
     def test_every_tensor_keeps_the_bases_dtype(self, method):
         base, _ = family()
@@ -185,7 +190,7 @@ def kept_share(merge: Merge) -> float:
     return float(((higher - rates) * (merge.outcome.weights != 0)).sum(axis=1).mean())
 
 
-@pytest.mark.parametrize("method", PRUNING)
+@pytest.mark.parametrize("method", some_slow(PRUNING))
 def test_masks_nest_and_grow_with_the_density(method):
     """What is kept at 0.9 is kept at 0.7, in every linear and with the rates that the method allocates."""
     base, experts = family()
@@ -203,7 +208,9 @@ def test_masks_nest_and_grow_with_the_density(method):
         kept = masks
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if SCALES[METHODS[method].scale].takes_factors])
+@pytest.mark.parametrize(
+    "method", some_slow(method for method in METHODS if SCALES[METHODS[method].scale].takes_factors)
+)
 def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
     base, experts = family()
     rates, factors = (0.9, 0.7, 0.4), (1.0, 2.0, -4.0)
@@ -224,7 +231,7 @@ def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
 
 
 @pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
-@pytest.mark.parametrize("method", [method for method in RANDOM if METHODS[method].combine == "sum"])
+@pytest.mark.parametrize("method", some_slow([m for m in RANDOM if METHODS[m].combine == "sum"], ("darex_q",)))
 def test_expected_delta_is_the_delta(method, rate):
     """Over 16 seeds, within 5 sigma for every linear, rescaled by 1/(1−p), by its factors, or by 1/q with q = 1−p."""
     base, experts = family()
@@ -236,7 +243,7 @@ def test_expected_delta_is_the_delta(method, rate):
         assert abs(share - 1) < 5 * sigma < 0.25, name
 
 
-@pytest.mark.parametrize("method", RANDOM)
+@pytest.mark.parametrize("method", some_slow(RANDOM))
 def test_random_weights_are_0_at_rate_1(method):
     """No bound of 32 bits is above the largest random number, one in 2³²; what it would keep weighs nothing."""
     assert (merged(method, 1.0).outcome.weights == 0).all()

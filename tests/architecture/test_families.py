@@ -35,6 +35,12 @@ FAMILIES = {  # what differs from SIZES; each row of the table at least once
 EXPERTS = ("math", "law")
 
 
+def one_fast(fast: str) -> pytest.MarkDecorator:
+    """Merges of one family, and the slow ones of all others."""
+    families = [pytest.param(name, marks=[] if name == fast else pytest.mark.slow) for name in FAMILIES]
+    return pytest.mark.parametrize("family", families, indirect=True)
+
+
 def model_of(family: str, seed: int) -> torch.nn.Module:
     """A model of random weights, biases and norms included."""
     row = ARCHITECTURES[family.split()[0]]
@@ -90,6 +96,7 @@ def test_the_row_names_every_tensor_of_the_file_with_its_shape(family):
     assert linears.by_layer(np.arange(len(linears))).shape == (3, 7)
 
 
+@one_fast("Qwen2")
 def test_a_sum_of_dense_deltas_carries_biases_and_is_the_model_of_the_mean(family):
     """transformers loads the merge, and its logits are those of the merge by hand."""
     name, root = family
@@ -109,6 +116,7 @@ def test_a_sum_of_dense_deltas_carries_biases_and_is_the_model_of_the_mean(famil
         torch.testing.assert_close(loaded(tokens).logits, by_hand(tokens).logits, rtol=0, atol=1e-4)
 
 
+@one_fast("Llama with biases")
 def test_linears_are_pruned_and_biases_are_not(family):
     _, root = family
     output = merged(root, "--method=magnitude", "--rate=0.7")

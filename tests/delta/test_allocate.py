@@ -142,7 +142,7 @@ def survey_by_hand(base, expert, allocate: str, multiple: float) -> Statistics:
     return Statistics(np.repeat(np.arange(layers), 7), numel, np.array(linear), np.array(layer))
 
 
-@pytest.mark.parametrize("multiple", [5.0, 2.5])
+@pytest.mark.parametrize("multiple", [pytest.param(5.0, marks=pytest.mark.slow), 2.5])
 @pytest.mark.parametrize("allocate", ["owl", "dp", "dp_reference"])
 def test_survey_finds_the_outliers_and_the_merge_uses_them(allocate, multiple):
     """Rates of a whole merge against the same from statistics taken with numpy; "dp" sums, the others count."""

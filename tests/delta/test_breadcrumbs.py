@@ -7,7 +7,7 @@ from support import linear_names, make_family, merge_to_arrays
 from dppa_jax.config.merge import MergeConfig
 
 
-@pytest.mark.parametrize(("rate", "gamma"), [(0.8, 0.01), (0.6, 0.1), (0.05, 0.2)])
+@pytest.mark.parametrize(("rate", "gamma"), [(0.8, 0.01), pytest.param(0.6, 0.1, marks=pytest.mark.slow), (0.05, 0.2)])
 def test_the_largest_and_the_smallest_are_removed_and_the_rest_is_as_it_was(rate, gamma):
     """Of n elements sorted by |δ|, those after int(n·(p−γ)) up to int(n·(1−γ)) are kept, as they are."""
     base, experts = make_family(("math",), "float32")

@@ -51,7 +51,7 @@ def test_sum_adds_in_the_order_of_the_experts(elements):
     np.testing.assert_array_equal(np.asarray(combine.sum_(arrays)), wanted)
 
 
-@pytest.mark.parametrize("experts", [("a",), ("a", "b", "c")])
+@pytest.mark.parametrize("experts", [pytest.param(("a",), marks=pytest.mark.slow), ("a", "b", "c")])
 def test_ties_of_a_whole_merge_equals_a_loop(experts):
     """Coefficients count: λδ is what elects and what is averaged. Dense tensors take part untrimmed."""
     base, sources = make_family(experts, "float32", num_hidden_layers=1)

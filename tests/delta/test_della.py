@@ -6,7 +6,7 @@ from support import from_linears, merge_to_arrays
 
 from dppa_jax.config.merge import MergeConfig
 
-ROWS, COLUMNS, SEEDS = 64, 48, 30
+ROWS, COLUMNS, SEEDS = 384, 48, 5
 SHAPES = {"hidden_size": COLUMNS, "intermediate_size": ROWS, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 
@@ -32,6 +32,7 @@ def test_keep_probabilities_grow_with_the_rank_and_kept_elements_are_divided_by_
     half = min(window / 2, rate, 1 - rate)
     probability = 1 - rate + half * (2 * rank / (COLUMNS - 1) - 1)
     kept = pruned != 0
+    assert len({of_seed.tobytes() for of_seed in kept}) == SEEDS
     np.testing.assert_allclose(np.where(kept, pruned * probability, dense), np.broadcast_to(dense, pruned.shape), 1e-4)
     for r in range(COLUMNS):  # SEEDS times ROWS draws of each rank
         p = probability[rank == r][0]

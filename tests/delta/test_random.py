@@ -38,7 +38,9 @@ def correlations_at_all_shifts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=[] if dtype == "bfloat16" else pytest.mark.slow) for dtype in DTYPES]
+)
 def test_kept_share_of_every_tensor_is_the_density_within_5_sigma(dtype, rate):
     for of_expert in masks(rate, dtype, ("math", "law")).values():
         for name, mask in of_expert.items():
@@ -64,7 +66,7 @@ def test_the_mask_is_the_same_in_every_dtype():
             np.testing.assert_array_equal(other[name], mask, err_msg=name)
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.9])
+@pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 def test_experts_tensors_and_seeds_are_independent_of_each_other(rate):
     found = masks(rate, experts=("math", "law", "mat"))
     found |= {f"seed {seed}": masks(rate, seed=seed)["math"] for seed in (1, 2**31)}
@@ -76,7 +78,7 @@ def test_experts_tensors_and_seeds_are_independent_of_each_other(rate):
             assert abs(correlation(chosen[one], chosen[other])) < SIGMAS, (one, other)
 
 
-@pytest.mark.parametrize("rate", [0.5, 0.9])
+@pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
 def test_rows_and_columns_are_not_shifted_copies_of_one_another(rate):
     """Within a tensor at every shift, and between tensors, layers, experts and seeds."""
     found = masks(rate, experts=("math", "law"))

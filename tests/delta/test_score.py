@@ -57,7 +57,13 @@ def numpy_score(score: str, size: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return size * norm if score == "wanda" else np.broadcast_to(sums.get(score, size), size.shape)
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "row", "column"])
+FAST = ("wanda", "column")
+
+
+@pytest.mark.parametrize(
+    "score",
+    [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in ("magnitude", "wanda", "row", "column")],
+)
 def test_a_merge_keeps_what_has_the_highest_score(score, family, norms):
     base, experts = family
     config = MergeConfig(("math", "law"), method="magnitude", score=score, rate=0.7, ties="drop")

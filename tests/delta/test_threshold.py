@@ -32,7 +32,7 @@ class TestOrderStatistics:
 
         return order_statistics(count, keys.shape[1], ranks, sample)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.data())
     def test_equals_sorting(self, data):
         numel, problems = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 3))
@@ -174,8 +174,14 @@ class TestOnTheDevice:
         values = [np.array([v]) for v in (0.5, -0.5, 0.0, -0.0, 1e30, -1e-30, 1e-45)]
         check_thresholds(values, rate, np.float32, **ones)
 
-    @pytest.mark.parametrize("rate", [0.3, 0.9, 0.999])
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("dtype", "rate"),
+        [
+            pytest.param(dtype, rate, marks=[] if (dtype, rate) == ("bfloat16", 0.9) else pytest.mark.slow)
+            for dtype in DTYPES
+            for rate in (0.3, 0.9, 0.999)
+        ],
+    )
     def test_linears_larger_than_the_sample(self, dtype, rate):
         """Sampled at a quarter of their columns."""
         shapes = {"hidden_size": 512, "intermediate_size": 515, "num_attention_heads": 1, "num_key_value_heads": 1}

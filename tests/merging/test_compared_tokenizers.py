@@ -68,7 +68,7 @@ def test_chosen_tokenizer_that_is_not_there(merge):
     )
 
 
-@pytest.mark.parametrize("model", ["law", "base"])
+@pytest.mark.parametrize("model", ["law", pytest.param("base", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("added", "pad_token"),
     [({"[PAD]": ROWS}, None), ({"last": ROWS - 1}, "[PAD]"), ({"last": ROWS - 1}, {"content": "[PAD]"})],

@@ -32,6 +32,7 @@ class Case:
 
 
 CASES = [Case(dtypes, factors) for dtypes in DTYPE_PAIRS for factors in FACTORS]
+FAST = (Case(DTYPE_PAIRS[0], FACTORS[1]), Case(DTYPE_PAIRS[2], FACTORS[0]))
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,10 @@ def dppa(case: Case, dpa_combine: str = "max") -> MergeConfig:
     )
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.path)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, id=case.path, marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
+)
 def run(request, golden, open_model, offset_as_expert) -> Run:
     """The merged model from base and expert; the enhanced offset as a merge over a base of zeros."""
     case = request.param
@@ -102,7 +106,10 @@ def test_partitions_hold_as_many_elements_as_theirs(run, golden, offset_as_exper
     assert counts["zero"] == run.facts["linear_zero"]
 
 
-@pytest.mark.parametrize("factors", [(0.5, -2.0), (-2.0, 0.5), (1.2, -1.2), (0.0, 1.3)])
+SLOW = [pytest.param(factors, marks=pytest.mark.slow) for factors in ((-2.0, 0.5), (0.0, 1.3))]
+
+
+@pytest.mark.parametrize("factors", [(0.5, -2.0), (1.2, -1.2), *SLOW])
 def test_max_takes_of_all_factors_the_one_of_largest_magnitude(factors, golden, offset_as_expert):
     """Their rule, y where |y| > |x| else x, on their masks, also where the higher rate has the smaller factor."""
     base, expert = offset_as_expert("fp32")
@@ -114,7 +121,7 @@ def test_max_takes_of_all_factors_the_one_of_largest_magnitude(factors, golden, 
         assert same_bits(found[name], np.where(abs(y) > abs(x), y, x) + np.float32(0)), name
 
 
-@pytest.mark.parametrize("factors", [(0.5, -2.0), (-2.0, 0.5), (0.0, 1.3)])
+@pytest.mark.parametrize("factors", [(0.5, -2.0), *SLOW])
 def test_differs_from_the_authors_highest_takes_the_highest_rates_factor(factors, golden, offset_as_expert):
     """The paper's partitions, our default. The same as theirs while factors fall with the rate."""
     base, expert = offset_as_expert("fp32")

@@ -41,6 +41,13 @@ CASES = [Case("offset", *file) for file in FILES]
 # From the models themselves, without the file between. An offset in bfloat16 that is then pruned in float32 is the one
 # pair that needs the file: the engine rounds a delta once, to the dtype that it prunes in.
 CASES += [Case("models", *file) for file in FILES if file[0] != ("bf16", "fp32")]
+FAST = (  # from the file and from the models, each method and each pair of dtypes at least once
+    Case("offset", ("bf16", "fp32"), "magnitude_owl_layer_wei", 0.8),
+    Case("offset", ("fp32", "fp32"), "magnitude_owl", 0.9),
+    Case("offset", ("bf16", "bf16"), "magnitude", 0.8),
+    Case("models", ("fp32", "bf16"), "magnitude_owl", 0.8),
+    Case("models", ("bf16", "bf16"), "magnitude_owl_layer_wei", 0.9),
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,10 @@ class Run:
         return np.array([linear[key] for linear in self.facts["linears"]])
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, id=str(case), marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
+)
 def run(request, golden, open_model, offset_as_expert) -> Run:
     case = request.param
     offset_dtype, prune_dtype = case.dtypes
