@@ -92,12 +92,25 @@ def damage(file, tensor: str, value: float) -> None:
     edit_tensors(file, change)
 
 
-@pytest.mark.parametrize("method", [TWO_PASSES, *ONE_PASS])
-@pytest.mark.parametrize("model", ["base", "law"])
+DAMAGES = ((np.nan, Q_PROJ), (-np.inf, Q_PROJ), (np.inf, EMBEDDINGS), (np.nan, NORM))
+FAST = ("dppa base", "task_arithmetic law")  # with all damages; each other method with a NaN in a linear of an expert
+
+
 @pytest.mark.parametrize(
-    ("value", "tensor"), [(np.nan, Q_PROJ), (-np.inf, Q_PROJ), (np.inf, EMBEDDINGS), (np.nan, NORM)]
+    ("value", "tensor", "model", "method"),
+    [
+        pytest.param(
+            *damage,
+            model,
+            method,
+            marks=[] if f"{method} {model}" in FAST or (model, *damage) == ("law", *DAMAGES[0]) else pytest.mark.slow,
+        )
+        for damage in DAMAGES
+        for model in ("base", "law")
+        for method in (TWO_PASSES, *ONE_PASS)
+    ],
 )
-def test_nan_and_inf(merge, method, model, value, tensor):
+def test_nan_and_inf(merge, value, tensor, model, method):
     file = merge.root / model / "model.safetensors"
     damage(file, tensor, value)
     message = merge.refusal(f"--method={method}")
@@ -106,7 +119,7 @@ def test_nan_and_inf(merge, method, model, value, tensor):
     assert "--allow_nonfinite lets such a delta count as 0" in message
 
 
-@pytest.mark.parametrize("method", [TWO_PASSES, "task_arithmetic", "ties"])
+@pytest.mark.parametrize("method", [TWO_PASSES, "task_arithmetic", pytest.param("ties", marks=pytest.mark.slow)])
 def test_allow_nonfinite_takes_such_a_delta_for_none(merge, method):
     damage(merge.law / "model.safetensors", Q_PROJ, np.nan)
     merge(f"--method={method}", "--allow_nonfinite")

@@ -80,6 +80,30 @@ def test_models_that_are_there_need_no_room(tmp_path, monkeypatch):
 # ---- merges
 
 
+def test_methods_are_run_in_turn_after_the_floor_and_the_fastest_run_counts(tmp_path, monkeypatch, capsys):
+    """The processes themselves are started by the next test; here they are stood in for."""
+    ran = []
+
+    def timed(commands, output, cores=()):
+        ran.append(commands[0])
+        return TimedRun(100.0 - len(ran), 10**9, 24.0, moved_bytes=10**9)
+
+    monkeypatch.setattr(merges, "timed", timed)
+    monkeypatch.setattr(merges, "_plan", lambda command, root: {"planned_seconds": 80.0, "planned_bytes": 2 * 10**9})
+    launch(*flags(tmp_path, "--methods=dppa", "--repeats=2"))
+    result = json.loads((tmp_path / "benchmark" / "tiny" / "benchmark.json").read_text())
+    experts = [sum(argument.startswith("--expert=") for argument in command) for command in ran]
+    assert experts == [0, 0, 3, 2, 0, 3, 2]  # the first only fills the page cache
+    assert {name: run["seconds"] for name, run in result.items()} == {
+        "I/O floor": 95.0,
+        "dppa": 94.0,
+        "dppa, 2 experts": 93.0,
+    }
+    assert result["dppa"]["planned_bytes"] == 2 * 10**9
+    assert "dppa, 2 experts" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_chosen_methods_are_timed_beside_the_floor_and_sizes_compared(tmp_path, capsys):
     launch(*flags(tmp_path, "--methods=dppa"))
     result = json.loads((tmp_path / "benchmark" / "tiny" / "benchmark.json").read_text())

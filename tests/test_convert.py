@@ -1,5 +1,6 @@
 """--job=convert: there and back with every bit, on any mesh and number of processes; orbax:DIR wherever a model is."""
 
+import itertools
 import logging
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.config.run import ValidateConfig
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.jobs.validate import validate
+from dppa_jax.merging import speed
 from dppa_jax.where import load_tree, open_checkpoint
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
@@ -36,9 +38,17 @@ def assert_same_model(found: Path, wanted: Path) -> None:
             assert (found / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("mesh", ["", "layer=3,row=2", "layer=2,row=4"])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "dtype": "float16", "vocab_size": 61}], ids=str)
-def test_there_and_back_keeps_every_bit(tmp_path, mesh, changes):
+TIED = {"tie_word_embeddings": True, "dtype": "float16", "vocab_size": 61}
+WAYS = itertools.product(({}, TIED), ("", "layer=3,row=2", "layer=2,row=4"))
+FAST = (({}, ""), (TIED, "layer=3,row=2"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh"),
+    [pytest.param(*way, marks=[] if way in FAST else pytest.mark.slow) for way in WAYS],
+    ids=str,
+)
+def test_there_and_back_keeps_every_bit(tmp_path, changes, mesh):
     config = llama_config(**changes)
     wanted = write_model(tmp_path / "model", config, random_weights(config), shards=2)
     convert(wanted, f"orbax:{tmp_path / 'orbax'}", f"--mesh={mesh}")
@@ -78,12 +88,14 @@ def test_merge_of_orbax_checkpoints_has_the_same_bits(merge: Merge):
     assert (merge.output / "tokenizer.json").read_bytes() == (merge.base / "tokenizer.json").read_bytes()
 
 
-def test_plan_and_inspect_take_orbax_checkpoints(merge: Merge, capsys):
+@pytest.mark.parametrize("job", ["plan", pytest.param("inspect", marks=pytest.mark.slow)])
+def test_plan_and_inspect_take_orbax_checkpoints(merge: Merge, monkeypatch, job):
+    monkeypatch.setattr(speed, "WRITTEN", 1 << 20)
+    monkeypatch.setattr(speed, "PIECE", 1 << 18)
     convert(merge.base, f"orbax:{merge.root / 'orbax'}")
     models = [f"--base=orbax:{merge.root / 'orbax'}", f"--workdir={merge.root / 'runs'}"]
-    merge("--job=plan", *models)
-    merge("--job=inspect", *models)
-    assert "math" in read_json(merge.root / "runs" / "inspect.json")
+    merge(f"--job={job}", *models)
+    assert {"plan": "models", "inspect": "math"}[job] in read_json(merge.root / "runs" / f"{job}.json")
 
 
 def test_validate_compares_both_formats(pristine, tmp_path):

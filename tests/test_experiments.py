@@ -117,6 +117,7 @@ def test_a_search_that_was_killed_goes_on_where_it_was(job, monkeypatch):
     assert len(calls) - 1 == wanted["answer"]["evaluations"] + 1  # of each candidate and of the dense expert once
 
 
+@pytest.mark.slow
 def test_dare_with_dpa_is_searched_downwards_from_its_own_factors(job):
     work = job("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8", "--method=dare_dpa")
     found = read_json(work / "search-finance.json")
@@ -143,6 +144,18 @@ def test_every_given_model_is_evaluated_on_every_task(job):
     assert len(list((work / "responses").rglob("*.jsonl"))) == 8
 
 
+def test_a_report_compares_methods(family, tmp_path):
+    compared = ["--methods=dare,dppa", "--merge_methods=dare", "--rates=0.8:0.9:0.1", "--limit=10"]
+    launch(*family[:2], "--job=report", "--evaluate=addition", *compared, f"--workdir={tmp_path}")
+    tables = read_json(tmp_path / "tables.json")["tables"]
+    assert {"dense", "table_1", "merges", "table_7"} <= set(tables)
+    assert [row["row"] for row in tables["table_1"]["rows"]] == ["80 %", "90 %"]
+    assert [row["row"] for row in tables["merges"]["rows"]] == ["DARE 90 %", "DARE 80 %"]
+    assert {file.stem for file in (tmp_path / "figures").glob("*.svg")} >= {"accuracy", "ratio"}
+    assert (tmp_path / "tables.md").is_file()
+
+
+@pytest.mark.slow
 def test_a_report_has_the_papers_tables_and_figures(family, tmp_path):
     pair = [flag for flag in family if "law" not in flag]
     compared = ["--methods=magnitude,owl,dare,dp,dppa,dare_dpa", "--merge_methods=dare,dppa", "--rates=0.8:0.9:0.1"]

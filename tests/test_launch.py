@@ -23,6 +23,7 @@ from dppa_jax.flags import GROUPS, command, read_flags
 from dppa_jax.jobs import JOBS
 
 METHOD_FLAGS = ("--method=dare", "--rate=0.7", "--seed=3", "--coefficient=math=0.5")
+SLOW = pytest.mark.slow
 
 
 MODELS = ("--base=demo:base", "--expert=math=demo:math", "--expert=law=demo:law")
@@ -55,9 +56,10 @@ def module(*given: str) -> list[str]:
     return [sys.executable, "-m", "dppa_jax.launch", *given]
 
 
-@pytest.mark.parametrize("program", [script, pytest.param(module, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("program", [script, pytest.param(module, marks=SLOW)])
 def test_the_first_word_is_the_job(program, merge):
-    given = program("plan", *merge.flags(), f"--workdir={merge.root / 'runs'}")
+    imagined = "--device_memory=1"  # no speed is measured for the plan
+    given = program("plan", *merge.flags(), imagined, f"--workdir={merge.root / 'runs'}")
     run = subprocess.run(given, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "base + 2 experts" in run.stdout
@@ -65,8 +67,18 @@ def test_the_first_word_is_the_job(program, merge):
     assert not merge.output.exists()
 
 
-@pytest.mark.parametrize("program", [script, module])
-@pytest.mark.parametrize(("word", "meant"), [("mrege", "merge"), ("evalute", "evaluate"), ("planning", "plan")])
+@pytest.mark.parametrize(
+    ("word", "meant", "program"),
+    [
+        ("mrege", "merge", script),
+        pytest.param("mrege", "merge", module, marks=SLOW),
+        *(
+            pytest.param(*words, program, marks=SLOW)
+            for words in (("evalute", "evaluate"), ("planning", "plan"))
+            for program in (script, module)
+        ),
+    ],
+)
 def test_a_mistyped_job_gets_the_nearest(program, word, meant):
     run = subprocess.run(program(word, "--base=x"), capture_output=True, text=True)
     assert run.returncode == 1
@@ -308,6 +320,7 @@ def test_a_density_is_one_minus_a_rate_and_told_as_a_rate(density, rate):
     assert "densit" not in command(by_density)
 
 
+@pytest.mark.slow
 def test_a_merge_at_a_density_has_the_bits_of_its_rate(merge):
     merge("--method=magnitude", "--density=0.2", "--tensor_density=o_proj=0.3")
     first = tree(merge.output)["model.safetensors"]
@@ -360,7 +373,12 @@ def test_a_report_needs_no_method_but_for_what_it_writes():
 
 @pytest.mark.parametrize(
     ("given", "warned"),
-    [("--factors=1,1", True), ("--seed=0", True), ("--factors=1,1.1", False), ("--method=dp", False)],
+    [
+        pytest.param("--factors=1,1", True, marks=SLOW),
+        ("--seed=0", True),
+        ("--factors=1,1.1", False),
+        pytest.param("--method=dp", False, marks=SLOW),
+    ],
 )
 def test_dppa_with_plain_factors_says_that_it_amplifies_nothing(merge, caplog, given, warned):
     with caplog.at_level("WARNING"):

@@ -248,8 +248,15 @@ def test_dtype_that_is_none_of_ours(merge):
     assert "dtype 'float8_e4m3fn' cannot be merged; it must be float32, float16, bfloat16" in message
 
 
-@pytest.mark.parametrize("method", ["dppa", "task_arithmetic"])
-@pytest.mark.parametrize("residency", ["resident", "streamed"])
+@pytest.mark.parametrize(
+    ("residency", "method"),
+    [
+        pytest.param("resident", "dppa", marks=pytest.mark.slow),
+        ("resident", "task_arithmetic"),
+        ("streamed", "dppa"),
+        pytest.param("streamed", "task_arithmetic", marks=pytest.mark.slow),
+    ],
+)
 def test_plan_is_what_the_merge_reads_and_writes(merge, method, residency):
     merge(f"--method={method}", f"--residency={residency}")
     cost = read_json(merge.output / "recipe.json")["cost"]
@@ -362,6 +369,7 @@ def test_compiled_steps_need_what_the_plan_says(plan, size, mesh, monkeypatch):
 # ---- what was measured
 
 
+@pytest.mark.slow
 def test_peak_of_a_merge_is_what_was_planned(tmp_path):
     """Peak resident memory of a process, within a fifth, where the weights are a good part of it."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4000, "num_hidden_layers": 4}

@@ -121,7 +121,7 @@ CHANGES = {
 }
 
 
-FAST = ("a weight of an expert", "factors")
+FAST = ("factors", "bit of a shard", "journal is no text")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +154,7 @@ def test_conversion_that_was_killed_goes_on(merge, tmp_path, resume):
     assert not [name for name in tree(output) if "journal" in name or "identity" in name]
 
 
+@pytest.mark.slow
 def test_journal_of_files_that_are_gone_is_not_believed(half, tmp_path):
     aside = half.output.with_name("out.incomplete")
     (aside / "model.safetensors.incomplete").unlink()
@@ -195,7 +196,7 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [pytest.param(of, marks=[] if of in FAST else pytest.mark.slow) for of in DAMAGES])
 def test_what_was_damaged_after_a_kill_is_done_again(half, tmp_path, damage):
     """As after a power failure, which may lose what was written last; or a file that someone touched."""
     name, change = DAMAGES[damage]

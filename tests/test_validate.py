@@ -102,7 +102,7 @@ def test_dppa_merge_is_identical_to_the_authors_merged_model(golden, merged, the
     assert removed == read_json(case.with_name(f"{case.name}.json"))["linear_zero"]
 
 
-@pytest.mark.parametrize("rate", [0.8, 0.9])
+@pytest.mark.parametrize("rate", [pytest.param(0.8, marks=pytest.mark.slow), 0.9])
 def test_saved_delta_is_identical_to_the_authors_pruned_offset(rate, golden, merged, theirs, validate):
     _, delta = merged("fp32", ("expert0",), "--method=dp", "--allocate=dp_reference", f"--rate={rate}")
     offset = load_file(golden / "offset" / "fp32" / "expert0.safetensors")

@@ -28,6 +28,7 @@ VERBATIM = (
     "generation_config.json",
 )
 TRANSFORMERS_4 = {"dtype": None, "rope_parameters": None, "rope_theta": 10000.0, "transformers_version": "4.31.0"}
+SLOW = pytest.mark.slow
 
 
 def read_all(directory) -> dict[str, np.ndarray]:
@@ -49,11 +50,16 @@ def write_family(merge: Merge, config: dict, base: dict) -> None:
 @pytest.mark.parametrize(
     ("changes", "flags", "dtype"),
     [
-        ({}, [], "bfloat16"),
+        pytest.param({}, [], "bfloat16", marks=SLOW),
         ({"tie_word_embeddings": True}, ["--max_shard_size=20000"], "bfloat16"),
-        ({"num_key_value_heads": 4, "dtype": "float16"}, [], "float16"),
+        pytest.param({"num_key_value_heads": 4, "dtype": "float16"}, [], "float16", marks=SLOW),
         ({**TRANSFORMERS_4, "torch_dtype": "float32"}, ["--output_dtype=bfloat16"], "bfloat16"),
-        ({**TRANSFORMERS_4, "torch_dtype": "bfloat16"}, ["--output_dtype=float32", "--max_shard_size=1"], "float32"),
+        pytest.param(
+            {**TRANSFORMERS_4, "torch_dtype": "bfloat16"},
+            ["--output_dtype=float32", "--max_shard_size=1"],
+            "float32",
+            marks=SLOW,
+        ),
     ],
     ids=str,
 )
@@ -140,7 +146,7 @@ def test_vocabulary_that_an_expert_added_is_dropped(merge):
     assert read_all(merge.output)["lm_head.weight"].shape == (64, 32)
 
 
-@pytest.mark.parametrize("method", ["dppa", "dare", "task_arithmetic"])
+@pytest.mark.parametrize("method", [pytest.param("dppa", marks=SLOW), "dare", "task_arithmetic"])
 def test_saved_deltas_add_up_to_the_merge(merge, method):
     """base + Σ coefficient · delta in float32 is the merge, and a delta is a directory that can be read."""
     merge(f"--method={method}", "--coefficient=math=0.5", f"--save_delta={merge.root}/deltas", "--output_dtype=float32")

@@ -22,6 +22,7 @@ from dppa_jax.checkpoint.unfinished import MARK
 BF16 = np.dtype(DTYPES["bfloat16"])
 TENSORS = {"a": ((8, 4), BF16), "b": ((4,), np.dtype(np.float32)), "c": ((16, 4), BF16)}
 FAST = "--method=task_arithmetic"
+SLOW = pytest.mark.slow
 
 
 def open_writer(directory, **options):
@@ -36,7 +37,7 @@ def write_all(writer):
 # ---- shards
 
 
-@pytest.mark.parametrize("size", [1, 2048, 10_000, 10**9])
+@pytest.mark.parametrize("size", [*(pytest.param(size, marks=SLOW) for size in (1, 2048)), 10_000, 10**9])
 def test_shards_hold_at_most_the_size_asked_for(merge, size):
     merge(FAST, f"--max_shard_size={size}")
     index = merge.output / "model.safetensors.index.json"
@@ -229,7 +230,7 @@ def largest_file(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("flags", [[], ["--save_delta={}/deltas"]], ids=str)
+@pytest.mark.parametrize("flags", [[], pytest.param(["--save_delta={}/deltas"], marks=SLOW)], ids=str)
 def test_disk_full_while_writing(merge, flags):
     flags = [flag.format(merge.root) for flag in flags]
     merge(FAST, *flags)  # compiled now: the limit below is for the output alone
@@ -286,7 +287,7 @@ launch.run()
 """
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", [pytest.param("SIGKILL", marks=SLOW), "SIGTERM", pytest.param("SIGINT", marks=SLOW)])
 def test_interrupted_while_writing(merge, name):
     transformers = pytest.importorskip("transformers")
     run = subprocess.Popen(

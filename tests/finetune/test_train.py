@@ -73,6 +73,7 @@ def test_every_weight_is_trained(tree, rows):
         assert delta > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_optax_adamw(tree, rows):
     options = replace(OPTIONS, steps=5, optimizer=AdamW(weight_decay=0.1, max_gradient_norm=0.5))
     rates = learning_rates(options)
@@ -136,7 +137,8 @@ def test_progress_is_reported_up_to_the_last_step(tree, rows):
     assert reported[-1][1] == pytest.approx(losses[-1])
 
 
-@pytest.mark.parametrize("parts", [2, *(pytest.param(parts, marks=pytest.mark.slow) for parts in (4, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4, 8])
 def test_accumulated_parts_are_one_batch(tree, rows, parts):
     """Also where parts have different numbers of learned tokens: a token counts the same in whatever part it is."""
     learned = rows.learned.copy()
@@ -161,7 +163,7 @@ def test_bfloat16_is_for_computing_only(tree, rows):
     assert not all(np.array_equal(a, b) for a, b in zip(leaves(trained), leaves(exact), strict=True))
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 13])
+@pytest.mark.parametrize("count", [*(pytest.param(count, marks=pytest.mark.slow) for count in (1, 7, 8)), 13])
 def test_a_loss_is_the_mean_over_all_rows_whatever_the_batches(tree, rows, count):
     part, trainer = rows.take(slice(count)), Trainer(CONFIG, OPTIONS)
     before = part.learned.copy()

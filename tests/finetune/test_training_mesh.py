@@ -57,7 +57,7 @@ def test_four_devices_give_the_losses_of_one(rows, shape, accumulate):
 
 @pytest.mark.parametrize("shape", [pytest.param(of, marks=[] if of == (2, 2) else SLOW) for of in MESHES])
 def test_a_device_holds_its_share_of_matrices_and_moments_before_and_after_steps(rows, shape):
-    trainer = Trainer(CONFIG, OPTIONS, mesh_of(*shape))
+    trainer = Trainer(CONFIG, replace(OPTIONS, accumulate=MESHES[shape]), mesh_of(*shape))
     start = trainer.start(init_tree(CONFIG, jax.random.key(0)))
     shares = [jax.tree.map(share, start)]
     after, _ = trainer.step(start, 0, rows.take(np.arange(8)))

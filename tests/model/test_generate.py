@@ -1,5 +1,6 @@
 """Generation is greedy, equals transformers', and depends on nothing but the prompt."""
 
+import itertools
 from dataclasses import replace
 
 import jax
@@ -24,6 +25,7 @@ CONFIG = LlamaConfig(
     head_dim=8,
     max_position_embeddings=512,
 )
+FAST = (("fp32", "expert0"), ("bf16", "base"))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +58,13 @@ def recomputed(tree, prompt, max_new_tokens, eos=()):
     return answer
 
 
-@pytest.mark.parametrize("member", ["base", "expert0", "expert1", "expert2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "member"),
+    [
+        pytest.param(*of, marks=[] if of in FAST else pytest.mark.slow)
+        for of in itertools.product(("fp32", "bf16"), ("base", "expert0", "expert1", "expert2"))
+    ],
+)
 def test_answers_equal_transformers_on_the_golden_family(golden, precision, member):
     directory = golden / "family" / precision / member
     config, tree = load_tree(directory)
@@ -96,6 +103,7 @@ def test_an_answer_does_not_depend_on_the_batch_it_is_in(tree):
         assert generate((CONFIG, tree), prompts, 20, (), batch_size=batch_size) == together
 
 
+@pytest.mark.slow
 def test_a_shorter_limit_cuts_the_answer_and_changes_nothing_else(tree):
     prompts = random_prompts([4, 9])
     long = generate((CONFIG, tree), prompts, 20, ())
@@ -156,6 +164,7 @@ def test_new_weights_and_lengths_of_one_bucket_need_no_new_compilation(tree):
     assert decode._cache_size() == compiled
 
 
+@pytest.mark.slow
 def test_two_runs_in_bfloat16_agree(tree):
     model = Llama(CONFIG, tree, dtype=jnp.bfloat16)
     prompts = random_prompts([3, 30, 7])

@@ -1,6 +1,7 @@
 """The model computes what transformers' LlamaForCausalLM computes, and trains."""
 
 import copy
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,14 @@ VARIANTS = {
     "llama3 rope scaling": {"rope_scaling": LLAMA3},
     "llama3 rope scaling as transformers 5 writes it": {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
 }
+FAST = (("fp32", "expert0"), ("bf16", "base"))
+FAST_VARIANTS = (
+    "one key/value head",
+    "tied embeddings",
+    "heads wider than hidden / heads",
+    "linear rope scaling, oldest spelling",
+    "llama3 rope scaling as transformers 5 writes it",
+)
 
 
 def torch_model(directory):
@@ -95,8 +104,13 @@ def tiny():
     return config, init_tree(config, jax.random.key(0), stddev=0.3)
 
 
-@pytest.mark.parametrize("member", ["base", "expert0", "expert1", "expert2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "member"),
+    [
+        pytest.param(*of, marks=[] if of in FAST else pytest.mark.slow)
+        for of in itertools.product(("fp32", "bf16"), ("base", "expert0", "expert1", "expert2"))
+    ],
+)
 def test_logits_equal_transformers_on_the_golden_family(golden, precision, member):
     directory = golden / "family" / precision / member
     config, tree = load_tree(directory)
@@ -105,7 +119,9 @@ def test_logits_equal_transformers_on_the_golden_family(golden, precision, membe
     np.testing.assert_allclose(logits, torch_logits(torch_model(directory), tokens), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[] if name in FAST_VARIANTS else pytest.mark.slow) for name in VARIANTS]
+)
 def test_logits_equal_transformers_for_every_kind_of_llama(tmp_path, variant):
     config = TINY | VARIANTS[variant]
     reference = random_torch_model(config)
@@ -130,6 +146,7 @@ def test_logits_equal_transformers_on_smollm2():
         np.testing.assert_allclose(logits, torch_logits(reference, tokens), rtol=0, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_gradients_equal_those_of_torch(tmp_path):
     reference = random_torch_model(TINY)
     reference.save_pretrained(tmp_path)
@@ -151,6 +168,7 @@ def test_gradients_equal_those_of_torch(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(tiny):
     config, tree = tiny
     tokens = random_tokens(config.vocab_size, (2, 12))
@@ -192,10 +210,10 @@ def test_decoder_layers_called_one_by_one_are_the_model(tiny):
     tokens = random_tokens(config.vocab_size, (2, 10))
     positions = jnp.arange(10)[None]
     rope, visible = rotary(config, positions), visibility(positions, positions, 10)
-    hidden = tree["embed_tokens"][tokens]
+    hidden, of_one = tree["embed_tokens"][tokens], jax.jit(decoder_layer, static_argnums=0)
     for index in range(config.num_hidden_layers):
         layer = jax.tree.map(lambda array, index=index: array[index], tree["layers"])
-        hidden, _ = decoder_layer(config, layer, hidden, None, rope, visible)
+        hidden, _ = of_one(config, layer, hidden, None, rope, visible)
     logits = unembed(tree, rms_norm(hidden, tree["norm"], config.rms_norm_eps))
     np.testing.assert_allclose(logits, forward(config, tree, tokens), rtol=1e-4, atol=1e-4)
 
