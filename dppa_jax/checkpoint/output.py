@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import msgspec
+from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.unfinished import (
@@ -178,7 +179,12 @@ def publish(outputs: Sequence[Unfinished], overwrite: bool = False) -> None:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise _taken_error(output.directory) from error
             raise
-        finish(outputs[-1].directory)
+        try:
+            finish(outputs[-1].directory)
+        except OSError as error:
+            logging.warning(
+                "%s is complete, but not yet tidied: %s; the next run there does it", outputs[-1].directory, error
+            )
         for output in outputs:
             output.close()
 

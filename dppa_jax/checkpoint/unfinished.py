@@ -94,7 +94,11 @@ def put_right(directory: Path) -> None:
 
 
 def finish(main: Path) -> None:
-    """Remove what the outputs of a run have replaced, and then their marks and journals, the main one's last."""
+    """Remove what the outputs of a run have replaced, and then their marks and journals, the main one's last.
+
+    Raises:
+      OSError: something cannot be removed; the main output keeps its mark, and the next start tries again.
+    """
     named = read_mark(main).outputs
     for place in map(from_uri, named):
         _end_renames(place)
@@ -102,7 +106,7 @@ def finish(main: Path) -> None:
         if mark is None or mark.outputs != named:
             continue
         if mark.old and inode(aside_of(place)) == mark.old:
-            shutil.rmtree(aside_of(place), ignore_errors=True)
+            shutil.rmtree(aside_of(place))
         for notes in place.glob(NOTES):
             notes.unlink(missing_ok=True)
         (place / MARK).unlink(missing_ok=True)
@@ -159,10 +163,14 @@ def _end_renames(directory: Path) -> None:
 
 
 def read_mark(directory: Path) -> Mark | None:
-    """Return the mark of an unfinished directory; None where there is none, or where it is another directory's."""
+    """Return the mark of an unfinished directory; None where there is none, or where it is another directory's.
+
+    Raises:
+      OSError: the mark cannot be read, so that nothing is known.
+    """
     try:
         mark = read_json(directory / MARK, Mark)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return mark if mark.inode == inode(directory) else None
 

@@ -111,8 +111,8 @@ def test_weights_that_did_not_arrive_are_noticed(vllm, family, monkeypatch, capl
     vllm.use(family / "base")
     ask, starts = Worker.ask, len(vllm.seconds["start"])
 
-    def reload_nothing(self, message, timeout):
-        return {"seconds": 0.0} if message["do"] == "replace" else ask(self, message, timeout)
+    def reload_nothing(self, message, *rest):
+        return {"seconds": 0.0} if message["do"] == "replace" else ask(self, message, *rest)
 
     monkeypatch.setattr(Worker, "ask", reload_nothing)
     vllm.use(family / "math")
