@@ -18,6 +18,7 @@ from pathlib import Path
 from urllib.parse import unquote_to_bytes
 
 import msgspec
+from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.runtime.directories import BusyError, lock_directory, open_directory
@@ -85,6 +86,7 @@ def put_right(directory: Path) -> None:
     main = from_uri(mark.outputs[-1])
     if main == directory or read_mark(main) is not None:
         finish(main)
+        logging.info("%s is complete: a run that was killed at its very end had made it", main)
     elif mark.old and inode(aside) == mark.old:
         exchange(aside, directory)
     else:

@@ -15,7 +15,7 @@ import msgspec
 import xxhash
 
 from dppa_jax.runtime.files import write_whole
-from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_bytes
+from dppa_jax.runtime.reading import MAX_LINES_BYTES, parse_json, read_bytes
 
 
 class _Line(msgspec.Struct):
@@ -86,6 +86,9 @@ def _read(file: Path) -> dict[str, Any]:
         checksum, _, text = line.partition(b" ")
         if checksum != xxhash.xxh3_64_hexdigest(text).encode():
             break
-        whole = msgspec.convert(json.loads(text), _Line)
+        try:
+            whole = parse_json(text, str(file), _Line)
+        except ValueError:  # not a line of ours, although its checksum is right
+            break
         records[whole.key] = whole.record
     return records
