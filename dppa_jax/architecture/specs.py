@@ -199,8 +199,9 @@ def check_config(config: Mapping, where: Path | str) -> None:
         most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
         if key in required or config.get(key) is not None:
             _check_size(config[key], key, most, where)
-    heads, keys = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    if heads % keys or (config["hidden_size"] % heads and not config.get("head_dim")):
+    said = {**architecture.defaults, **config}
+    heads, keys = said["num_attention_heads"], said.get("num_key_value_heads") or said["num_attention_heads"]
+    if heads % keys or (said["hidden_size"] % heads and not said.get("head_dim")):
         raise CheckpointError(
             f"{where}: num_attention_heads {heads} does not fit num_key_value_heads {keys} and hidden_size "
             f"{config['hidden_size']}; it must be a multiple of the one and divide the other."
@@ -228,7 +229,7 @@ def with_dtype(config: Mapping, dtype: str) -> dict:
 def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
     """Every tensor of the model, in the order of the file: embeddings, layers, norm, head."""
     architecture = architecture_of(config)
-    sizes = architecture.sizes(config)
+    sizes, said = architecture.sizes(config), {**architecture.defaults, **config}
     specs: dict[str, TensorSpec] = {}
     linears = 0
 
@@ -247,10 +248,10 @@ def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
         prefix = architecture.layer.format(layer)
         for linear in architecture.linears:
             add(f"{prefix}{linear.kind}.weight", (linear.rows, linear.columns), Role.LINEAR, linear.kind, layer)
-            if linear.has_bias(config):
+            if linear.has_bias(said):
                 add(f"{prefix}{linear.kind}.bias", (linear.rows,), Role.BIAS, f"{linear.kind}.bias", layer)
         for norm in architecture.norms:
-            add(f"{prefix}{norm}.weight", ("hidden",), Role.NORM, norm, layer)
+            add(f"{prefix}{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind, layer)
     add_outside(architecture.final_norms, Role.NORM, ("hidden",))
     if not tied_heads(config):
         add_outside(architecture.heads, Role.VOCABULARY, ("vocabulary", "hidden"))

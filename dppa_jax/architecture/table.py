@@ -36,6 +36,18 @@ class Linear(NamedTuple):
         return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
 
 
+class Norm(NamedTuple):
+    """A vector of every layer that is not pruned.
+
+    Attributes:
+      kind: its name within the layer, without ".weight".
+      size: of the vector, a key of `Architecture.sizes`.
+    """
+
+    kind: str
+    size: str = "hidden"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A row of the table.
@@ -44,18 +56,18 @@ class Architecture:
       classes: what config.json lists under "architectures".
       model_type: what config.json says where it lists none.
       linears: of every layer, in the order of the tables of a merge.
-      norms: of every layer, by their names within it.
+      norms: of every layer.
       layer: the prefix of a layer's tensors, with {} for its number.
       embeddings, final_norms, heads: tensors outside the layers, without ".weight"; heads only where they are not tied.
       tied: are embeddings and head one tensor where config.json does not say?
-      defaults: keys of config.json that, left out, do not mean what they mean in most families (merging/configs.py).
+      defaults: keys of config.json that, left out, do not mean what they mean in most families.
       forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
     """
 
     classes: tuple[str, ...]
     model_type: str
     linears: tuple[Linear, ...]
-    norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norms: tuple[Norm, ...] = (Norm("input_layernorm"), Norm("post_attention_layernorm"))
     layer: str = "model.layers.{}."
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     final_norms: tuple[str, ...] = ("model.norm",)
@@ -71,11 +83,12 @@ class Architecture:
 
     def sizes(self, config: Mapping) -> dict[str, int]:
         """The sizes that shapes are made of, by the names that rows use."""
-        heads = config["num_attention_heads"]
-        head = config.get("head_dim") or config["hidden_size"] // heads
-        keys = config.get("num_key_value_heads") or heads
-        named = {name: config[key] for name, key in SIZES.items()}
-        return named | {"queries": heads * head, "keys": keys * head}
+        said = {**self.defaults, **config}
+        heads = said["num_attention_heads"]
+        head = said.get("head_dim") or said["hidden_size"] // heads
+        keys = said.get("num_key_value_heads") or heads
+        named = {name: said[key] for name, key in SIZES.items()}
+        return named | {"queries": heads * head, "keys": keys * head, "head": head}
 
 
 LLAMA = Architecture(
@@ -99,6 +112,34 @@ def with_bias(linears: tuple[Linear, ...], *biased: str) -> tuple[Linear, ...]:
     return tuple(linear._replace(bias=linear.kind in biased) for linear in linears)
 
 
+HEAD_NORMS = (Norm("self_attn.q_norm", "head"), Norm("self_attn.k_norm", "head"))
+PROJECTION_NORMS = (Norm("self_attn.q_norm", "queries"), Norm("self_attn.k_norm", "keys"))
+GEMMA2 = replace(
+    LLAMA,
+    classes=("Gemma2ForCausalLM",),
+    model_type="gemma2",
+    norms=(*LLAMA.norms, Norm("pre_feedforward_layernorm"), Norm("post_feedforward_layernorm")),
+    tied=True,
+    defaults={
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    forward=False,
+)
+OLMO2 = replace(
+    LLAMA,
+    classes=("Olmo2ForCausalLM",),
+    model_type="olmo2",
+    norms=(Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm"), *PROJECTION_NORMS),
+    defaults={"rms_norm_eps": 1e-5},
+    forward=False,
+)
+
 ARCHITECTURES = {
     "Llama": LLAMA,
     "Mistral": replace(
@@ -117,6 +158,44 @@ ARCHITECTURES = {
         defaults={"sliding_window": 4096, "use_sliding_window": False},
         forward=False,
     ),
+    "Qwen3": replace(
+        LLAMA,
+        classes=("Qwen3ForCausalLM",),
+        model_type="qwen3",
+        norms=(*LLAMA.norms, *HEAD_NORMS),
+        defaults={"head_dim": 128, "sliding_window": 4096, "use_sliding_window": False},
+        forward=False,
+    ),
+    "Gemma2": GEMMA2,
+    "Gemma3": replace(
+        GEMMA2,
+        classes=("Gemma3ForCausalLM",),
+        model_type="gemma3_text",
+        norms=(*GEMMA2.norms, *HEAD_NORMS),
+        defaults={
+            **GEMMA2.defaults,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+    ),
+    "OLMo2": OLMO2,
+    "OLMo3": replace(
+        OLMO2,
+        classes=("Olmo3ForCausalLM",),
+        model_type="olmo3",
+        defaults={**OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096},
+    ),
+    "SmolLM3": replace(
+        LLAMA,
+        classes=("SmolLM3ForCausalLM",),
+        model_type="smollm3",
+        tied=True,
+        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "use_sliding_window": False},
+        forward=False,
+    ),
+    "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite", forward=False),
 }
 
 

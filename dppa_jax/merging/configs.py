@@ -28,16 +28,27 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "hidden_act": Setting("silu", fixed=True),
+    "hidden_activation": Setting(fixed=True),
     "num_attention_heads": Setting(fixed=True),
     "num_key_value_heads": Setting(fixed=True),
     "head_dim": Setting(fixed=True),
     "rms_norm_eps": Setting(1e-6),
+    "query_pre_attn_scalar": Setting(fixed=True),
+    "attn_logit_softcapping": Setting(),
+    "final_logit_softcapping": Setting(),
+    "embedding_multiplier": Setting(1.0),
+    "attention_multiplier": Setting(1.0),
+    "residual_multiplier": Setting(1.0),
+    "logits_scaling": Setting(1.0),
     "rope_theta": Setting(10000.0),
+    "rope_local_base_freq": Setting(),
     "rope_scaling": Setting(),
     "partial_rotary_factor": Setting(1.0),
     "sliding_window": Setting(),
 }
-NULL_SAYS = ("sliding_window",)  # without a window; for other keys null means the default
+NULL_SAYS = (  # without a window or a cap; for other keys null means the default
+    *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+)
 SCALED_FROM = ("llama3", "longrope", "yarn")  # rope types that depend on the context length of pre-training
 
 
@@ -97,12 +108,21 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _rope(config: Mapping) -> dict[str, Any]:
-    """Return the settings of rotary embeddings, from the top level and from either of the two dictionaries."""
+    """Return the settings of rotary embeddings, from the top level and from either of the two dictionaries.
+
+    Where layers with and without a window have settings of their own, transformers 5 has a dictionary for either, and
+    transformers 4 says the base of those with a window as rope_local_base_freq.
+    """
     rope = config["rope_scaling"] or config.get("rope_parameters") or {}  # transformers' own precedence
+    local = {}
+    if isinstance(rope.get("full_attention"), Mapping):
+        windowed = rope.get("sliding_attention") or {}
+        local = {"rope_local_base_freq": windowed.get("rope_theta", config["rope_local_base_freq"])}
+        rope = rope["full_attention"]
     scaling = {key: value for key, value in rope.items() if value is not None}
     scaling.setdefault("rope_type", scaling.pop("type", "default"))
     found = {key: scaling.pop(key, config[key]) for key in ("rope_theta", "partial_rotary_factor")}
     if scaling["rope_type"] in SCALED_FROM:
         original = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
         scaling.setdefault("original_max_position_embeddings", original)
-    return {**found, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}
+    return {**found, **local, "rope_scaling": None if scaling["rope_type"] == "default" else scaling}

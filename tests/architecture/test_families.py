@@ -1,5 +1,6 @@
 """Every row of the table of architectures, on small random checkpoints that transformers itself makes and saves."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ FAMILIES = {  # what differs from SIZES; each row of the table at least once
     "Llama with biases": {"attention_bias": True, "mlp_bias": True},
     "Mistral": {"head_dim": 16, "sliding_window": None},
     "Qwen2": {"tie_word_embeddings": True},
+    "Qwen3": {"head_dim": 16},
+    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "Gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "OLMo2": {},
+    "OLMo3": {"sliding_window": 8},
+    "SmolLM3": {"pad_token_id": 0},
+    "Granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0},
 }
 EXPERTS = ("math", "law")
 
@@ -81,6 +89,17 @@ def tensors(directory: Path) -> dict[str, np.ndarray]:
 
 def test_every_row_is_tried():
     assert {name.split()[0] for name in FAMILIES} == ARCHITECTURES.keys()
+
+
+def test_the_readmes_name_every_row_and_what_it_can_do():
+    root = Path(__file__).parent.parent.parent
+    lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    matrix = [line.split("|") for line in lines if line.count("|") == 5]
+    said = {re.sub(r" \(.*", "", name).strip(): cells for _, names, *cells in matrix for name in names.split(",")}
+    own = (root / "dppa_jax" / "architecture" / "README.md").read_text(encoding="utf-8")
+    for name, row in ARCHITECTURES.items():
+        assert [cell.strip() for cell in said[name][:2]] == ["yes", "yes" if row.forward else "no"], name
+        assert f"| `{name}` | `{row.classes[0]}`" in own
 
 
 def test_the_row_names_every_tensor_of_the_file_with_its_shape(family):

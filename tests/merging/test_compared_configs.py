@@ -137,7 +137,7 @@ def test_a_plan_says_the_same(merge):
 def test_every_setting_is_compared(key, data):
     ours = configured(**data.draw(spelling()))
     theirs = {**ours, key: 16, "use_sliding_window": True}
-    if key.startswith(("rope", "partial")):
+    if key in ("rope_theta", "rope_scaling", "partial_rotary_factor"):
         rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
         changed = {"factor": 4.0} if key == "rope_scaling" else {key: 0.5}
         ours, theirs = ({**ours, "rope_scaling": None, "rope_parameters": rope | more} for more in ({}, changed))
@@ -184,3 +184,19 @@ def test_code_is_not_copied_and_not_named(merge, job):
     assert any("modeling_x.X" in said and str(merge.base) in said for said in told)
     assert "auto_map" not in read_json(merge.output / "config.json")
     assert not (merge.output / "modeling_x.py").exists()
+
+
+def test_rotary_embeddings_of_layers_with_and_without_a_window_in_both_spellings():
+    """As Gemma 3 has them."""
+    common = {"architectures": ["Gemma3ForCausalLM"], "hidden_size": 64, "num_attention_heads": 4}
+    four = {
+        **common,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 2e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    whole = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    windowed = {"rope_type": "default", "rope_theta": 2e4}
+    five = {**common, "rope_parameters": {"full_attention": whole, "sliding_attention": windowed}}
+    assert meaning(four) == meaning(five)
+    assert meaning(four) != meaning({**four, "rope_local_base_freq": 1e4})
