@@ -13,7 +13,7 @@ from vllm_python import vllm_python
 
 import dppa_jax
 from dppa_jax.evaluate.local import JaxEvaluator
-from dppa_jax.evaluate.vllm import VllmEvaluator
+from dppa_jax.evaluate.vllm import Done, VllmEvaluator
 from dppa_jax.evaluate.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -112,7 +112,7 @@ def test_weights_that_did_not_arrive_are_noticed(vllm, family, monkeypatch, capl
     ask, starts = Worker.ask, len(vllm.seconds["start"])
 
     def reload_nothing(self, message, *rest):
-        return {"seconds": 0.0} if message["do"] == "replace" else ask(self, message, *rest)
+        return Done(0.0) if message["do"] == "replace" else ask(self, message, *rest)
 
     monkeypatch.setattr(Worker, "ask", reload_nothing)
     vllm.use(family / "math")
