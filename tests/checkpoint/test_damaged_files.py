@@ -310,7 +310,7 @@ def test_heads_that_do_not_divide(merge):
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "Gemma2ForCausalLM"),
+        ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, "FalconForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
         ({"architectures": None, "model_type": None}, "unknown"),
