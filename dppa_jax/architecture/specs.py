@@ -199,7 +199,7 @@ def check_config(config: Mapping, where: Path | str) -> None:
         most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
         if key in required or config.get(key) is not None:
             _check_size(config[key], key, most, where)
-    said = {**architecture.defaults, **config}
+    said = architecture.said(config)
     heads, keys = said["num_attention_heads"], said.get("num_key_value_heads") or said["num_attention_heads"]
     if heads % keys or (said["hidden_size"] % heads and not said.get("head_dim")):
         raise CheckpointError(
@@ -229,7 +229,7 @@ def with_dtype(config: Mapping, dtype: str) -> dict:
 def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
     """Every tensor of the model, in the order of the file: embeddings, layers, norm, head."""
     architecture = architecture_of(config)
-    sizes, said = architecture.sizes(config), {**architecture.defaults, **config}
+    sizes, said = architecture.sizes(config), architecture.said(config)
     specs: dict[str, TensorSpec] = {}
     linears = 0
 
@@ -264,7 +264,7 @@ def tied_heads(config: Mapping) -> dict[str, str]:
     Some files carry such a head, as a copy.
     """
     architecture = architecture_of(config)
-    if not config.get("tie_word_embeddings", architecture.tied):
+    if not architecture.said(config).get("tie_word_embeddings"):
         return {}
     pairs = zip(architecture.heads, architecture.embeddings, strict=True)
     return {f"{head}.weight": f"{embeddings}.weight" for head, embeddings in pairs}

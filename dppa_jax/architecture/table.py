@@ -59,7 +59,6 @@ class Architecture:
       norms: of every layer.
       layer: the prefix of a layer's tensors, with {} for its number.
       embeddings, final_norms, heads: tensors outside the layers, without ".weight"; heads only where they are not tied.
-      tied: are embeddings and head one tensor where config.json does not say?
       defaults: keys of config.json that, left out, do not mean what they mean in most families.
       forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
     """
@@ -72,7 +71,6 @@ class Architecture:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     final_norms: tuple[str, ...] = ("model.norm",)
     heads: tuple[str, ...] = ("lm_head",)
-    tied: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
     forward: bool = False
 
@@ -81,9 +79,13 @@ class Architecture:
         """Keys of config.json without which the shapes are not known."""
         return (*SIZES.values(), "num_attention_heads", "num_hidden_layers")
 
+    def said(self, config: Mapping) -> dict[str, Any]:
+        """What a config.json says, with the family's own defaults for what it leaves out."""
+        return {**self.defaults, **config}
+
     def sizes(self, config: Mapping) -> dict[str, int]:
         """The sizes that shapes are made of, by the names that rows use."""
-        said = {**self.defaults, **config}
+        said = self.said(config)
         heads = said["num_attention_heads"]
         head = said.get("head_dim") or said["hidden_size"] // heads
         keys = said.get("num_key_value_heads") or heads
@@ -119,8 +121,8 @@ GEMMA2 = replace(
     classes=("Gemma2ForCausalLM",),
     model_type="gemma2",
     norms=(*LLAMA.norms, Norm("pre_feedforward_layernorm"), Norm("post_feedforward_layernorm")),
-    tied=True,
     defaults={
+        "tie_word_embeddings": True,
         "num_key_value_heads": 4,
         "head_dim": 256,
         "hidden_activation": "gelu_pytorch_tanh",
@@ -191,8 +193,12 @@ ARCHITECTURES = {
         LLAMA,
         classes=("SmolLM3ForCausalLM",),
         model_type="smollm3",
-        tied=True,
-        defaults={"num_key_value_heads": 4, "rope_theta": 2e6, "use_sliding_window": False},
+        defaults={
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "use_sliding_window": False,
+        },
         forward=False,
     ),
     "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite", forward=False),

@@ -122,9 +122,9 @@ class OrbaxWriter:
                 for path in list(unnamed.iterdir()):
                     path.rename(self.path / path.name)
                 unnamed.rmdir()
-                write_small_files(self.path, contents | {"config.json": json.dumps(dict(config), indent=2) + "\n"})
                 for path in self.path.rglob("*"):
                     sync(path)
+                write_small_files(self.path, contents | {"config.json": json.dumps(dict(config), indent=2) + "\n"})
                 check()
                 publish([self._unfinished], self._overwrite)
 

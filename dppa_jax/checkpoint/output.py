@@ -25,7 +25,14 @@ from dppa_jax.checkpoint.unfinished import (
     uri,
 )
 from dppa_jax.runtime import signals
-from dppa_jax.runtime.directories import BusyError, claim_directory, open_directory, still_there
+from dppa_jax.runtime.directories import (
+    BusyError,
+    claim_directory,
+    existing_place,
+    open_own_directory,
+    remove_content,
+    still_there,
+)
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.reading import read_json
 
@@ -67,7 +74,7 @@ def check_space(sizes: Mapping[Path, int]) -> None:
     """
     needed: dict[int, int] = {}
     for directory, nbytes in sizes.items():
-        existing = _existing(directory)
+        existing = existing_place(directory)
         disk = existing.stat().st_dev
         needed[disk] = needed.get(disk, 0) + max(0, nbytes - _taken(aside_of(directory)))
         free = shutil.disk_usage(existing).free
@@ -105,10 +112,10 @@ class Unfinished:
                 f"{self.path} is being written by another run; wait, or choose another --output."
             ) from None
         try:
-            _refuse_foreign(self.path)
+            _refuse_unmarked(self.path)
             mark = read_mark(self.path)
             self.resumed = bool(identity) and mark is not None and mark.identity == identity
-            _remove_all(self.path, but=(MARK, NOTES, *SHARDS) if self.resumed else (MARK,))
+            remove_content(self._lock, but=(MARK, NOTES, *SHARDS) if self.resumed else (MARK,))
             self.mark()
         except BaseException:
             os.close(self._lock)
@@ -129,7 +136,7 @@ class Unfinished:
         """Remove the directory, unless it has its final name or another one stands in its place; end the lock."""
         if self.unmoved():
             with suppress(OSError):
-                _remove_all(self.path, but=(MARK,))
+                remove_content(self._lock, but=(MARK,))
                 (self.path / MARK).unlink()  # last: killed before it, a run leaves nothing without a mark
                 self.path.rmdir()
         self.close()
@@ -225,7 +232,7 @@ def _taken_error(path: Path) -> TakenError:
 
 def _refuse_locked_parent(path: Path) -> None:
     """Refuse an output beside which nothing can be written."""
-    parent = next(place for place in path.parents if os.path.lexists(place))
+    parent = existing_place(path.parent)
     if not parent.is_dir():
         raise CheckpointError(f"{path}: {parent} is no directory; choose another name for the output directory.")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -237,31 +244,18 @@ def _refuse_locked_parent(path: Path) -> None:
 
 def _refuse_foreign(aside: Path) -> None:
     """Refuse an unfinished name at which something stands that this program did not leave there."""
-    if not os.path.lexists(aside):
-        return
-    os.close(open_directory(aside, CheckpointError))
-    if aside.stat().st_uid != os.geteuid():
-        raise CheckpointError(
-            f"{aside} belongs to another user (uid {aside.stat().st_uid}), so it is not taken over; choose another "
-            f"--output."
-        )
+    if os.path.lexists(aside):
+        os.close(open_own_directory(aside, CheckpointError))
+        _refuse_unmarked(aside)
+
+
+def _refuse_unmarked(aside: Path) -> None:
+    """Refuse an unfinished directory that holds files but no mark of this program."""
     if any(aside.iterdir()) and not (aside / MARK).is_file():
         raise CheckpointError(
             f"{aside} holds files that no unfinished run has left there (no {MARK} in it), so it is not emptied; move "
             f"it away, or choose another --output."
         )
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest place above, or at, a path that is there."""
-    return next(place for place in (path, *path.parents) if place.exists())
-
-
-def _remove_all(directory: Path, but: Sequence[str]) -> None:
-    """Remove all that is in a directory, but what has one of these names or patterns."""
-    for path in directory.iterdir():
-        if not any(path.match(pattern) for pattern in but):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _taken(aside: Path) -> int:

@@ -16,6 +16,7 @@ from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
 from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path
+from dppa_jax.runtime.directories import existing_place
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
 UNSET = -1.0
@@ -201,7 +202,7 @@ def _check_directory(values: Values) -> None:
 def _check_workdir(values: Values) -> None:
     """Refuse a --workdir into which the results of the work could not be written; nothing is made."""
     path = Path(read_path("--workdir", values["workdir"])).absolute()
-    existing = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    existing = existing_place(path)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         fault = "may not be written to" if existing.is_dir() else "is no directory"
         raise ValueError(f"--workdir={values['workdir']}: {existing} {fault}; give a directory for the results.")

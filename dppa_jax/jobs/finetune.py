@@ -25,6 +25,7 @@ from dppa_jax.checkpoint.stacked import stored_tree
 from dppa_jax.checkpoint.tokenizer import load_tokenizer
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
+from dppa_jax.evaluate.reader import listed
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
@@ -242,7 +243,7 @@ def _tokenizer(model: Checkpoint):
         logging.warning(
             "%s: completions end with the token %d of its tokenizer, but its answers with %s: the expert will not stop "
             "where a completion ended; set eos_token_id in its generation_config.json",
-            *(model.directory, tokenizer.eos_token_id, " or ".join(map(str, ends)) or "none"),
+            *(model.directory, tokenizer.eos_token_id, listed(ends)),
         )
     return tokenizer
 

@@ -70,8 +70,7 @@ def _reason(spec: TensorSpec, lacks: str, has: str, models: Mapping[str, Any]) -
     key = "tie_word_embeddings" if spec.kind in architecture.heads else _bias_key(architecture, spec)
     if not key:
         return ": a different base model?"
-    default = architecture.tied if spec.kind in architecture.heads else False
-    values = (f"{models[model].config.get(key, default)} in {model}" for model in (lacks, has))
+    values = (f"{architecture.said(models[model].config).get(key, False)} in {model}" for model in (lacks, has))
     fix = "Export both alike"
     if spec.kind in architecture.heads:
         fix = (
@@ -124,7 +123,7 @@ def check_same_base(base: Checkpoint, expert: Checkpoint, name: str) -> None:
             norm += np.square(b[finite]).sum()
     if difference == 0:
         logging.warning("expert %r equals the base where it was probed; is %s fine-tuned?", name, expert.directory)
-    relative = np.sqrt(difference / norm) if norm else 0.0  # `zeros` tells of a base without weights
+    relative = np.sqrt(difference / norm) if norm else 0.0  # a base of zeros makes a merge of deltas
     if relative > OTHER_BASE:
         raise CheckpointError(
             f"expert {name!r}: its delta is {relative:.2f} times as large as the base's weights, that of a fine-tune "

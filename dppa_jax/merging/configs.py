@@ -86,7 +86,7 @@ def meaning(config: Mapping) -> dict[str, Any]:
     """
     defaults = {key: setting.default for key, setting in SETTINGS.items()}
     said = {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
-    given = {**defaults, **architecture_of(config).defaults, **said}
+    given = {**defaults, **architecture_of(config).said(said)}
     heads = given["num_attention_heads"]
     found = {key: given[key] for key in SETTINGS} | _rope(given)
     found["num_key_value_heads"] = given["num_key_value_heads"] or heads

@@ -14,9 +14,9 @@ from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.inside import AGAIN, MAX_COPIED, inside
+from dppa_jax.checkpoint.tokenizer import VOCABULARIES
 from dppa_jax.runtime.reading import printable, read_bytes, read_json
 
-FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # with one of them a directory has a tokenizer
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 TOLD = 3  # tokens that a warning names
@@ -58,7 +58,7 @@ class Tokenizer:
     @property
     def exists(self) -> bool:
         """Is there a tokenizer?"""
-        return any(map(self._file, FILES))
+        return any(map(self._file, VOCABULARIES))
 
     @cached_property
     def ids(self) -> dict[str, int]:
@@ -108,7 +108,7 @@ class Tokenizer:
 
     def differs(self, other: "Tokenizer") -> str:
         """Return the name of the tokenizer's file where both have it, with other bytes; else the empty string."""
-        for name in FILES:
+        for name in VOCABULARIES:
             ours, theirs = self._file(name), other._file(name)
             if ours and theirs:
                 equal = read_bytes(ours, MAX_COPIED, AGAIN) == read_bytes(theirs, MAX_COPIED, AGAIN)
@@ -138,7 +138,7 @@ def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:
     """
     base, output = models["base"], models[chosen]
     if not output.exists:
-        said = f"{output.directory} has no tokenizer files ({', '.join(FILES)})"
+        said = f"{output.directory} has no tokenizer files ({', '.join(VOCABULARIES)})"
         if output is not base:
             raise CheckpointError(f"--tokenizer={chosen}: {said}. Put them there, or take another model's tokenizer.")
         logging.warning("the base in %s, so the merge has no tokenizer; --tokenizer=NAME takes an expert's", said)

@@ -9,8 +9,9 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 
@@ -44,11 +45,15 @@ def own_directory(path: Path | str, error: type[ValueError] = ValueError) -> int
     """
     try:
         os.mkdir(path)
-        made = True
     except FileExistsError:
-        made = False
+        return open_own_directory(path, error)
+    return open_directory(path, error)
+
+
+def open_own_directory(path: Path | str, error: type[ValueError] = ValueError) -> int:
+    """Open a directory that is the user's own, and no link, and return the descriptor; errors as `own_directory`."""
     descriptor = open_directory(path, error)
-    if not made and os.fstat(descriptor).st_uid != os.geteuid():
+    if os.fstat(descriptor).st_uid != os.geteuid():
         owner = os.fstat(descriptor).st_uid
         os.close(descriptor)
         raise error(
@@ -79,7 +84,7 @@ def empty_directory(path: Path | str, error: type[ValueError] = ValueError) -> i
     The name must be one that nobody else gives, as what a killed run left there cannot be told from other things.
     """
     descriptor = claim_directory(path, error)
-    _remove_content(descriptor)
+    remove_content(descriptor)
     return descriptor
 
 
@@ -90,16 +95,16 @@ def scratch_directory(path: Path, error: type[ValueError] = ValueError) -> Itera
     try:
         yield path
     finally:
-        _remove_content(descriptor)
+        remove_content(descriptor)
         with suppress(OSError):
             os.rmdir(path)
         os.close(descriptor)
 
 
-def _remove_content(descriptor: int) -> None:
-    """Remove all that is in a directory that is open; links in it are removed, not followed."""
+def remove_content(descriptor: int, but: Iterable[str] = ()) -> None:
+    """Remove what is in an open directory, but for names and patterns that stay; links are removed, not followed."""
     with os.scandir(descriptor) as found:
-        entries = list(found)
+        entries = [entry for entry in found if not any(fnmatch(entry.name, pattern) for pattern in but)]
     for entry in entries:
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.name, dir_fd=descriptor)
@@ -121,6 +126,11 @@ def open_directory(path: Path | str, error: type[ValueError] = ValueError) -> in
             what = f"a link to {os.readlink(path)}" if os.path.islink(path) else "a file"
             raise error(f"{path} is {what} in place of a directory; remove it, or choose another name.") from None
         raise
+
+
+def existing_place(path: Path) -> Path:
+    """Return the nearest place, at a path or above it, where something is; a link that leads nowhere counts."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def still_there(path: Path | str, descriptor: int) -> bool:
