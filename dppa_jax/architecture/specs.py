@@ -1,8 +1,8 @@
 """The tensors of a checkpoint: name, shape, role and layer of each, from config.json alone."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from dppa_jax.architecture.table import architecture_of
+from dppa_jax.architecture.row import WRAPPED, Architecture, Linear, Role
+from dppa_jax.architecture.table import architecture_of, known
 
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 LARGEST = 10_000_000  # of a size in config.json; the largest vocabulary of a model is a tenth of it
@@ -67,13 +68,9 @@ class ConfigShape(msgspec.Struct):
     pad_token_id: Tokens = None
 
 
-class Role(StrEnum):
-    """What a tensor is to a merge. Only linears are pruned; every other tensor carries its dense delta."""
-
-    LINEAR = "linear"
-    BIAS = "bias"
-    NORM = "norm"
-    VOCABULARY = "vocabulary"  # its rows are tokens: an expert may have more of them than the base
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a tensor as a matrix: a vector or a number is one row, more axes than two are columns."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,14 @@ class TensorSpec:
     """One tensor of a checkpoint.
 
     Attributes:
-      kind: its name within a layer, without ".weight": "self_attn.q_proj"; outside the layers the whole name.
+      name: as this package calls it in tables, recipes and rules; a file may call it otherwise, see `layout`.
+      kind: its name within a layer, without ".weight": "self_attn.q_proj"; outside the layers the whole name. The
+        experts of a mixture have one kind: "mlp.experts.gate_proj".
       layer: the decoder layer that it belongs to, counted from 0; None outside the layers.
       linear: its place on the axis of linears (`Linears`); None for a tensor that is not pruned.
+      index: its place in the array of the tree that it belongs to: its layer among those that have such a tensor and,
+        in a mixture, its expert. Empty outside the layers.
+      stored: its name in most files, where that is another.
     """
 
     name: str
@@ -92,16 +94,18 @@ class TensorSpec:
     kind: str
     layer: int | None = None
     linear: int | None = None
+    index: tuple[int, ...] = ()
+    stored: str = ""
 
     @property
     def rows(self) -> int:
         """Rows of the tensor as a matrix; a vector is one row."""
-        return self.shape[0] if len(self.shape) == 2 else 1
+        return matrix_shape(self.shape)[0]
 
     @property
     def columns(self) -> int:
         """Columns of the tensor as a matrix."""
-        return self.shape[-1]
+        return matrix_shape(self.shape)[1]
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -149,10 +153,16 @@ class Linears:
         return np.array([spec.rows * spec.columns for spec in self.specs], np.float64)
 
     def by_layer(self, values: np.ndarray) -> np.ndarray:
-        """Spread one value per linear over a table (layers, kinds); NaN where a layer has no linear of a kind."""
-        table = np.full((self.layers, len(self.kinds)), np.nan)
-        table[self.layer, [self.kinds.index(spec.kind) for spec in self.specs]] = values
-        return table
+        """Spread one value per linear over a table (layers, kinds); NaN where a layer has no linear of a kind.
+
+        Of the experts of a mixture, which have one kind, it has the mean.
+        """
+        places = {kind: place for place, kind in enumerate(self.kinds)}
+        at = self.layer, np.array([places[spec.kind] for spec in self.specs], np.int64)
+        table, count = np.zeros((2, self.layers, len(self.kinds)))
+        np.add.at(table, at, values)
+        np.add.at(count, at, 1)
+        return np.divide(table, count, out=np.full_like(table, np.nan), where=count > 0)
 
     def named(self, values: np.ndarray) -> dict[str, float]:
         """One value per linear by the tensor's name, as JSON can say it."""
@@ -166,7 +176,7 @@ def linears_of(specs: Mapping[str, TensorSpec]) -> Linears:
 
 def layer_count(specs: Mapping[str, TensorSpec]) -> int:
     """Decoder layers of a model with these tensors."""
-    return 1 + max(spec.layer for spec in specs.values() if spec.layer is not None)
+    return 1 + max((spec.layer for spec in specs.values() if spec.layer is not None), default=-1)
 
 
 def first_linear(specs: Mapping[str, TensorSpec]) -> TensorSpec:
@@ -175,15 +185,13 @@ def first_linear(specs: Mapping[str, TensorSpec]) -> TensorSpec:
 
 
 def check_config(config: Mapping, where: Path | str) -> None:
-    """Refuse a config.json that is not that of an unquantised model of the table, with sizes that a model can have.
+    """Refuse a config.json that is not that of an unquantised model, with sizes that a model can have.
+
+    The sizes are looked at where the table has the architecture; of others only the tensors are.
 
     Args:
       where: the path of config.json, for the message.
     """
-    try:
-        architecture = architecture_of(config)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from None
     try:
         msgspec.convert(dict(config), ConfigShape)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -191,20 +199,27 @@ def check_config(config: Mapping, where: Path | str) -> None:
     if quantisation := config.get(QUANTISATION):
         method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, Mapping) else quantisation
         raise CheckpointError(f"{where}: the weights are quantised (quant_method {method!r:.99}). {DEQUANTISE}")
-    required = architecture.required
-    for key in required:
-        if key not in config:
-            raise CheckpointError(f"{where}: has no {key!r}; download config.json again from where the weights came.")
-    for key in (*required, *OPTIONAL_SIZES):
-        most = MOST_LAYERS if key == "num_hidden_layers" else LARGEST
-        if key in required or config.get(key) is not None:
-            _check_size(config[key], key, most, where)
+    if architecture := known(config):
+        _check_sizes(architecture, config, where)
+
+
+def _check_sizes(architecture: Architecture, config: Mapping, where: Path | str) -> None:
+    """Refuse sizes that no model of the row can have."""
     said = architecture.said(config)
+    for keys in architecture.required:
+        if not any(key in said for key in keys):
+            again = "download config.json again from where the weights came."
+            raise CheckpointError(f"{where}: has no {' or '.join(map(repr, keys))}; {again}")
+        key = next(key for key in keys if key in said)
+        _check_size(said[key], key, MOST_LAYERS if key == "num_hidden_layers" else LARGEST, where)
+    for key in OPTIONAL_SIZES:
+        if said.get(key) is not None:
+            _check_size(said[key], key, LARGEST, where)
     heads, keys = said["num_attention_heads"], said.get("num_key_value_heads") or said["num_attention_heads"]
     if heads % keys or (said["hidden_size"] % heads and not said.get("head_dim")):
         raise CheckpointError(
             f"{where}: num_attention_heads {heads} does not fit num_key_value_heads {keys} and hidden_size "
-            f"{config['hidden_size']}; it must be a multiple of the one and divide the other."
+            f"{said['hidden_size']}; it must be a multiple of the one and divide the other."
         )
 
 
@@ -222,40 +237,102 @@ def with_dtype(config: Mapping, dtype: str) -> dict:
     The dtype stands under the key that is there: transformers 4 writes torch_dtype, 5 dtype. An auto_map is left out,
     as it names files of code, which are never copied.
     """
+    if not config:  # a model without config.json stays so
+        return {}
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    return {key: value for key, value in config.items() if key != "auto_map"} | dict.fromkeys(keys, dtype)
+    changed = {key: value for key, value in config.items() if key != "auto_map"} | dict.fromkeys(keys, dtype)
+    if isinstance(inner := config.get(WRAPPED), Mapping):
+        changed[WRAPPED] = {**inner, **{key: dtype for key in ("dtype", "torch_dtype") if key in inner}}
+    return changed
 
 
 def tensor_specs(config: Mapping) -> dict[str, TensorSpec]:
-    """Every tensor of the model, in the order of the file: embeddings, layers, norm, head."""
-    architecture = architecture_of(config)
-    sizes, said = architecture.sizes(config), architecture.said(config)
-    specs: dict[str, TensorSpec] = {}
-    linears = 0
+    """Every tensor of the model, in the order of the file: embeddings, layers, norm, head.
 
-    def add(name: str, shape: Sequence[str], role: Role, kind: str, layer: int | None = None) -> None:
-        nonlocal linears
-        place = linears if role is Role.LINEAR else None
-        linears += role is Role.LINEAR
-        specs[name] = TensorSpec(name, tuple(sizes[size] for size in shape), role, kind, layer, place)
+    Raises:
+      ValueError: the table of architectures has no row for this config.json.
+    """
+    return _Specs(architecture_of(config), config).all()
 
-    def add_outside(names: Iterable[str], role: Role, shape: Sequence[str]) -> None:
-        for name in names:
-            add(f"{name}.weight", shape, role, name)
 
-    add_outside(architecture.embeddings, Role.VOCABULARY, ("vocabulary", "hidden"))
-    for layer in range(config["num_hidden_layers"]):
-        prefix = architecture.layer.format(layer)
-        for linear in architecture.linears:
-            add(f"{prefix}{linear.kind}.weight", (linear.rows, linear.columns), Role.LINEAR, linear.kind, layer)
-            if linear.has_bias(said):
-                add(f"{prefix}{linear.kind}.bias", (linear.rows,), Role.BIAS, f"{linear.kind}.bias", layer)
-        for norm in architecture.norms:
-            add(f"{prefix}{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind, layer)
-    add_outside(architecture.final_norms, Role.NORM, ("hidden",))
-    if not tied_heads(config):
-        add_outside(architecture.heads, Role.VOCABULARY, ("vocabulary", "hidden"))
-    return specs
+class _Specs:
+    """Collects the tensors of a model of the table."""
+
+    def __init__(self, architecture: Architecture, config: Mapping):
+        self.architecture, self.said = architecture, architecture.said(config)
+        self.sizes, self.tied = architecture.sizes(config), tied_heads(config)
+        self.specs: dict[str, TensorSpec] = {}
+        self.linears = 0
+        self.having: dict[str, int] = {}  # layers so far that have a kind
+
+    def all(self) -> dict[str, TensorSpec]:
+        """The tensors by name."""
+        row = self.architecture
+        for name in row.embeddings:
+            self.add(f"{name}.weight", ("vocabulary", "hidden"), Role.VOCABULARY, name)
+        for name, sizes, role, _ in row.outside:
+            self.add(name, sizes, role, name.removesuffix(".weight"))
+        for layer in range(self.said["num_hidden_layers"]):
+            self.add_layer(layer)
+        for norm in row.final_norms:
+            self.add(f"{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind)
+            if norm.bias:
+                self.add(f"{norm.kind}.bias", (norm.size,), Role.BIAS, f"{norm.kind}.bias")
+        for name in row.heads:
+            if f"{name}.weight" not in self.tied:
+                self.add(f"{name}.weight", ("vocabulary", "hidden"), Role.VOCABULARY, name)
+        return self.specs
+
+    def add_layer(self, layer: int) -> None:
+        """Add the tensors of a layer: linears with their biases, norms, others."""
+        row, said = self.architecture, self.said
+        mlp = "sparse" if row.sparse and row.sparse(said, layer) else "dense"
+        linears = [linear for linear in row.linears if linear.mlp in ("", mlp)]
+        for linear in linears:
+            if "{}" not in linear.kind:
+                self.add_linear(linear, layer)
+        each = [linear for linear in linears if "{}" in linear.kind]
+        for expert in range(self.sizes["experts"] if each else 0):
+            for linear in each:
+                self.add_linear(linear, layer, expert)
+        for norm in row.norms:
+            prefix = row.layer.format(layer)
+            self.add(f"{prefix}{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind, layer)
+            if norm.bias:
+                self.add(f"{prefix}{norm.kind}.bias", (norm.size,), Role.BIAS, f"{norm.kind}.bias", layer)
+        for name, sizes, role, given in row.others:
+            if not given or said.get(given):
+                self.add(f"{row.layer.format(layer)}{name}", sizes, role, name, layer)
+
+    def add_linear(self, linear: Linear, layer: int, expert: int | None = None) -> None:
+        """Add a linear of a layer or, of a mixture, of one of its experts, and its bias."""
+        prefix, kind = self.architecture.layer.format(layer), linear.kind.replace(".{}", "")
+        name = prefix + linear.kind.format(expert)
+        stored = f"{prefix}{linear.stored.format(expert)}.weight" if linear.stored else ""
+        shape = linear.rows, linear.columns
+        self.add(f"{name}.weight", shape, linear.role, kind, layer, stored, expert)
+        if linear.has_bias(self.said):
+            self.add(f"{name}.bias", (linear.rows,), Role.BIAS, f"{kind}.bias", layer)
+
+    def add(
+        self,
+        name: str,
+        shape: Sequence[str],
+        role: Role,
+        kind: str,
+        layer: int | None = None,
+        stored: str = "",
+        expert: int | None = None,
+    ) -> None:
+        """Add a tensor whose shape is said by the names of sizes."""
+        place = self.linears if role is Role.LINEAR else None
+        self.linears += role is Role.LINEAR
+        index = ()
+        if layer is not None:
+            self.having[kind] = self.having.get(kind, 0) + (not expert)
+            index = (self.having[kind] - 1,) if expert is None else (self.having[kind] - 1, expert)
+        sizes = tuple(self.sizes[size] for size in shape)
+        self.specs[name] = TensorSpec(name, sizes, role, kind, layer, place, index, stored)
 
 
 def tied_heads(config: Mapping) -> dict[str, str]:
@@ -263,10 +340,10 @@ def tied_heads(config: Mapping) -> dict[str, str]:
 
     Some files carry such a head, as a copy.
     """
-    architecture = architecture_of(config)
-    if not architecture.said(config).get("tie_word_embeddings"):
+    architecture = known(config)
+    if not architecture or not architecture.said(config).get("tie_word_embeddings"):
         return {}
-    pairs = zip(architecture.heads, architecture.embeddings, strict=True)
+    pairs = zip(architecture.heads, architecture.embeddings, strict=False)  # an encoder has no head here
     return {f"{head}.weight": f"{embeddings}.weight" for head, embeddings in pairs}
 
 
@@ -279,9 +356,8 @@ def by_path(specs: Iterable[TensorSpec]) -> dict[tuple[str, ...], list[TensorSpe
 
 
 def stacked_shape(group: Sequence[TensorSpec]) -> tuple[int, ...]:
-    """The shape of the array at a place of the tree: layers first, where every layer has such a tensor."""
-    first = group[0]
-    return first.shape if first.layer is None else (len(group), *first.shape)
+    """The shape of the array at a place of the tree: layers first, then the experts of a mixture."""
+    return tuple(1 + last for last in group[-1].index) + group[0].shape
 
 
 def tree_of(specs: Iterable[TensorSpec], make: Callable[[list[TensorSpec]], Any]) -> dict:

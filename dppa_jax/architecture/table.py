@@ -6,92 +6,13 @@ That is all a merge needs. To add a family, write a row and a row in the tests' 
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
-IGNORED = re.compile(r".*rotary_emb\.inv_freq$")  # a buffer that older exports carry
-SIZES = {  # of a shape, by the key of config.json
-    "hidden": "hidden_size",
-    "inner": "intermediate_size",
-    "vocabulary": "vocab_size",
-}
+from dppa_jax.architecture.row import WRAPPED, Architecture, Fused, Linear, Norm, Other, Role
 
-
-class Linear(NamedTuple):
-    """A matrix of every layer that is pruned, (rows, columns) as the file has it.
-
-    Attributes:
-      kind: its name within the layer, without ".weight".
-      rows, columns: sizes by name, keys of `Architecture.sizes`.
-      bias: has it a bias: always, never, or as this key of config.json says.
-    """
-
-    kind: str
-    rows: str
-    columns: str
-    bias: bool | str = False
-
-    def has_bias(self, config: Mapping) -> bool:
-        """Has it a bias in the model of this config.json?"""
-        return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
-
-
-class Norm(NamedTuple):
-    """A vector of every layer that is not pruned.
-
-    Attributes:
-      kind: its name within the layer, without ".weight".
-      size: of the vector, a key of `Architecture.sizes`.
-    """
-
-    kind: str
-    size: str = "hidden"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A row of the table.
-
-    Attributes:
-      classes: what config.json lists under "architectures".
-      model_type: what config.json says where it lists none.
-      linears: of every layer, in the order of the tables of a merge.
-      norms: of every layer.
-      layer: the prefix of a layer's tensors, with {} for its number.
-      embeddings, final_norms, heads: tensors outside the layers, without ".weight"; heads only where they are not tied.
-      defaults: keys of config.json that, left out, do not mean what they mean in most families.
-      forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
-    """
-
-    classes: tuple[str, ...]
-    model_type: str
-    linears: tuple[Linear, ...]
-    norms: tuple[Norm, ...] = (Norm("input_layernorm"), Norm("post_attention_layernorm"))
-    layer: str = "model.layers.{}."
-    embeddings: tuple[str, ...] = ("model.embed_tokens",)
-    final_norms: tuple[str, ...] = ("model.norm",)
-    heads: tuple[str, ...] = ("lm_head",)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    forward: bool = False
-
-    @property
-    def required(self) -> tuple[str, ...]:
-        """Keys of config.json without which the shapes are not known."""
-        return (*SIZES.values(), "num_attention_heads", "num_hidden_layers")
-
-    def said(self, config: Mapping) -> dict[str, Any]:
-        """What a config.json says, with the family's own defaults for what it leaves out."""
-        return {**self.defaults, **config}
-
-    def sizes(self, config: Mapping) -> dict[str, int]:
-        """The sizes that shapes are made of, by the names that rows use."""
-        said = self.said(config)
-        heads = said["num_attention_heads"]
-        head = said.get("head_dim") or said["hidden_size"] // heads
-        keys = said.get("num_key_value_heads") or heads
-        named = {name: said[key] for name, key in SIZES.items()}
-        return named | {"queries": heads * head, "keys": keys * head, "head": head}
-
+IGNORED = re.compile(  # buffers that older exports carry, and no loader reads
+    r".*rotary_emb\.inv_freq$|.*\.attention\.(masked_)?bias$|.*embeddings\.position_ids$"
+)
 
 LLAMA = Architecture(
     classes=("LlamaForCausalLM",),
@@ -141,6 +62,60 @@ OLMO2 = replace(
     defaults={"rms_norm_eps": 1e-5},
     forward=False,
 )
+EXPERTS = ("num_local_experts", "num_experts")  # keys of config.json
+FUSED_EXPERTS = (  # transformers 5 can write those of a layer as one array (experts, rows, columns)
+    Fused("mlp.experts.gate_up_proj", ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj"), always=False),
+    Fused("mlp.experts.down_proj", ("mlp.experts.{}.down_proj",), always=False),
+)
+
+
+def _qwen3_sparse(said: Mapping, layer: int) -> bool:
+    """Is the MLP of a layer a mixture of experts?"""
+    return layer not in (said["mlp_only_layers"] or ()) and (layer + 1) % said["decoder_sparse_step"] == 0
+
+
+TASKS = (  # in the names of classes of encoders
+    *("MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "MultipleChoice"),
+    *("QuestionAnswering", "NextSentencePrediction", "CausalLM"),
+)
+
+
+def encoder(family: str, name: str) -> Architecture:
+    """The row of BERT and what is built like it; models differ in their heads, which belong to their tasks.
+
+    Args:
+      family: the first part of the names of its classes.
+      name: what the names of its tensors begin with, and its model_type.
+    """
+    root = f"{name}.embeddings."
+    return Architecture(
+        classes=(f"{family}Model", *(f"{family}For{task}" for task in TASKS)),
+        model_type=name,
+        linears=(
+            Linear("attention.self.query", "queries", "hidden", True),
+            Linear("attention.self.key", "queries", "hidden", True),
+            Linear("attention.self.value", "queries", "hidden", True),
+            Linear("attention.output.dense", "hidden", "queries", True),
+            Linear("intermediate.dense", "inner", "hidden", True),
+            Linear("output.dense", "hidden", "inner", True),
+        ),
+        norms=(Norm("attention.output.LayerNorm", bias=True), Norm("output.LayerNorm", bias=True)),
+        root=f"{name}.",
+        layer=f"{name}.encoder.layer.{{}}.",
+        embeddings=(f"{root}word_embeddings",),
+        heads=(),
+        outside=(
+            Other(f"{root}position_embeddings.weight", ("positions", "hidden"), Role.DENSE),
+            Other(f"{root}token_type_embeddings.weight", ("types", "hidden"), Role.DENSE),
+            Other(f"{root}LayerNorm.weight", ("hidden",), Role.NORM),
+            Other(f"{root}LayerNorm.bias", ("hidden",), Role.BIAS),
+        ),
+        final_norms=(),
+        own_heads=True,
+        keys={"positions": ("max_position_embeddings",), "types": ("type_vocab_size",)},
+        defaults={"hidden_act": "gelu", "type_vocab_size": 2, "max_position_embeddings": 512},
+    )
+
 
 ARCHITECTURES = {
     "Llama": LLAMA,
@@ -202,7 +177,113 @@ ARCHITECTURES = {
         forward=False,
     ),
     "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite", forward=False),
+    "Phi3": replace(
+        LLAMA,
+        classes=("Phi3ForCausalLM",),
+        model_type="phi3",
+        linears=with_bias(LLAMA.linears),
+        fused=(
+            Fused("self_attn.qkv_proj.weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            Fused("mlp.gate_up_proj.weight", ("mlp.gate_proj", "mlp.up_proj")),
+        ),
+        defaults={"rms_norm_eps": 1e-5},
+        forward=False,
+    ),
+    "Mixtral": replace(
+        LLAMA,
+        classes=("MixtralForCausalLM",),
+        model_type="mixtral",
+        linears=(
+            *with_bias(LLAMA.linears[:4]),
+            Linear("mlp.gate", "experts", "hidden", stored="block_sparse_moe.gate", role=Role.ROUTER),
+            Linear("mlp.experts.{}.gate_proj", "inner", "hidden", stored="block_sparse_moe.experts.{}.w1"),
+            Linear("mlp.experts.{}.up_proj", "inner", "hidden", stored="block_sparse_moe.experts.{}.w3"),
+            Linear("mlp.experts.{}.down_proj", "hidden", "inner", stored="block_sparse_moe.experts.{}.w2"),
+        ),
+        fused=FUSED_EXPERTS,
+        keys={"experts": EXPERTS},
+        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8},
+        forward=False,
+    ),
+    "Qwen3-MoE": replace(
+        LLAMA,
+        classes=("Qwen3MoeForCausalLM",),
+        model_type="qwen3_moe",
+        linears=(
+            *LLAMA.linears[:4],
+            *(linear._replace(bias=False, mlp="dense") for linear in LLAMA.linears[4:]),
+            Linear("mlp.gate", "experts", "hidden", mlp="sparse", role=Role.ROUTER),
+            Linear("mlp.experts.{}.gate_proj", "expert_inner", "hidden", mlp="sparse"),
+            Linear("mlp.experts.{}.up_proj", "expert_inner", "hidden", mlp="sparse"),
+            Linear("mlp.experts.{}.down_proj", "hidden", "expert_inner", mlp="sparse"),
+        ),
+        norms=(*LLAMA.norms, *HEAD_NORMS),
+        fused=FUSED_EXPERTS,
+        keys={"experts": EXPERTS, "expert_inner": ("moe_intermediate_size",)},
+        sparse=_qwen3_sparse,
+        defaults={
+            "num_key_value_heads": 4,
+            "sliding_window": 4096,
+            "use_sliding_window": False,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": False,
+        },
+        forward=False,
+    ),
+    "GPT-NeoX": Architecture(
+        classes=("GPTNeoXForCausalLM",),
+        model_type="gpt_neox",
+        linears=(
+            Linear("attention.query", "queries", "hidden"),
+            Linear("attention.key", "queries", "hidden"),
+            Linear("attention.value", "queries", "hidden"),
+            Linear("attention.dense", "hidden", "queries", "attention_bias"),
+            Linear("mlp.dense_h_to_4h", "inner", "hidden", True),
+            Linear("mlp.dense_4h_to_h", "hidden", "inner", True),
+        ),
+        norms=(Norm("input_layernorm", bias=True), Norm("post_attention_layernorm", bias=True)),
+        fused=(
+            Fused(
+                "attention.query_key_value.weight",
+                ("attention.query", "attention.key", "attention.value"),
+                alternate="num_attention_heads",
+            ),
+        ),
+        others=(Other("attention.query_key_value.bias", ("three queries",), Role.BIAS, "attention_bias"),),
+        root="gpt_neox.",
+        layer="gpt_neox.layers.{}.",
+        embeddings=("gpt_neox.embed_in",),
+        heads=("embed_out",),
+        final_norms=(Norm("gpt_neox.final_layer_norm", bias=True),),
+        defaults={"hidden_act": "gelu", "attention_bias": True, "rotary_pct": 0.25, "use_parallel_residual": True},
+    ),
+    "BERT": encoder("Bert", "bert"),
+    "RoBERTa": encoder("Roberta", "roberta"),
 }
+
+
+def known(config: Mapping) -> Architecture | None:
+    """Return the row of a config.json, or None where no row has this architecture.
+
+    A model of images and text has the row of its text model.
+    """
+    listed = config.get("architectures")
+    listed = listed if isinstance(listed, list) else None
+    named = listed[0] if listed else config.get("model_type")
+    by_class = {name: row for row in ARCHITECTURES.values() for name in (row.classes if listed else (row.model_type,))}
+    if isinstance(named, str) and named in by_class:
+        return by_class[named]
+    inner = config.get(WRAPPED)
+    model_type = inner.get("model_type") if isinstance(inner, Mapping) else None
+    return next((row for row in ARCHITECTURES.values() if row.model_type == model_type), None)
+
+
+def vocabulary_size(config: Mapping) -> int | None:
+    """How many tokens a config.json says there are; None where it does not."""
+    row, inner = known(config), config.get(WRAPPED)
+    said = row.said(config) if row else {**config, **(inner if isinstance(inner, Mapping) else {})}
+    return said["vocab_size"] if type(said.get("vocab_size")) is int else None
 
 
 def architecture_of(config: Mapping) -> Architecture:
@@ -211,11 +292,9 @@ def architecture_of(config: Mapping) -> Architecture:
     Raises:
       ValueError: no row has this architecture; names those that there are.
     """
+    if row := known(config):
+        return row
     listed = config.get("architectures")
-    listed = listed if isinstance(listed, list) else None
-    named = listed[0] if listed else config.get("model_type", "unknown")
-    for row in ARCHITECTURES.values():
-        if named in (row.classes if listed else (row.model_type,)):
-            return row
-    supported = ", ".join(name for row in ARCHITECTURES.values() for name in row.classes)
+    named = listed[0] if isinstance(listed, list) and listed else config.get("model_type", "unknown")
+    supported = ", ".join(row.classes[0] for row in ARCHITECTURES.values())
     raise ValueError(f"architecture {named!r:.99} is not supported; supported: {supported}.")

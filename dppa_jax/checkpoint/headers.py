@@ -15,14 +15,18 @@ import ml_dtypes
 import msgspec
 import numpy as np
 
-from dppa_jax.architecture.specs import DEQUANTISE, CheckpointError
+from dppa_jax.architecture.layout import Place, stored_rows
+from dppa_jax.architecture.specs import DEQUANTISE, CheckpointError, matrix_shape
 from dppa_jax.architecture.table import IGNORED
 from dppa_jax.runtime.reading import naming, open_regular, printable
 
 DTYPE_BY_CODE = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-OTHER_CODES = {  # what to do with a tensor of another code; one that is not here is a quantised weight
+NO_WEIGHT = {  # buffers, which are copied where a model may have such
+    **{"BOOL": np.dtype(bool), "C64": np.dtype(np.complex64), "I16": np.dtype(np.int16), "U16": np.dtype(np.uint16)},
+    **{"I64": np.dtype(np.int64), "U64": np.dtype(np.uint64)},
+}
+FIX_BY_CODE = {  # of a tensor of another code; one that is not here is a quantised weight
     "F64": "Save the model in one of them (transformers: from_pretrained(DIR, dtype='float32').save_pretrained(NEW)).",
-    **dict.fromkeys(("BOOL", "C64", "I16", "U16", "I64", "U64"), "It is no weight: leave it out of the file."),
 }
 MAX_HEADER = 16_000_000  # bytes; a model of 100,000 tensors has less
 NAMED = 4_000_000  # bytes of a header of which a damaged entry is looked for by name
@@ -36,16 +40,40 @@ class UnfitError(CheckpointError):
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies in a safetensors file."""
+    """Where a tensor lies in a safetensors file.
+
+    Attributes:
+      offset: of its first byte in the file.
+      run, step: rows that lie together, if not all do, and rows from the begin of one run to that of the next.
+    """
 
     file: Path
     dtype: np.dtype
     shape: tuple[int, ...]
-    offset: int  # of the tensor's first byte in the file
+    offset: int
+    run: int = 0
+    step: int = 0
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row; a vector is one row."""
+        return matrix_shape(self.shape)[1] * self.dtype.itemsize
+
+    def at(self, place: Place, shape: tuple[int, ...]) -> "StoredTensor":
+        """Return the tensor of this shape that lies at a place of this one."""
+        if place.whole:
+            return self
+        first = self.offset + place.first * stored_rows(self.shape)[1] * self.dtype.itemsize
+        return StoredTensor(self.file, self.dtype, shape, first, place.run, place.step)
+
+    def extents(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Yield position and bytes of rows start to stop (exclusive), a piece of the file at a time."""
+        for _, row, count in Place("", 0, self.run, self.step).pieces(start, stop):
+            yield self.offset + row * self.row_bytes, count * self.row_bytes
 
 
 class _Entry(msgspec.Struct, gc=False):
@@ -142,17 +170,18 @@ def _in_order(file: Path, entries: dict[str, _Entry], data: int, size: int) -> I
 def _tensor(file: Path, name: str, entry: _Entry, offset: int) -> StoredTensor | None:
     """Return the tensor of an entry, or None for a buffer of another dtype that no merge needs."""
     code, shape, (begin, end) = entry.dtype, entry.shape, entry.data_offsets
-    if code not in DTYPE_BY_CODE:
+    dtype = DTYPE_BY_CODE.get(code) or NO_WEIGHT.get(code)
+    if dtype is None:
         if IGNORED.match(name):
             return None
         raise UnfitError(
             f"{file}: {shown(name)} is stored as {printable(code[:20])}; weights must be {', '.join(DTYPE_BY_CODE)}. "
-            f"{OTHER_CODES.get(code, DEQUANTISE)}"
+            f"{FIX_BY_CODE.get(code, DEQUANTISE)}"
         )
-    nbytes = math.prod(shape) * DTYPE_BY_CODE[code].itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
         raise CheckpointError(
             f"{file}: {shown(name)} has {end - begin} bytes in the header, its shape {shape} in {code} needs {nbytes}; "
             f"download it again."
         )
-    return StoredTensor(file, DTYPE_BY_CODE[code], shape, offset)
+    return StoredTensor(file, dtype, shape, offset)

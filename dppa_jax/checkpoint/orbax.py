@@ -44,11 +44,11 @@ CACHE_BYTES = 1 << 26  # for all checkpoints together: a chunk that was read for
 
 @dataclass(frozen=True)
 class StackedTensor:
-    """A tensor in an Orbax checkpoint: an array, or the slice of a stacked array that belongs to one layer."""
+    """A tensor in an Orbax checkpoint: an array, or the slice of a stacked array that belongs to a layer or expert."""
 
     file: Path  # the checkpoint, for messages
     path: tuple[str, ...]  # of the array in the tree
-    layer: int | None
+    index: tuple[int, ...]
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -93,7 +93,7 @@ class OrbaxDirectory:
         for head, path in _head_paths(self.config).items():
             if array := self._arrays.get(path):
                 dtype = np.dtype(array.dtype.numpy_dtype)
-                self.tensors[head] = StackedTensor(self.directory, path, None, dtype, array.shape)
+                self.tensors[head] = StackedTensor(self.directory, path, (), dtype, array.shape)
         drop_tied_heads(self)
 
     @property
@@ -113,8 +113,8 @@ class OrbaxDirectory:
 
         tensor = self.tensors[name]
         rows = self._arrays[tensor.path]
-        if tensor.layer is not None:
-            rows = rows[tensor.layer]
+        if tensor.index:
+            rows = rows[tensor.index]
         if len(tensor.shape) == 2:
             rows = rows[start:stop]
         with _explained(self.directory, name):
@@ -171,7 +171,7 @@ class OrbaxDirectory:
     def _tensor(self, spec: TensorSpec) -> StackedTensor:
         """Return where a tensor is among the arrays."""
         dtype = np.dtype(self._arrays[spec.path].dtype.numpy_dtype)
-        return StackedTensor(self.directory, spec.path, spec.layer, dtype, spec.shape)
+        return StackedTensor(self.directory, spec.path, spec.index, dtype, spec.shape)
 
 
 def is_orbax(directory: Path | str) -> bool:

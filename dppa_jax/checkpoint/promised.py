@@ -9,43 +9,98 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from dppa_jax.architecture.generic import Stated, dense_role, recognise, stated_specs
+from dppa_jax.architecture.layout import Place, find_layout
+from dppa_jax.architecture.row import WRAPPED, Role
 from dppa_jax.architecture.specs import (
     QUANTISATION,
     CheckpointError,
-    Role,
     TensorSpec,
     check_config,
+    matrix_shape,
     tensor_specs,
     tied_heads,
 )
-from dppa_jax.architecture.table import architecture_of
-from dppa_jax.checkpoint.headers import StoredTensor, UnfitError, shown
+from dppa_jax.architecture.table import architecture_of, known, vocabulary_size
+from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, StoredTensor, UnfitError, shown
 
-WRAPPER = re.compile(r"^(module\.)+|\b(_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-INNER = "model."  # what names lack in a file that was saved from the decoder within the model
 ADAPTER = re.compile(r"^base_model\.model\.|\.(base_layer|modules_to_save)\.|\.lora_")
 PIECE = 1 << 22  # bytes of each of two tensors that are compared at a time
 
 
-def promised_specs(tensors: Mapping[str, StoredTensor], config: Mapping, directory: Path) -> dict[str, TensorSpec]:
-    """Return what config.json promises of each tensor, if the files have these tensors and no others.
+class Promised:
+    """The tensors that a model must have, and where they lie in its files.
 
-    They may have a head that is called the embeddings (`drop_tied_heads`).
-
-    Raises:
-      UnfitError: a tensor is missing, too many or of another shape.
+    Attributes:
+      specs: by name.
+      layout: found leniently; `check` refuses files that do not fit.
+      by_row: are they promised by a row of the table of architectures, and not read off the files?
     """
-    specs = tensor_specs(config)
-    missing = [name for name in specs if name not in tensors]
-    extra = [name for name in tensors if name not in specs and name not in tied_heads(config)]
-    if extra:
-        raise UnfitError(f"{directory}: {_about_extra(tensors[extra[0]].file.name, extra, missing)}")
-    if missing:
-        raise UnfitError(f"{directory}: {_about_missing(missing, config)}")
-    for name, spec in specs.items():
-        if tensors[name].shape != spec.shape:
-            raise UnfitError(f"{tensors[name].file}: {_about_shape(spec, tensors[name].shape)}")
-    return specs
+
+    def __init__(self, config: Mapping, stored: Mapping[str, StoredTensor], stated: Stated | None = None):
+        shapes = {name: tensor.shape for name, tensor in stored.items()}
+        row = None if stated else known(config)
+        self.config, self._row, self._stored, self.by_row = config, row, stored, row is not None
+        if row:
+            self.specs, said = tensor_specs(config), row.said(config)
+            self.layout = find_layout(row, said, self.specs, shapes, tied_heads(config))
+            if row.own_heads:
+                self._add_own_heads(shapes)
+        else:
+            other = [name for name, tensor in stored.items() if tensor.dtype not in DTYPE_BY_CODE.values()]
+            stated = stated or recognise(shapes, vocabulary_size(config), other)
+            self.specs, self.layout = stated_specs(stated, shapes)
+
+    @property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Where each tensor lies: those of the model by their names here, all others by their names in the files."""
+        places = self.layout.places
+        tensors = {name: self._stored[place.stored].at(place, self._shape(name)) for name, place in places.items()}
+        return tensors | {name: self._stored[name] for name in self.layout.rest}
+
+    def check(self, directory: Path) -> None:
+        """Refuse files that lack a tensor, have it in another shape or dtype, or have others.
+
+        Raises:
+          UnfitError: names the file, the tensor and the fix.
+        """
+        missing = [name for name in self.specs if name not in self.layout.places]
+        extra = [] if self._may_have_more else list(self.layout.rest)
+        for name, wanted in self.layout.unfit.items():
+            tensor = self._stored[name]
+            raise UnfitError(
+                f"{tensor.file}: {name} has shape {tensor.shape}, config.json says {wanted}; config.json does not "
+                f"belong to these weights."
+            )
+        if extra:
+            raise UnfitError(f"{directory}: {_about_extra(self._stored[extra[0]].file.name, extra, missing)}")
+        if missing:
+            raise UnfitError(f"{directory}: {_about_missing(missing, self.config)}")
+        for name, tensor in self.tensors.items():
+            if name in self.specs and tensor.shape != self.specs[name].shape:
+                raise UnfitError(f"{tensor.file}: {_about_shape(self.specs[name], tensor.shape)}")
+            if name in self.specs and tensor.dtype not in DTYPE_BY_CODE.values():
+                raise UnfitError(
+                    f"{tensor.file}: {shown(name)} is stored as {tensor.dtype}; weights must be "
+                    f"{', '.join(DTYPE_BY_CODE)}. It is no weight: leave it out of the file."
+                )
+
+    @property
+    def _may_have_more(self) -> bool:
+        """May the files have tensors that are no part of what is merged: those of a model of images and text?"""
+        return not self._row or isinstance(self.config.get(WRAPPED), Mapping)
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.specs[name].shape if name in self.specs else self._stored[self.layout.places[name].stored].shape
+
+    def _add_own_heads(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Add what the files have beyond the row: the head of the model's own task."""
+        layout = self.layout
+        for name in layout.rest:
+            role = dense_role(name, shapes[name])
+            self.specs[name] = TensorSpec(name, shapes[name], role, name.removesuffix(".weight"))
+            layout.places[name], layout.shapes[name] = Place(name), shapes[name]
+        layout.rest = ()
 
 
 def drop_tied_heads(source: Any) -> None:
@@ -55,28 +110,31 @@ def drop_tied_heads(source: Any) -> None:
       CheckpointError: a head is another matrix, although config.json says that it is the embeddings.
     """
     for head, embeddings in tied_heads(source.config).items():
-        if head not in source.tensors:
+        if head not in source.tensors or embeddings not in source.tensors:
             continue
-        if not _same_bits(source, head, embeddings):
+        if not same_bits((source, head), (source, embeddings)):
             raise CheckpointError(
                 f"{source.tensors[head].file}: {head} is not {embeddings}, though config.json says that they are one "
                 f"(tie_word_embeddings). If the head was trained, set tie_word_embeddings to false there; if not, save "
                 f"the model without {head}."
             )
         del source.tensors[head]
+        if layout := getattr(source, "layout", None):
+            del layout.shapes[layout.places.pop(head).stored]
 
 
-def _same_bits(source: Any, *names: str) -> bool:
-    """Return whether two matrices of a source are the same, bit for bit."""
-    one, other = (source.tensors[name] for name in names)
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def same_bits(one: tuple[Any, str], other: tuple[Any, str]) -> bool:
+    """Return whether two tensors, each a source and a name, are the same, bit for bit."""
+    pair = one, other
+    mine, theirs = (source.tensors[name] for source, name in pair)
+    if (tuple(mine.shape), mine.dtype) != (tuple(theirs.shape), theirs.dtype):
         return False
-    rows, columns = one.shape
-    step = max(1, PIECE // (columns * one.dtype.itemsize))
+    rows, columns = matrix_shape(mine.shape)
+    step = max(1, PIECE // max(1, columns * mine.dtype.itemsize))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        pieces = [np.empty((stop - start, columns), one.dtype) for _ in names]
-        for name, piece in zip(names, pieces, strict=True):
+        pieces = [np.empty((stop - start, columns), mine.dtype) for _ in pair]
+        for (source, name), piece in zip(pair, pieces, strict=True):
             source.read_rows(name, start, stop, piece)
         if not np.array_equal(*(piece.view(np.uint8) for piece in pieces)):
             return False
@@ -108,13 +166,8 @@ def quantisation_left_over(config: Mapping, where: Path) -> Iterator[None]:
 
 def _about_extra(file: str, extra: Sequence[str], missing: Sequence[str]) -> str:
     """Say which tensors are not the model's, and why that may be."""
-    wrapped = WRAPPER.search(extra[0])
     if any(map(ADAPTER.search, extra)):
         fix = "merge adapters into the model before, with peft's merge_and_unload()"
-    elif missing and wrapped:
-        fix = f"{wrapped[0]!r} is what torch.compile, DeepSpeed or FSDP put there: save the model without that wrapper"
-    elif f"{INNER}{extra[0]}" in missing:
-        fix = f"the names lack {INNER!r}, so it is the decoder within the model that was saved: save the whole model"
     elif missing:
         fix = "save the model with transformers' save_pretrained, which writes the names of the model"
     else:

@@ -5,24 +5,30 @@ instead: then every page that is touched costs a page fault and counts as memory
 """
 
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
+from dppa_jax.architecture.generic import Stated
+from dppa_jax.architecture.layout import Layout
 from dppa_jax.architecture.specs import (
     QUANTISATION,
     CheckpointError,
     TensorSpec,
     check_config,
     first_linear,
+    matrix_shape,
     tied_heads,
 )
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 from dppa_jax.checkpoint.inside import AGAIN, inside
 from dppa_jax.checkpoint.promised import (
+    Promised,
     drop_tied_heads,
-    promised_specs,
     quantisation_left_over,
     without_quantisation,
 )
@@ -39,26 +45,43 @@ class SafetensorsDirectory:
       CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
     """
 
-    def __init__(self, directory: Path | str):
+    def __init__(self, directory: Path | str, stated: Stated | None = None):
         self.directory = Path(directory)
         self._files: dict[Path, int] = {}
         said = read_any_config(self.directory)
         self.config = without_quantisation(said)
         with quantisation_left_over(said, self.directory / "config.json"):
-            self.tensors = find_tensors(self.directory, tied_heads(self.config))
+            self._promised = Promised(self.config, find_tensors(self.directory, tied_heads(self.config)), stated)
+            self.tensors = self._promised.tensors
             if said.get(QUANTISATION):
                 _ = self.specs  # they are looked at when they are asked for
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """The tensors that config.json promises, by name; every one is in a file and has the right shape.
+        """The tensors that are merged, by name; every one is in a file and has the right shape.
 
         Raises:
           CheckpointError: a tensor is missing, too many or of another shape; a head is wrongly called the embeddings.
         """
-        specs = promised_specs(self.tensors, self.config, self.directory)
+        self._promised.check(self.directory)
         drop_tied_heads(self)
-        return specs
+        return self._promised.specs
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors of the files, and where those that are merged lie in them."""
+        return self._promised.layout
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Leave tensors out of those that are merged; they can still be read."""
+        for name in names:
+            del self.specs[name]
+            self.layout.shapes.pop(self.layout.places.pop(name).stored, None)
+
+    def add_copy(self, name: str, of: str) -> None:
+        """Add a tensor that the files lack, as it is a copy of another."""
+        self.specs[name] = replace(self.specs[of], name=name, kind=name.removesuffix(".weight"))
+        self.tensors[name] = self.tensors[of]
 
     @property
     def dtype(self) -> np.dtype:
@@ -73,8 +96,14 @@ class SafetensorsDirectory:
         Raises:
           CheckpointError: the file ends inside the tensor.
         """
-        file, position, count = self._extent(name, start, stop)
-        view = memoryview(out.reshape(-1).view(np.uint8))[:count]
+        tensor = self.tensors[name]
+        view = memoryview(out.reshape(-1).view(np.uint8))
+        for position, count in tensor.extents(start, stop):
+            self._read_bytes(tensor.file, name, position, view[:count])
+            view = view[count:]
+
+    def _read_bytes(self, file: Path, name: str, position: int, view: memoryview) -> None:
+        """Read the bytes of a file from a position on, of rows of a tensor."""
         while view.nbytes:
             try:
                 count = os.preadv(self._descriptor(file), [view], position)
@@ -88,14 +117,14 @@ class SafetensorsDirectory:
 
     def evict_rows(self, name: str, start: int, stop: int) -> None:
         """Drop rows from the operating system's page cache, so that reading them takes as long as the disk takes."""
-        file, position, count = self._extent(name, start, stop)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(file), position, count, os.POSIX_FADV_DONTNEED)
+        tensor = self.tensors[name]
+        for position, count in tensor.extents(start, stop) if hasattr(os, "posix_fadvise") else ():
+            os.posix_fadvise(self._descriptor(tensor.file), position, count, os.POSIX_FADV_DONTNEED)
 
     def read(self, name: str) -> np.ndarray:
         """Read a whole tensor."""
         out = np.empty(self.tensors[name].shape, self.tensors[name].dtype)
-        self.read_rows(name, 0, out.shape[0] if out.ndim == 2 else 1, out)
+        self.read_rows(name, 0, matrix_shape(out.shape)[0], out)
         return out
 
     def fingerprint(self) -> str:
@@ -105,12 +134,6 @@ class SafetensorsDirectory:
     def content_digest(self) -> str:
         """Hash the config, the generation config and every byte of the weights: about a second for each GB."""
         return content_digest(self.directory, self.config, self.files())
-
-    def _extent(self, name: str, start: int, stop: int) -> tuple[Path, int, int]:
-        """Return where rows lie: the file, the position of the first byte, and the number of bytes."""
-        tensor = self.tensors[name]
-        row_bytes = tensor.shape[-1] * tensor.dtype.itemsize
-        return tensor.file, tensor.offset + start * row_bytes, (stop - start) * row_bytes
 
     def files(self) -> dict[str, Path]:
         """Return the files of the weights by name."""
@@ -151,6 +174,9 @@ def read_any_config(directory: Path) -> dict:
     try:
         config = read_json(path, fix=AGAIN, error=CheckpointError)
     except FileNotFoundError:
+        if has_weights(directory):
+            logging.warning("%s is missing: the model is known by the names and shapes of its tensors alone", path)
+            return {}
         raise CheckpointError(f"{path} is missing; is {directory} a Hugging Face model directory?") from None
     check_config(without_quantisation(config), path)
     return config

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.architecture.layout import Place, stored_rows
+from dppa_jax.architecture.specs import CheckpointError, matrix_shape
 from dppa_jax.checkpoint.direct_file import DirectFile
 from dppa_jax.checkpoint.headers import DTYPE_BY_CODE
 from dppa_jax.checkpoint.inside import companions
@@ -47,6 +48,7 @@ class SafetensorsWriter:
     Args:
       directory: the output.
       tensors: shape and dtype by name, in the order of the file.
+      places: where tensors that callers name lie in these; by default callers name these.
       max_shard_size: bytes of weights in one shard, at most; a larger tensor gets a shard of its own.
       overwrite: replace a model that is there.
       identity: a hash of all that decides the content; without one, nothing is resumed.
@@ -68,6 +70,7 @@ class SafetensorsWriter:
         overwrite: bool = False,
         identity: str = "",
         owners: Mapping[str, int] | None = None,
+        places: Mapping[str, Place] | None = None,
     ):
         self._shared, self._overwrite = owners is not None, overwrite
         self.directory = output_directory(directory, overwrite) if self._first else Path(directory).resolve()
@@ -76,7 +79,8 @@ class SafetensorsWriter:
         self._own = [shard for shard in self.shards if not owners or shard.owner == processes.index()]
         self.nbytes = sum(shard.nbytes for shard in self._own)
         self._where = {name: (shard, offset) for shard in self._own for name, offset in shard.offsets.items()}
-        self._tensors, self._identity = tensors, identity
+        self._tensors, self._identity, self._places = tensors, identity, places or {}
+        self._row_bytes = _row_bytes(tensors, self._places)
         self._files: dict[str, DirectFile] = {}
         self._rows = Journal()
         check_space({self.directory: sum(shard.nbytes for shard in self.shards)})
@@ -103,22 +107,35 @@ class SafetensorsWriter:
             self.abort()
 
     def write_rows(self, name: str, start: int, rows: np.ndarray) -> None:
-        """Write rows of a tensor, from row `start` on; they must have the tensor's dtype."""
-        _, dtype = self._tensors[name]
-        assert rows.dtype == dtype, (name, rows.dtype, dtype)
+        """Write rows of a tensor, from row `start` on; they must have the tensor's dtype. A vector is one row."""
+        pieces = self._pieces(name, start, start + (rows.shape[0] if rows.ndim > 1 else 1))
         raw = np.ascontiguousarray(rows).reshape(-1).view(np.uint8)
-        file, position, row_bytes = self._place(name, start)
-        with self._errors(name):
-            checksum = file.write(memoryview(raw), position)
-            self._rows.add(_rows_key(name, start, start + raw.nbytes // row_bytes), checksum)
+        for stored, first, count in pieces:
+            dtype = self._tensors[stored][1]
+            assert rows.dtype == dtype, (name, rows.dtype, dtype)
+            file, position, row_bytes = self._position(stored, first)
+            with self._errors(name):
+                checksum = file.write(memoryview(raw[: count * row_bytes]), position)
+                self._rows.add(_rows_key(stored, first, first + count), checksum)
+            raw = raw[count * row_bytes :]
 
     def has_rows(self, name: str, start: int, stop: int) -> bool:
         """Return whether an earlier run has written these rows, and they are still as they were written."""
-        checksum = self._rows.get(_rows_key(name, start, stop))
+        return all(self._has(*piece) for piece in self._pieces(name, start, stop))
+
+    def _has(self, stored: str, first: int, count: int) -> bool:
+        """Return whether rows of a tensor of a file are there, as they were written."""
+        checksum = self._rows.get(_rows_key(stored, first, first + count))
         if checksum is None:
             return False
-        file, position, row_bytes = self._place(name, start)
-        return file.checksum(position, (stop - start) * row_bytes) == checksum
+        file, position, row_bytes = self._position(stored, first)
+        return file.checksum(position, count * row_bytes) == checksum
+
+    def _pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[str, int, int]]:
+        """Yield the tensor of a file, the first row there and the number of rows, a piece at a time."""
+        place = self._places.get(name) or Place(name)
+        for _, first, count in place.pieces(start, stop):
+            yield place.stored, first, count
 
     def commit(
         self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
@@ -133,7 +150,7 @@ class SafetensorsWriter:
         """Finish the shards and write all else that belongs into the directory; `publish` then renames it.
 
         Args:
-          config: the content of config.json.
+          config: the content of config.json; without any, there is no such file.
           copy_from: a model's directory, whose tokenizer files and generation config are copied.
           texts: further small files, by name.
         """
@@ -151,7 +168,8 @@ class SafetensorsWriter:
             contents |= texts or {}
             if len(self.shards) > 1:
                 contents["model.safetensors.index.json"] = self._index()
-            contents["config.json"] = json.dumps(dict(config), indent=2) + "\n"
+            if config:
+                contents["config.json"] = json.dumps(dict(config), indent=2) + "\n"
             write_small_files(self.path, contents)
 
     def abort(self) -> None:
@@ -220,12 +238,11 @@ class SafetensorsWriter:
         size = sum(shard.nbytes - len(shard.header) for shard in self.shards)
         return json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
-    def _place(self, name: str, start: int) -> tuple[DirectFile, int, int]:
-        """Return where rows of a tensor go: the file, the position of the first, and the bytes of a row."""
-        shard, offset = self._where[name]
-        shape, dtype = self._tensors[name]
-        row_bytes = shape[-1] * dtype.itemsize
-        return self._files[shard.name], offset + start * row_bytes, row_bytes
+    def _position(self, stored: str, row: int) -> tuple[DirectFile, int, int]:
+        """Return where a row of a tensor of a file goes: the file, the position, and the bytes of a row."""
+        shard, offset = self._where[stored]
+        row_bytes = self._row_bytes[stored]
+        return self._files[shard.name], offset + row * row_bytes, row_bytes
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -255,6 +272,13 @@ def publish_all(writers: Sequence[SafetensorsWriter]) -> None:
 def _rows_key(name: str, start: int, stop: int) -> str:
     """Return what rows are called in the journal."""
     return f"{name} {start} {stop}"
+
+
+def _row_bytes(tensors: Tensors, places: Mapping[str, Place]) -> dict[str, int]:
+    """Return the bytes of a row of every tensor, as the rows of what lies in it are counted."""
+    cut = {place.stored for place in places.values() if not place.whole}
+    columns = {name: (stored_rows if name in cut else matrix_shape)(shape)[1] for name, (shape, _) in tensors.items()}
+    return {name: columns[name] * dtype.itemsize for name, (_, dtype) in tensors.items()}
 
 
 def _not_shared(file: Path) -> str:

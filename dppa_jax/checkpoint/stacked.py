@@ -7,6 +7,7 @@ A process reads only the slices of an array that its devices hold.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -21,15 +22,15 @@ from dppa_jax.architecture.specs import (
     with_dtype,
 )
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME, common_dtype
+from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.protocol import Source
-from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from dppa_jax.config.run import MAX_SHARD_SIZE
 
 BUFFER_BYTES = 1 << 26  # for whole rows, when only some of their columns or another dtype are wanted
 
 
 class StoredArray:
-    """An array of the tree in a checkpoint: one tensor, or that of all layers stacked.
+    """An array of the tree in a checkpoint: one tensor, or that of all layers (or of all their experts) stacked.
 
     Indexing it with one slice for each axis reads these elements. Its dtype is that of the tensors, and float32 where
     the layers have different dtypes.
@@ -41,7 +42,7 @@ class StoredArray:
 
     def __init__(self, source: Source, specs: Sequence[TensorSpec]):
         self._source, self._specs = source, tuple(specs)
-        self._stacked, self.shape = specs[0].layer is not None, stacked_shape(specs)
+        self._stacked, self.shape = len(specs[0].index), stacked_shape(specs)
         self.dtype = common_dtype(source.tensors[spec.name].dtype for spec in specs)
 
     @property
@@ -51,9 +52,11 @@ class StoredArray:
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         bounds = [axis.indices(size)[:2] for axis, size in zip(index, self.shape, strict=True)]
         out = np.empty([stop - start for start, stop in bounds], self.dtype)
-        layers, inner = (range(*bounds[0]), bounds[1:]) if self._stacked else (range(1), bounds)
-        for layer, matrix in zip(layers, out if self._stacked else out[None], strict=True):
-            self._read(self._specs[layer], inner, matrix)
+        stacked, inner = bounds[: self._stacked], bounds[self._stacked :]
+        numbers = np.arange(len(self._specs)).reshape(self.shape[: self._stacked])
+        chosen = numbers[tuple(slice(*bound) for bound in stacked)].reshape(-1)
+        for number, matrix in zip(chosen, out.reshape(len(chosen), *out.shape[self._stacked :]), strict=True):
+            self._read(self._specs[number], inner, matrix)
         return out
 
     def read(self) -> np.ndarray:
@@ -110,7 +113,8 @@ def save_tree(
     arrays = {name: tree_tensor(tree, spec) for name, spec in specs.items()}
     tensors = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     dtype = arrays[first_linear(specs).name].dtype.name
-    with SafetensorsWriter(directory, tensors, max_shard_size, overwrite) as writer:
+    model = SimpleNamespace(config=config, specs=specs)
+    with laid_out_writer(model, directory, tensors, max_shard_size, overwrite) as writer:
         for name, array in arrays.items():
             writer.write_rows(name, 0, array)
         writer.commit(with_dtype(config, dtype), Path(tokenizer_from) if tokenizer_from else None, texts)
@@ -127,7 +131,7 @@ def tree_tensor(tree: Mapping, spec: TensorSpec) -> np.ndarray:
         if part not in node:
             raise CheckpointError(f"the tree has no {'.'.join(spec.path)}, which config says the model has.")
         node = node[part]
-    array = np.asarray(node if spec.layer is None else node[spec.layer])
+    array = np.asarray(node[spec.index] if spec.index else node)
     if array.shape != spec.shape:
         raise CheckpointError(f"the tree's {spec.name} has shape {array.shape}, config says {spec.shape}.")
     if array.dtype not in DTYPE_BY_NAME.values():

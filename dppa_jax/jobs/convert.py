@@ -15,9 +15,10 @@ from absl import logging
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
-from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter, TensorSpec
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, CheckpointError, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.inside import companions, records
+from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.checkpoint.safetensors_writer import Tensors, publish_all, total_bytes
@@ -27,6 +28,7 @@ from dppa_jax.jobs.models import check_code
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, unchanged
+from dppa_jax.merging.rest import Rest, copy_rest
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import aligned, peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh
@@ -78,7 +80,9 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
     owner = owners(source.specs, processes.count())
     decided = [input_identity(source), str(output), job.output_dtype, job.max_shard_size, processes.count(), PIECE]
     identity = common_identity(decided) if job.resume else ""
-    with SafetensorsWriter(output, tensors, job.max_shard_size, job.overwrite, identity, owner) as writer:
+    rest = Rest(source, source.layout.rest if hasattr(source, "layout") else ())
+    options = output, tensors, job.max_shard_size, job.overwrite, identity
+    with laid_out_writer(source, *options, owners=owner, copied=rest.tensors) as writer:
         for name, (_, dtype) in tensors.items():
             if owner[name] != processes.index():
                 continue
@@ -88,6 +92,7 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
                 stop = min(start + step, spec.rows)
                 if not writer.has_rows(name, start, stop):
                     writer.write_rows(name, start, reader.rows([spec], dtype, start, stop)[0])
+        copy_rest(rest, {}, writer)
         texts = copies(records(source.directory), source.directory)
         writer.complete(_config(source, job.output_dtype), source.directory, texts)
         reader.check_unchanged()
@@ -99,6 +104,11 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
     from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # takes a second to import
 
     source = reader.source
+    if rest := source.layout.rest if hasattr(source, "layout") else ():
+        raise CheckpointError(
+            f"{source.directory}: has {len(rest)} tensors beside the text model, first {rest[0]}, for which the tree "
+            f"of an Orbax checkpoint has no place; give a directory as --output, which gets safetensors."
+        )
     beside = [*companions(source.directory), *records(source.directory)]
     with OrbaxWriter(output, total_bytes(tensors), job.overwrite) as writer:
         tree = _deferred(reader, tensors, across_processes(make_mesh(job.mesh)))
@@ -127,11 +137,12 @@ class Reader:
 
     def slice(self, specs: Sequence[TensorSpec], dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
         """Return one device's slice of an array of the tree: rows of a tensor, or of some layers' tensors."""
-        first, stacked = specs[0], specs[0].layer is not None
+        first, stacked = specs[0], len(specs[0].index)
         start, stop, _ = index[-2].indices(first.rows) if len(first.shape) == 2 else (0, 1, 1)
-        rows = self.rows(specs[index[0]] if stacked else specs, dtype, start, stop)
+        numbers = np.arange(len(specs)).reshape(stacked_shape(specs)[:stacked])[index[:stacked]]
+        rows = self.rows([specs[number] for number in numbers.reshape(-1)], dtype, start, stop)
         shape = (stop - start, first.columns) if len(first.shape) == 2 else (first.columns,)
-        return rows.reshape(-1, *shape) if stacked else rows.reshape(shape)
+        return rows.reshape(*numbers.shape, *shape)
 
 
 def _deferred(reader: Reader, tensors: Tensors, mesh: Mesh) -> dict:

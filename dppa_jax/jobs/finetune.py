@@ -18,8 +18,9 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dppa_jax.architecture.specs import first_linear, with_dtype
-from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint
 from dppa_jax.checkpoint.card import library_versions
+from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.output import check_space, output_directory
 from dppa_jax.checkpoint.stacked import stored_tree
 from dppa_jax.checkpoint.tokenizer import load_tokenizer
@@ -145,9 +146,13 @@ def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint
     with ExitStack() as opened:
         writer = None
         if processes.index() == 0:
-            writer = opened.enter_context(SafetensorsWriter(job.output, tensors, job.max_shard_size, job.overwrite))
+            options = job.output, tensors, job.max_shard_size, job.overwrite
+            writer = opened.enter_context(laid_out_writer(base, *options))
         for name, spec in specs.items():
-            tensor = gather(at(tree, spec)) if spec.layer is None else gather_layer(at(tree, spec), spec.layer)
+            tensor = at(tree, spec)
+            for number in spec.index:
+                tensor = gather_layer(tensor, number)
+            tensor = tensor if spec.index else gather(tensor)
             if writer:
                 writer.write_rows(name, 0, np.asarray(tensor).astype(tensors[name][1], copy=False))
         if writer:

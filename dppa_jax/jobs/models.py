@@ -12,6 +12,7 @@ from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible, check_same_base
 from dppa_jax.merging.opened import Opened
+from dppa_jax.merging.rest import settle_rest
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
@@ -29,7 +30,7 @@ def open_job(job: JobConfig, writes: bool = False) -> Opened:
     """
     outputs = check_outputs(job) if writes else {}
     base, experts = open_models(job)
-    opened = Opened(job, base, experts, outputs, make_mesh(job.mesh))
+    opened = Opened(job, base, experts, outputs, make_mesh(job.mesh), settle_rest(base, experts))
     check_models(opened)
     return opened
 

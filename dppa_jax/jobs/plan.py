@@ -11,7 +11,7 @@ from dppa_jax.checkpoint import read_config
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible
-from dppa_jax.merging.plan import Plan, plan_of
+from dppa_jax.merging.plan import Plan, dtype_name, plan_of
 from dppa_jax.merging.speed import measure_speeds
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
@@ -31,7 +31,8 @@ def run_plan(job: JobConfig) -> Plan:
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
     check_compatible(models.pop("base"), models)
     check_tokenizers({name: Tokenizer(name, places[name], configs[name]) for name in places}, job.tokenizer)
-    plan = plan_of(job, list(configs.values()), mesh_shape(job.mesh, 1))
+    dtypes = [dtype_name(config) for config in configs.values()]
+    plan = plan_of(job, tensor_specs(configs["base"]), dtypes, mesh_shape(job.mesh, 1))
     told, predicted = _predicted_time(job, plan)
     table = Table("plan", "", show_header=False)
     for row in (*plan.lines(), ("time", told)):

@@ -13,12 +13,14 @@ from absl import logging
 from dppa_jax.architecture.specs import CheckpointError, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
+from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
 from dppa_jax.merging.opened import Opened
+from dppa_jax.merging.rest import copy_rest
 from dppa_jax.merging.survey import NonfiniteError
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.memory import peak_resident
@@ -49,13 +51,14 @@ def write_merge(opened: Opened) -> Outcome:
             outcome = merge_checkpoints(
                 base, opened.experts, merge, writer, opened.mesh, layout, writers, norms, journal=journal
             )
+            copy_rest(opened.rest, opened.experts, writer)
         except NonfiniteError as error:
             raise _damaged(error, opened.models) from error
         texts = _texts(opened, outcome, _cost(outcome, (writer, *writers.values()), started))
         signals.check()
         for delta in writers.values():
             delta.complete(with_dtype(base.config, merge.delta_dtype), base.directory)
-        config = with_dtype(base.config, merge.output_dtype or base.dtype.name)
+        config = with_dtype(opened.rest.config, merge.output_dtype or base.dtype.name)
         writer.complete(config, opened.tokenizer.directory, texts)
         check_unchanged()
         publish_all([*writers.values(), writer])
@@ -87,10 +90,12 @@ def _writers(opened: Opened, identity: str) -> Iterator[tuple[str, SafetensorsWr
     dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
     tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in opened.outputs}
     tensors["--output"] = output_tensors(base, job.merge)
-    check_space({where: total_bytes(tensors[name]) for name, where in opened.outputs.items()})
+    copied = {"--output": opened.rest.tensors}
+    check_space({w: total_bytes(tensors[name] | copied.get(name, {})) for name, w in opened.outputs.items()})
     owner = owners(base.specs, processes.count())
     for name, where in opened.outputs.items():
-        yield name, SafetensorsWriter(where, tensors[name], job.max_shard_size, job.overwrite, identity, owner)
+        options = where, tensors[name], job.max_shard_size, job.overwrite, identity
+        yield name, laid_out_writer(base, *options, owners=owner, copied=copied.get(name))
 
 
 def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> CheckpointError:

@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from dppa_jax.architecture.row import Architecture
 from dppa_jax.architecture.specs import CheckpointError, Role, TensorSpec, layer_count
-from dppa_jax.architecture.table import Architecture, architecture_of
+from dppa_jax.architecture.table import known
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.merging.configs import compare_configs
 from dppa_jax.runtime import processes
@@ -40,10 +41,11 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
 
 
 def _check_class(base: Mapping, expert: Mapping, name: str) -> None:
-    """Refuse an expert of another class of models, where both have a config.json."""
-    if not (base and expert):
+    """Refuse an expert of another row of the table of architectures, where both have one."""
+    rows = known(base), known(expert)
+    if not all(rows):
         return
-    ours, theirs = (architecture_of(config).classes[0] for config in (base, expert))
+    ours, theirs = (row.classes[0] for row in rows)
     if ours != theirs:
         raise CheckpointError(
             f"expert {name!r} is a {theirs}, the base a {ours} (architectures in config.json): a different base model?"
@@ -66,7 +68,9 @@ def _check_names(base: Any, expert: Any, name: str) -> None:
 
 def _reason(spec: TensorSpec, lacks: str, has: str, models: Mapping[str, Any]) -> str:
     """Return which key of config.json decides about a tensor that only one model has, and what to do."""
-    architecture = architecture_of(models[has].config)
+    architecture = known(models[has].config)
+    if not architecture:
+        return ": a different base model?"
     key = "tie_word_embeddings" if spec.kind in architecture.heads else _bias_key(architecture, spec)
     if not key:
         return ": a different base model?"

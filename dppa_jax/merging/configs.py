@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
+from dppa_jax.architecture.row import WRAPPED
 from dppa_jax.architecture.specs import CheckpointError
-from dppa_jax.architecture.table import architecture_of
+from dppa_jax.architecture.table import known
 
 
 class Setting(NamedTuple):
@@ -45,6 +46,11 @@ SETTINGS = {
     "rope_scaling": Setting(),
     "partial_rotary_factor": Setting(1.0),
     "sliding_window": Setting(),
+    "layer_norm_eps": Setting(),
+    "use_parallel_residual": Setting(fixed=True),
+    "rotary_pct": Setting(),
+    "num_experts_per_tok": Setting(),
+    "norm_topk_prob": Setting(),
 }
 NULL_SAYS = (  # without a window or a cap; for other keys null means the default
     *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
@@ -85,17 +91,24 @@ def meaning(config: Mapping) -> dict[str, Any]:
     True
     """
     defaults = {key: setting.default for key, setting in SETTINGS.items()}
-    said = {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
-    given = {**defaults, **architecture_of(config).said(said)}
+    row, inner = known(config), config.get(WRAPPED)
+    said = _without_nulls({**config, **(inner if isinstance(inner, Mapping) else {})})
+    given = {**defaults, **(row.defaults if row else {}), **said}
     heads = given["num_attention_heads"]
     found = {key: given[key] for key in SETTINGS} | _rope(given)
-    found["num_key_value_heads"] = given["num_key_value_heads"] or heads
-    found["head_dim"] = given["head_dim"] or given["hidden_size"] // heads
+    if row:
+        found["num_key_value_heads"] = given["num_key_value_heads"] or heads
+        found["head_dim"] = given["head_dim"] or given["hidden_size"] // heads
     if not given.get("use_sliding_window", True):
         found["sliding_window"] = None
     if given["hidden_act"] == "swish":  # another name of it
         found["hidden_act"] = "silu"
     return found
+
+
+def _without_nulls(config: Mapping) -> dict[str, Any]:
+    """Leave out keys whose null means the default."""
+    return {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -12,6 +12,7 @@ from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.merging.plan import Plan, plan_of
+from dppa_jax.merging.rest import Rest
 from dppa_jax.runtime import processes
 
 
@@ -23,6 +24,7 @@ class Opened:
       outputs: the directories to write, by "--output" or by the expert whose delta goes there; none for a job that
         writes no model.
       mesh: the devices of this process.
+      rest: what the output has beside the merged tensors.
     """
 
     job: JobConfig
@@ -30,6 +32,7 @@ class Opened:
     experts: Mapping[str, Checkpoint]
     outputs: Mapping[str, Path]
     mesh: Mesh
+    rest: Rest
 
     def __enter__(self) -> "Opened":
         return self
@@ -54,8 +57,8 @@ class Opened:
 
     def plan(self, merge: MergeConfig, repeated: bool = False) -> Plan:
         """Plan one merge, or with `repeated` many of the same models."""
-        configs = [{**model.config, "dtype": model.dtype.name} for model in (self.base, *self.chosen(merge).values())]
-        return plan_of(replace(self.job, merge=merge), configs, self.mesh.devices.shape, repeated)
+        dtypes = [model.dtype.name for model in (self.base, *self.chosen(merge).values())]
+        return plan_of(replace(self.job, merge=merge), self.base.specs, dtypes, self.mesh.devices.shape, repeated)
 
     def layout(self, plan: Plan) -> Layout:
         """Cut the work of this process as the plan says."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.fold import WAYS
@@ -171,7 +171,8 @@ class Plan:
 
 
 def make_plan(
-    configs: Sequence[Mapping],
+    specs: Mapping[str, TensorSpec],
+    dtypes: Sequence[str],
     config: MergeConfig,
     mesh: tuple[int, int],
     block_layers: int,
@@ -182,13 +183,13 @@ def make_plan(
     save_delta: bool = False,
     host_memory: int = 0,
 ) -> Plan:
-    """Plan a merge of base and experts given by their config.json dicts, base first.
+    """Plan a merge of base and experts, given the base's tensors and the dtype of each model, base first.
 
     Residency "auto" keeps everything on the devices when it fits, except on a CPU: there the operating system's page
     cache already makes the second read a copy in memory. `block_layers` 0 takes one layer per index of the mesh's layer
     axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
     """
-    specs, work = tensor_specs(configs[0]), make_work(configs, config, math.prod(mesh), save_delta)
+    work = make_work(dtypes, config, math.prod(mesh), save_delta)
     cuts = _Cuts(shares(specs, processes), work, mesh[0], DEVICE_SHARE * device_memory * work.devices)
     resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))
     block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
@@ -202,7 +203,7 @@ def make_plan(
         on_host = max(work.weights(own, resident=False) + work.copies(own) for own in blocks)
     return Plan(
         parameters=all_elements,
-        models=len(configs),
+        models=len(dtypes),
         processes=processes,
         mesh=mesh,
         platform=platform,
@@ -257,15 +258,14 @@ class _Cuts:
         return next((layers for layers in larger if self.fits(layers, resident)), self._axis)
 
 
-def make_work(configs: Sequence[Mapping], config: MergeConfig, devices: int, save_delta: bool = False) -> Work:
-    """The work of a merge of base and experts on the devices of one process."""
-    dtypes = [dtype_name(each) for each in configs]
+def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_delta: bool = False) -> Work:
+    """The work of a merge of base and experts of these dtypes on the devices of one process."""
     sizes, output_dtype = [ITEMSIZE[each] for each in dtypes], config.output_dtype or dtypes[0]
     return Work(
         read=sum(sizes),
         merged=ITEMSIZE[output_dtype],
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
-        experts=len(configs) - 1,
+        experts=len(dtypes) - 1,
         survey=config.is_surveyed,
         counts=bool(config.score) and not config.has_random_score,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
@@ -292,7 +292,13 @@ def count(parameters: int) -> str:
     return f"{parameters / 1e9:.3f} B" if parameters >= 1e8 else f"{parameters / 1e6:.3f} M"
 
 
-def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], repeated: bool = False) -> Plan:
+def plan_of(
+    job: JobConfig,
+    specs: Mapping[str, TensorSpec],
+    dtypes: Sequence[str],
+    mesh: tuple[int, int],
+    repeated: bool = False,
+) -> Plan:
     """Plan one merge; with `repeated`, many merges of the same models, whose weights then stay in memory on a CPU, too.
 
     A further merge of SmolLM2-135M with one expert takes 0.13 s so, and 0.65 s streamed a layer at a time.
@@ -307,4 +313,4 @@ def plan_of(job: JobConfig, configs: list[Mapping], mesh: tuple[int, int], repea
     free = 0 if job.device_memory else psutil.virtual_memory().available
     several = job.num_processes or processes.count()
     cut = (job.block_layers, job.residency, memory, platform, several)
-    return make_plan(configs, job.merge, tuple(mesh), *cut, bool(job.save_delta), free)
+    return make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free)

@@ -13,6 +13,7 @@ import msgspec
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.architecture.table import vocabulary_size
 from dppa_jax.checkpoint.inside import AGAIN, MAX_COPIED, inside
 from dppa_jax.checkpoint.tokenizer import VOCABULARIES
 from dppa_jax.runtime.reading import printable, read_bytes, read_json
@@ -157,8 +158,10 @@ def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:
 
 def _warnings_of_output(base: Tokenizer, output: Tokenizer) -> Iterable[str]:
     """Yield what is wrong with the tokenizer and the special tokens that the merge gets."""
-    rows = base.config["vocab_size"]
-    highest = max(output.ids.values(), default=output.config["vocab_size"] - 1)
+    rows = vocabulary_size(base.config)
+    if rows is None:
+        return
+    highest = max(output.ids.values(), default=(vocabulary_size(output.config) or rows) - 1)
     if highest >= rows:
         token = next((f" ({token!r})" for token, id in output.ids.items() if id == highest), "")
         yield f"its tokens have ids up to {highest}{token}, the merged model has only the rows 0 to {rows - 1}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from dppa_jax.architecture.specs import with_dtype
-from dppa_jax.checkpoint import SafetensorsWriter
+from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.reader import Reader
@@ -19,6 +19,7 @@ from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import ARITHMETIC, Merger, output_tensors
 from dppa_jax.merging.opened import Opened
+from dppa_jax.merging.rest import copy_rest
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.directories import open_directory, own_directory
 from dppa_jax.runtime.files import digest
@@ -87,11 +88,13 @@ class Candidates:
         config, base = merger.merge_config(**overrides), self.base
         directory = self._place(fingerprint)
         owner = owners(base.specs, processes.count())
-        tensors = output_tensors(base, config)
-        with SafetensorsWriter(directory, tensors, self.job.max_shard_size, overwrite=True, owners=owner) as writer:
+        options = output_tensors(base, config), self.job.max_shard_size, True
+        rest = self.opened.rest
+        with laid_out_writer(base, directory, *options, owners=owner, copied=rest.tensors) as writer:
             merger(writer, **overrides)
+            copy_rest(rest, {}, writer)
             writer.commit(
-                with_dtype(base.config, config.output_dtype or base.dtype.name), self.opened.tokenizer.directory
+                with_dtype(rest.config, config.output_dtype or base.dtype.name), self.opened.tokenizer.directory
             )
         if self._written != directory:
             self._remove_written()

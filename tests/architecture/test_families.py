@@ -6,89 +6,59 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from command import launch
 from families import read_json
-from safetensors.numpy import load_file
+from merge_oracle import dppa, elected, joined, split, trimmed
+from small_models import FACTORS, FAMILIES, ROWS, linears_of, load, model_of, save, tensors, tune
 
-from dppa_jax.architecture.specs import Role, linears_of, tensor_specs
+from dppa_jax.architecture.specs import Role
 from dppa_jax.architecture.table import ARCHITECTURES
 from dppa_jax.checkpoint import SafetensorsDirectory
-from dppa_jax.delta.threshold import index
 
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "dtype": "float32",
-}
-FAMILIES = {  # what differs from SIZES; each row of the table at least once
-    "Llama": {},
-    "Llama with biases": {"attention_bias": True, "mlp_bias": True},
-    "Mistral": {"head_dim": 16, "sliding_window": None},
-    "Qwen2": {"tie_word_embeddings": True},
-    "Qwen3": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
-    "Gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
-    "OLMo2": {},
-    "OLMo3": {"sliding_window": 8},
-    "SmolLM3": {"pad_token_id": 0},
-    "Granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0},
-}
 EXPERTS = ("math", "law")
 
 
-def one_fast(fast: str) -> pytest.MarkDecorator:
-    """Merges of one family, and the slow ones of all others."""
-    families = [pytest.param(name, marks=[] if name == fast else pytest.mark.slow) for name in FAMILIES]
+def one_fast(*fast: str) -> pytest.MarkDecorator:
+    """Merges of some families, and the slow ones of all others."""
+    families = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in FAMILIES]
     return pytest.mark.parametrize("family", families, indirect=True)
-
-
-def model_of(family: str, seed: int) -> torch.nn.Module:
-    """A model of random weights, biases and norms included."""
-    row = ARCHITECTURES[family.split()[0]]
-    config = transformers.AutoConfig.for_model(row.model_type, **SIZES, **FAMILIES[family])
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.ndim == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, tmp_path_factory) -> tuple[str, Path]:
-    """base in one file, math and law in shards: the base and deltas of a tenth of its size."""
+    """base in one file, math and law in shards."""
     root = tmp_path_factory.mktemp("family")
-    base = model_of(request.param, 0)
-    base.save_pretrained(root / "base")
+    save(request.param, model_of(request.param, 0), root / "base")
     for seed, name in enumerate(EXPERTS, 1):
-        torch.manual_seed(seed)
-        expert = model_of(request.param, 0)
-        for parameter in expert.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-        expert.save_pretrained(root / name, max_shard_size="20KB")
+        save(request.param, tune(model_of(request.param, 0), seed), root / name, max_shard_size="20KB")
     return request.param, root
 
 
+@pytest.fixture(scope="module")
+def read(family) -> tuple[dict, dict, list[dict], Path]:
+    """config.json's text part, the tensors of the base, the deltas of the experts, and where they are."""
+    _, root = family
+    config = read_json(root / "base" / "config.json")
+    base = tensors(root / "base")
+    deltas = [{name: array - base[name] for name, array in tensors(root / expert).items()} for expert in EXPERTS]
+    return config.get("text_config", config), base, deltas, root
+
+
 def merged(root: Path, *flags: str) -> Path:
-    output = root / "-".join(flag.strip("-").replace("=", "") for flag in flags)
+    output = root / re.sub(r"\W+", "-", "-".join(flags))
     experts = [f"--expert={name}={root / name}" for name in EXPERTS]
     launch(f"--base={root / 'base'}", *experts, f"--output={output}", *flags)
     return output
 
 
-def tensors(directory: Path) -> dict[str, np.ndarray]:
-    return {name: array for file in directory.glob("*.safetensors") for name, array in load_file(file).items()}
+def assert_close(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    for tensor, array in wanted.items():
+        np.testing.assert_allclose(found[tensor], array, rtol=0, atol=2e-6, err_msg=tensor)
 
 
 def test_every_row_is_tried():
-    assert {name.split()[0] for name in FAMILIES} == ARCHITECTURES.keys()
+    assert set(ROWS.values()) == ARCHITECTURES.keys()
 
 
 def test_the_readmes_name_every_row_and_what_it_can_do():
@@ -102,61 +72,83 @@ def test_the_readmes_name_every_row_and_what_it_can_do():
         assert f"| `{name}` | `{row.classes[0]}`" in own
 
 
-def test_the_row_names_every_tensor_of_the_file_with_its_shape(family):
-    _, root = family
-    specs = tensor_specs(read_json(root / "base" / "config.json"))
-    assert {name: spec.shape for name, spec in specs.items()} == {n: a.shape for n, a in tensors(root / "base").items()}
-    for name, spec in specs.items():
-        assert (spec.role is Role.BIAS) == name.endswith(".bias")
-        assert (spec.role is Role.NORM) == ("norm" in name)
-        assert (spec.role is Role.LINEAR) == (len(spec.shape) == 2 and ".layers." in name)
-    linears = linears_of(specs)
-    assert [specs[name].linear for name in linears.names] == list(range(len(linears)))
-    assert linears.by_layer(np.arange(len(linears))).shape == (3, 7)
+def test_the_row_names_every_linear_of_the_file_with_its_rows(read):
+    """No tensor is left over, and each linear holds the rows that it should, in this order."""
+    config, base, _, root = read
+    opened = SafetensorsDirectory(root / "base")
+    assert {place.stored for place in opened.layout.places.values()} | set(opened.layout.rest) == base.keys()
+    wanted = {}
+    for name, array in base.items():
+        for rows in linears_of(name, array, config):
+            wanted[array.reshape(-1, array.shape[-1])[rows].tobytes()] = name
+    linears = [spec for spec in opened.specs.values() if spec.role is Role.LINEAR]
+    assert {opened.read(spec.name).tobytes() for spec in linears} == wanted.keys()
+    assert [spec.linear for spec in linears] == list(range(len(linears)))
+    assert [spec.layer for spec in linears] == sorted(spec.layer for spec in linears)
+    for spec in opened.specs.values():
+        assert (spec.role is Role.BIAS) == spec.name.endswith(".bias")
+        assert (spec.role is Role.NORM) == bool(re.search(r"norm(\w*)\.weight$", spec.name, re.IGNORECASE))
 
 
-@one_fast("Qwen2")
-def test_a_sum_of_dense_deltas_carries_biases_and_is_the_model_of_the_mean(family):
+@one_fast("Qwen2", "GPT-NeoX")
+def test_a_sum_of_dense_deltas_is_the_model_of_the_mean(family, read):
     """transformers loads the merge, and its logits are those of the merge by hand."""
     name, root = family
+    _, base, deltas, _ = read
     output = merged(root, "--method=task_arithmetic", "--coefficient=0.5")
-    base, experts = tensors(root / "base"), [tensors(root / expert) for expert in EXPERTS]
-    wanted = {n: b + sum(np.float32(0.5) * (e[n] - b) for e in experts) for n, b in base.items()}
-    found = tensors(output)
-    assert found.keys() == wanted.keys()
-    for tensor, array in wanted.items():
-        np.testing.assert_allclose(found[tensor], array, rtol=0, atol=1e-6, err_msg=tensor)
+    wanted = {n: b + sum(np.float32(0.5) * delta[n] for delta in deltas) for n, b in base.items()}
+    assert_close(tensors(output), wanted)
     by_hand = model_of(name, 0)
-    by_hand.load_state_dict({n: torch.tensor(a) for n, a in wanted.items()}, strict=False)
+    experts = [tune(model_of(name, 0), seed).state_dict() for seed in (1, 2)]
+    state = {n: b + sum(0.5 * (expert[n] - b) for expert in experts) for n, b in by_hand.state_dict().items()}
+    by_hand.load_state_dict(state)
     by_hand.tie_weights()
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(output).eval()
-    tokens = torch.arange(1, 13).reshape(2, 6)
+    tokens = torch.arange(3, 15).reshape(2, 6)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(tokens).logits, by_hand(tokens).logits, rtol=0, atol=1e-4)
+        found, wanted = (model(tokens).logits for model in (load(name, output), by_hand))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
 
 
-@one_fast("Llama with biases")
-def test_linears_are_pruned_and_biases_are_not(family):
-    _, root = family
-    output = merged(root, "--method=magnitude", "--rate=0.7")
-    base, experts, found = tensors(root / "base"), [tensors(root / e) for e in EXPERTS], tensors(output)
-    specs = SafetensorsDirectory(root / "base").specs
-    for name, spec in specs.items():
-        total = base[name].copy()
-        for expert in experts:
-            delta = expert[name] - base[name]
-            if spec.role is Role.LINEAR:
-                threshold = np.sort(abs(delta), axis=None)[int(index(delta.size, 0.7))]
-                delta = np.where(abs(delta) > threshold, delta, 0)
-            total = total + delta
-        np.testing.assert_allclose(found[name], total, rtol=0, atol=1e-6, err_msg=name)
-    rates = read_json(output / "recipe.json")["experts"]["math"]["rates"][0]["by_tensor"]
-    assert list(rates) == [name for name, spec in specs.items() if spec.role is Role.LINEAR]
+@one_fast("Llama with biases", "Qwen3-MoE in three axes")
+def test_dppa_and_its_bits_on_eight_devices(read):
+    config, base, deltas, root = read
+    flags = ("--method=dppa", "--rate=0.7", "--partitions=0.9,0.7", "--factors=1.5,1.2", "--significance_multiple=2")
+    one, eight = merged(root, *flags, "--mesh=layer=1,row=1"), merged(root, *flags, "--mesh=layer=2,row=4")
+    pruned = [dppa(delta, config, (0.9, 0.7), FACTORS) for delta in deltas]
+    assert_close(tensors(one), {name: array + (pruned[0][name] + pruned[1][name]) for name, array in base.items()})
+    assert [f.read_bytes() for f in one.glob("*.safetensors")] == [f.read_bytes() for f in eight.glob("*.safetensors")]
+
+
+@one_fast("Phi3")
+def test_ties(read):
+    config, base, deltas, root = read
+    pruned = [trimmed(delta, config, 0.6) for delta in deltas]
+    merge = {name: array + elected([each[name] for each in pruned]) for name, array in base.items()}
+    assert_close(tensors(merged(root, "--method=ties", "--density=0.4")), merge)
+
+
+@one_fast("Mixtral")
+def test_dare_rescales_what_it_keeps_of_linears_alone(read):
+    """Each expert's saved delta has linears of which a quarter is kept, four times as large, and all else whole."""
+    config, base, deltas, root = read
+    output = merged(root, "--method=dare", "--density=0.25", f"--save_delta={root / 'deltas'}", "--overwrite")
+    saved = [tensors(root / "deltas" / expert) for expert in EXPERTS]
+    for own, delta in zip(saved, deltas, strict=True):
+        found, whole = split(own, config), split(delta, config)
+        for key, linear in found.items():
+            wanted = np.where(linear == 0, np.float32(0), np.float32(4) * whole[key])
+            np.testing.assert_allclose(linear, wanted, rtol=1e-6, atol=1e-7, err_msg=str(key))
+        share = np.concatenate([linear.ravel() for linear in found.values()]) != 0
+        assert abs(share.mean() - 0.25) < 4 * np.sqrt(0.25 * 0.75 / share.size)
+        assert_close(joined(own, whole, config), {name: delta[name] for name in own})
+    rest = {name: array for name, array in base.items() if name not in saved[0]}
+    sums = {name: base[name] + (saved[0][name] + saved[1][name]) for name in saved[0]}
+    assert_close(tensors(output), rest | sums)
 
 
 def test_what_has_no_forward_pass_says_so_before_work(family, tmp_path):
     name, root = family
-    if ARCHITECTURES[name.split()[0]].forward:
+    if ARCHITECTURES[ROWS[name]].forward:
         return
     flags = [f"--base={root / 'base'}", f"--expert=math={root / 'math'}", "--method=dare", "--evaluate=addition"]
     with pytest.raises(SystemExit, match="can be merged, and not yet evaluated"):

@@ -1,0 +1,163 @@
+"""What a row of the table of architectures is made of: names, roles and sizes of the tensors of a family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+SIZES = {  # of a shape, by the key of config.json
+    "hidden": "hidden_size",
+    "inner": "intermediate_size",
+    "vocabulary": "vocab_size",
+}
+WRAPPED = "text_config"  # the key of a model of images and text under which the text model's settings are
+
+
+class Role(StrEnum):
+    """What a tensor is to a merge. Only linears are pruned; every other tensor carries its dense delta."""
+
+    LINEAR = "linear"
+    BIAS = "bias"
+    NORM = "norm"
+    VOCABULARY = "vocabulary"  # its rows are tokens: an expert may have more of them than the base
+    ROUTER = "router"  # of a mixture of experts: its rows are experts
+    DENSE = "dense"  # any other tensor
+
+
+class Linear(NamedTuple):
+    """A matrix of every layer, (rows, columns).
+
+    Attributes:
+      kind: its name within the layer, without ".weight"; with {} for the number of an expert, where a mixture of
+        experts has one such matrix each.
+      rows, columns: sizes by name, keys of `Architecture.sizes`.
+      bias: has it a bias: always, never, or as this key of config.json says.
+      stored: its name in files, where that is another than `kind`; a file may have either.
+      mlp: it is only in layers whose MLP is "dense", or "sparse": a mixture of experts. Empty: in every layer.
+      role: a router is not pruned.
+    """
+
+    kind: str
+    rows: str
+    columns: str
+    bias: bool | str = False
+    stored: str = ""
+    mlp: str = ""
+    role: Role = Role.LINEAR
+
+    def has_bias(self, config: Mapping) -> bool:
+        """Has it a bias in the model of this config.json?"""
+        return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
+
+
+class Norm(NamedTuple):
+    """A vector of every layer that is not pruned.
+
+    Attributes:
+      kind: its name within the layer, without ".weight".
+      size: of the vector, a key of `Architecture.sizes`.
+      bias: has it a bias of the same size?
+    """
+
+    kind: str
+    size: str = "hidden"
+    bias: bool = False
+
+
+class Fused(NamedTuple):
+    """A tensor of a file that holds the rows of several linears of a layer.
+
+    Attributes:
+      name: of the tensor within the layer: "self_attn.qkv_proj.weight".
+      kinds: the linears in the order of their rows; those of every expert follow one another, expert by expert.
+      alternate: a number in config.json, of heads: the first rows of each linear are those of the first head, then come
+        those of the second. Empty: all rows of a linear lie together.
+      always: do files of the family always have it? If not, a file may have each linear on its own.
+    """
+
+    name: str
+    kinds: tuple[str, ...]
+    alternate: str = ""
+    always: bool = True
+
+
+class Other(NamedTuple):
+    """Any other tensor.
+
+    Attributes:
+      name: with ".weight" or ".bias"; within the layer, if it is of every layer.
+      sizes: of its shape, keys of `Architecture.sizes`.
+      role: what it is.
+      given: is it there: always, or as this key of config.json says.
+    """
+
+    name: str
+    sizes: tuple[str, ...]
+    role: Role
+    given: str = ""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A row of the table.
+
+    Attributes:
+      classes: what config.json lists under "architectures".
+      model_type: what config.json says where it lists none.
+      linears: of every layer, in the order of the tables of a merge.
+      norms: of every layer.
+      fused: tensors of files that hold several linears.
+      others: further tensors of every layer.
+      root: what the names of all tensors but heads begin with; some programs leave it out or write it otherwise.
+      layer: the prefix of a layer's tensors, with {} for its number.
+      embeddings, heads: matrices outside the layers whose rows are tokens, without ".weight"; heads only where they
+        are not tied.
+      outside: further tensors outside the layers, before them.
+      final_norms: norms after the layers.
+      own_heads: has each model a head of its own task, which is not part of the row? Such are encoders.
+      keys: further sizes, each by keys of config.json of which one is there.
+      sparse: says of a layer whether its MLP is a mixture of experts, by `said` and the layer's number.
+      defaults: keys of config.json that, left out, do not mean what they mean in most families.
+      forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
+    """
+
+    classes: tuple[str, ...]
+    model_type: str
+    linears: tuple[Linear, ...]
+    norms: tuple[Norm, ...] = (Norm("input_layernorm"), Norm("post_attention_layernorm"))
+    fused: tuple[Fused, ...] = ()
+    others: tuple[Other, ...] = ()
+    root: str = "model."
+    layer: str = "model.layers.{}."
+    embeddings: tuple[str, ...] = ("model.embed_tokens",)
+    heads: tuple[str, ...] = ("lm_head",)
+    outside: tuple[Other, ...] = ()
+    final_norms: tuple[Norm, ...] = (Norm("model.norm"),)
+    own_heads: bool = False
+    keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sparse: Callable[[Mapping, int], bool] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    forward: bool = False
+
+    @property
+    def required(self) -> tuple[tuple[str, ...], ...]:
+        """Keys of config.json without which the shapes are not known; of each tuple one is there."""
+        plain = (*SIZES.values(), "num_attention_heads", "num_hidden_layers")
+        return (*((key,) for key in plain), *self.keys.values())
+
+    def said(self, config: Mapping) -> dict[str, Any]:
+        """What a config.json says of the text model, with the family's own defaults for what it leaves out."""
+        wrapped = config.get(WRAPPED)
+        inner = wrapped if isinstance(wrapped, Mapping) else {}
+        tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}  # the outer one counts
+        return {**self.defaults, **config, **inner, **tied}
+
+    def sizes(self, config: Mapping) -> dict[str, int]:
+        """The sizes that shapes are made of, by the names that rows use."""
+        said = self.said(config)
+        heads = said["num_attention_heads"]
+        head = said.get("head_dim") or said["hidden_size"] // heads
+        queries, keys = heads * head, (said.get("num_key_value_heads") or heads) * head
+        named = {name: said[key] for name, key in SIZES.items()}
+        named |= {name: next(said[key] for key in keys if key in said) for name, keys in self.keys.items()}
+        return named | {"queries": queries, "keys": keys, "head": head, "three queries": 3 * queries}

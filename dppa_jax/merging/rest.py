@@ -1,0 +1,150 @@
+"""What models have beside the tensors that are merged: heads of their own tasks, the parts that see images, copies.
+
+Nothing is dropped in silence. A tensor is merged, or copied from one model, or a warning or an error names it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from absl import logging
+
+from dppa_jax.architecture.specs import CheckpointError, Role, tensor_specs
+from dppa_jax.architecture.table import known
+from dppa_jax.checkpoint.laid_out import copy_tensors
+from dppa_jax.checkpoint.promised import same_bits
+from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
+from dppa_jax.runtime import processes
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What the output has beside the merged tensors.
+
+    Attributes:
+      source: the model from which these are copied.
+      names: of the tensors in its files.
+      config: the content of the output's config.json, but for its dtype.
+    """
+
+    source: Any
+    names: tuple[str, ...] = ()
+    config: Mapping = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, tuple]:
+        """Shape and dtype of what is copied, by name."""
+        return {name: (self.source.tensors[name].shape, self.source.tensors[name].dtype) for name in self.names}
+
+
+def settle_rest(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Rest:
+    """Decide what is copied, and leave it out of the tensors that are merged.
+
+    Raises:
+      CheckpointError: several experts have heads of their own.
+    """
+    _settle_copies(base, experts)
+    row = known(base.config)
+    if row and row.own_heads and hasattr(base, "leave_out"):
+        return _settle_heads(base, experts, quiet)
+    rest = base.layout.rest if hasattr(base, "layout") else ()
+    if not quiet:
+        _tell(rest, experts)
+    return Rest(base, rest, base.config)
+
+
+def _settle_heads(base: Any, experts: Mapping[str, Any], quiet: bool) -> Rest:
+    """Take the head of the one expert that has its own; heads that all models have alike are merged."""
+    heads = {name: _heads(model) for name, model in {"base": base, **experts}.items()}
+    other = [name for name in experts if heads[name] != heads["base"]]
+    if not other:
+        return Rest(base, (), base.config)
+    if len(other) > 1:
+        said = "; ".join(f"{name!r}: {', '.join(list(heads[name])[:2]) or 'none'}" for name in other)
+        raise CheckpointError(
+            f"{len(other)} experts have heads that the base has not ({said}), and a model has one head: merge one such "
+            f"expert at a time, with others that have the base's."
+        )
+    chosen = experts[other[0]]
+    for name, model in {"base": base, **experts}.items():
+        model.leave_out(heads[name])
+        lost = [] if quiet else [tensor for tensor in heads[name] if tensor not in heads[other[0]]]
+        if lost:
+            logging.warning("%r: %d tensors of its head are not in the output, first %s", name, len(lost), lost[0])
+    if not quiet:
+        logging.info("the head of %r is copied: %s", other[0], ", ".join(heads[other[0]]) or "none")
+    return Rest(chosen, tuple(heads[other[0]]), chosen.config)
+
+
+def _heads(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a model that are no part of its row."""
+    backbone = tensor_specs(model.config)
+    return {name: spec.shape for name, spec in model.specs.items() if name not in backbone}
+
+
+def _settle_copies(base: Any, experts: Mapping[str, Any]) -> None:
+    """Let models agree on heads that only some files have, where they are copies of the embeddings.
+
+    Raises:
+      CheckpointError: such a head is no copy.
+    """
+    if known(base.config) or not hasattr(base, "leave_out"):
+        return
+    for expert in experts.values():
+        for name in [name for name in _vocabulary(expert) if name not in base.specs]:
+            if _copied_from(expert, name):
+                expert.leave_out([name])
+        for name in [name for name in _vocabulary(base) if name not in expert.specs]:
+            if (other := _copied_from(base, name)) and other in expert.specs:
+                expert.add_copy(name, other)
+
+
+def _vocabulary(model: Any) -> list[str]:
+    return [name for name, spec in model.specs.items() if spec.role is Role.VOCABULARY]
+
+
+def _copied_from(model: Any, name: str) -> str | None:
+    """Return another matrix of the vocabulary with the same bits."""
+    return next(
+        (other for other in _vocabulary(model) if other != name and same_bits((model, other), (model, name))), None
+    )
+
+
+def _tell(rest: Sequence[str], experts: Mapping[str, Any]) -> None:
+    """Say what is copied from the base, and what experts have that goes nowhere."""
+    if rest:
+        logging.info("%d tensors are copied from the base, first %s", len(rest), rest[0])
+    ours = set(map(_plain, rest))
+    for name, expert in experts.items():
+        theirs = expert.layout.rest if hasattr(expert, "layout") else ()
+        if lost := [tensor for tensor in theirs if _plain(tensor) not in ours]:
+            logging.warning(
+                "expert %r: %d tensors that the base has not are not in the output, first %s", name, len(lost), lost[0]
+            )
+
+
+def copy_rest(rest: Rest, experts: Mapping[str, Any], sink: SafetensorsWriter) -> None:
+    """Copy what is not merged, in the first process; warn where an expert has trained a tensor that is copied."""
+    if processes.index() == 0:
+        copy_tensors(rest.source, rest.names, sink)
+        _tell_differences(rest, experts)
+
+
+def _tell_differences(rest: Rest, experts: Mapping[str, Any]) -> None:
+    for name, expert in experts.items():
+        if expert is rest.source or not rest.names or not hasattr(expert, "layout"):
+            continue
+        theirs = {_plain(tensor): tensor for tensor in expert.layout.rest}
+        pairs = [(tensor, theirs[_plain(tensor)]) for tensor in rest.names if _plain(tensor) in theirs]
+        different = [ours for ours, own in pairs if not same_bits((rest.source, ours), (expert, own))]
+        if different:
+            logging.warning(
+                "expert %r: %d tensors that are copied from the base differ there, first %s; what the expert learned "
+                "in them is not in the output",
+                *(name, len(different), different[0]),
+            )
+
+
+def _plain(name: str) -> str:
+    """Return a name as all programs' spellings of it have it."""
+    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
