@@ -5,6 +5,7 @@ import re
 from contextlib import closing
 from pathlib import Path
 
+from dppa_jax.architecture.generic import GENERIC, Stated
 from dppa_jax.architecture.specs import CheckpointError, tree_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.in_memory import Model
@@ -14,17 +15,37 @@ from dppa_jax.checkpoint.safetensors import SafetensorsDirectory
 from dppa_jax.checkpoint.stacked import StoredArray
 from dppa_jax.config.run import PREFIX, JobConfig
 from dppa_jax.runtime import processes
-from dppa_jax.runtime.reading import printable
+from dppa_jax.runtime.reading import printable, read_json
 
 
-def open_checkpoint(where: str | Path, seed: int = 0, weights: bool = True) -> Checkpoint:
-    """Open a model to be read by row; see `locate` for the arguments and errors.
+def open_checkpoint(
+    where: str | Path, seed: int = 0, weights: bool = True, stated: Stated | str | None = None
+) -> Checkpoint:
+    """Open a model to be read by row; see `locate` for the other arguments and errors.
+
+    Args:
+      stated: what its tensors are, as `stated_architecture` gives it; None for what the table of architectures says.
 
     Raises:
       CheckpointError: the directory is damaged, or not a model that can be merged.
     """
     directory = locate(where, seed, weights)
-    return OrbaxDirectory(directory) if is_orbax(directory) else SafetensorsDirectory(directory)
+    return OrbaxDirectory(directory) if is_orbax(directory) else SafetensorsDirectory(directory, stated)
+
+
+def stated_architecture(flag: str) -> Stated | str | None:
+    """Read what --architecture gives: a file that states what the tensors are, `generic`, or nothing.
+
+    Raises:
+      CheckpointError: the file is missing, no JSON, or has other keys than `Stated`.
+    """
+    if not flag or flag == GENERIC:
+        return flag or None
+    fix = "It must have layers and linears, and may have vocabulary, copied and fused, as architecture.json of inspect."
+    try:
+        return read_json(Path(os.path.expanduser(flag)), Stated, fix=fix, error=CheckpointError)
+    except FileNotFoundError:
+        raise CheckpointError(f"--architecture={flag}: no such file; --job=inspect writes one to start from.") from None
 
 
 def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
@@ -119,5 +140,6 @@ def open_models(job: JobConfig, weights: bool = True) -> tuple[Checkpoint, dict[
     """
     seed = job.merge.seed
     with processes.first_alone("models"):  # process 0 fetches or builds what the others then find
-        base = open_checkpoint(job.base, seed, weights)
-        return base, {name: open_checkpoint(where, seed, weights) for name, where in job.experts.items()}
+        options = seed, weights, stated_architecture(job.architecture)
+        base = open_checkpoint(job.base, *options)
+        return base, {name: open_checkpoint(where, *options) for name, where in job.experts.items()}

@@ -14,6 +14,7 @@ from dppa_jax.architecture.layout import Layout, Place, cut, stored_rows
 from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec
 
+GENERIC = "generic"  # in place of a Stated: recognise the tensors whether or not the table has a row
 NUMBERED = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+\..+|[^.]*experts[^.]*)$")  # the first number that modules follow
 EXPERT = re.compile(r"(\bexperts)\.(\d+)\.")
 WEIGHT = re.compile(r"(^|[._])weight$")

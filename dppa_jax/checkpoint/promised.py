@@ -31,16 +31,21 @@ PIECE = 1 << 22  # bytes of each of two tensors that are compared at a time
 class Promised:
     """The tensors that a model must have, and where they lie in its files.
 
+    Args:
+      config: the content of config.json; its row of the table of architectures promises the tensors.
+      stored: those of the files.
+      stated: what they are in place of that, or `GENERIC`.
+
     Attributes:
       specs: by name.
       layout: found leniently; `check` refuses files that do not fit.
-      by_row: are they promised by a row of the table of architectures, and not read off the files?
+      stated: what the tensors are if no row promises them.
     """
 
-    def __init__(self, config: Mapping, stored: Mapping[str, StoredTensor], stated: Stated | None = None):
+    def __init__(self, config: Mapping, stored: Mapping[str, StoredTensor], stated: Stated | str | None = None):
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         row = None if stated else known(config)
-        self.config, self._row, self._stored, self.by_row = config, row, stored, row is not None
+        self.config, self._row, self._stored, self.stated = config, row, stored, None
         if row:
             self.specs, said = tensor_specs(config), row.said(config)
             self.layout = find_layout(row, said, self.specs, shapes, tied_heads(config))
@@ -48,8 +53,9 @@ class Promised:
                 self._add_own_heads(shapes)
         else:
             other = [name for name, tensor in stored.items() if tensor.dtype not in DTYPE_BY_CODE.values()]
-            stated = stated or recognise(shapes, vocabulary_size(config), other)
-            self.specs, self.layout = stated_specs(stated, shapes)
+            given = isinstance(stated, Stated)
+            self.stated = stated if given else recognise(shapes, vocabulary_size(config), other)
+            self.specs, self.layout = stated_specs(self.stated, shapes)
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:

@@ -41,11 +41,15 @@ ALIGNMENT = 64  # bytes; a device takes an array that is aligned to this without
 class SafetensorsDirectory:
     """An open Hugging Face directory, a `Source`. Headers are read and checked at once, weights when asked for.
 
+    Args:
+      directory: of the model.
+      stated: what the tensors are, in place of what the table's row says; see `Promised`.
+
     Raises:
       CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
     """
 
-    def __init__(self, directory: Path | str, stated: Stated | None = None):
+    def __init__(self, directory: Path | str, stated: Stated | str | None = None):
         self.directory = Path(directory)
         self._files: dict[Path, int] = {}
         said = read_any_config(self.directory)
@@ -71,6 +75,11 @@ class SafetensorsDirectory:
     def layout(self) -> Layout:
         """The tensors of the files, and where those that are merged lie in them."""
         return self._promised.layout
+
+    @property
+    def stated(self) -> Stated | None:
+        """What the tensors are, if no row of the table of architectures promises them."""
+        return self._promised.stated
 
     def leave_out(self, names: Iterable[str]) -> None:
         """Leave tensors out of those that are merged; they can still be read."""

@@ -48,6 +48,11 @@ class JobConfig:
         REQUIRED, "NAME=WHERE, repeated; demo:math, demo:finance, demo:law", flag="expert", kind="experts"
     )
     output: str = option("", "directory of the merged model; convert: also orbax:DIR", kind="path")
+    architecture: str = option(
+        "",
+        "FILE.json that says which tensors are linears, or generic: go by names and shapes; default: the table's row",
+        kind="path",
+    )
     overwrite: bool = option(False, "replace what is in --output", group="work")
     workdir: str = option(
         "runs", "directory of responses, searches, reports, benchmark models", group="work", kind="path"
@@ -116,6 +121,7 @@ class ConvertConfig:
 
     base: str = same(JobConfig, "base")
     output: str = same(JobConfig, "output")
+    architecture: str = same(JobConfig, "architecture")
     mesh: str = same(JobConfig, "mesh")
     output_dtype: str = same(MergeConfig, "output_dtype", default="")
     max_shard_size: int = same(JobConfig, "max_shard_size")

@@ -33,7 +33,7 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.memory import aligned, peak_resident
 from dppa_jax.runtime.mesh import across_processes, make_mesh
 from dppa_jax.runtime.progress import Stage, stage
-from dppa_jax.where import open_checkpoint
+from dppa_jax.where import open_checkpoint, stated_architecture
 
 PIECE = 1 << 26  # bytes read and written at a time when the output is safetensors
 
@@ -44,7 +44,7 @@ def run_convert(job: ConvertConfig) -> None:
     with processes.first_alone("output"):
         output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
     with processes.first_alone("model"):  # the first process fetches or builds it, the others then find it
-        opened = open_checkpoint(job.base, job.seed)
+        opened = open_checkpoint(job.base, job.seed, stated=stated_architecture(job.architecture))
     with closing(opened) as source:
         check_apart({"--output": str(output)}, {"base": source.directory})
         companions(source.directory), records(source.directory)  # refused, if need be, before the work

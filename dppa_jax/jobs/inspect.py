@@ -1,11 +1,15 @@
 """--job=inspect: what the deltas look like before anything is pruned."""
 
+from collections import Counter
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from rich.table import Table
 
-from dppa_jax.architecture.specs import Linears
+from dppa_jax.architecture.specs import Linears, layer_count
+from dppa_jax.architecture.table import ARCHITECTURES, known
+from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import open_job
@@ -13,19 +17,44 @@ from dppa_jax.merging.blocks import make_blocks
 from dppa_jax.merging.inspection import DECILES, Inspection, inspect_deltas
 from dppa_jax.merging.stream import Stream
 from dppa_jax.runtime.progress import console, write_json
+from dppa_jax.runtime.reading import printable
+
+ARCHITECTURE = "architecture.json"
 
 
 def run_inspect(job: JobConfig) -> dict[str, Inspection]:
-    """Print extremes, deciles, norms, significance and rates of the deltas; write them to inspect.json in --workdir."""
+    """Print the tensors, and extremes, deciles, norms, significance and rates of the deltas.
+
+    All of it but the tensors goes to inspect.json in --workdir. Where no row of the table of architectures says what
+    the tensors are, architecture.json there says how they were taken; corrected, it can be given as --architecture.
+    """
     with open_job(job) as opened:
         plan, base = opened.plan(job.merge), opened.base
         blocks = make_blocks(base.specs, plan.block_layers)
         experts, refuse_zeros = list(opened.experts.values()), not job.allow_other_base
         stream = Stream(base, experts, blocks, opened.mesh, plan.resident, refuse_zeros)
         found = inspect_deltas(stream, job.merge)
+        tensors = _tensors(base)
+        if base_stated := getattr(base, "stated", None):
+            write_json(Path(job.workdir) / ARCHITECTURE, msgspec.to_builtins(base_stated))
+    console().print(tensors)
     _print(found, job.merge)
     write_json(Path(job.workdir) / "inspect.json", {name: _as_json(one, job.merge) for name, one in found.items()})
     return found
+
+
+def _tensors(base: Checkpoint) -> Table:
+    """List the tensors of the model: a row for each kind, role and shape."""
+    groups = Counter((spec.kind, spec.role.value, spec.shape, spec.layer is None) for spec in base.specs.values())
+    stated = getattr(base, "stated", None)
+    row = next((name for name, row in ARCHITECTURES.items() if not stated and row is known(base.config)), "")
+    said = f"the row {row}" if row else "names and shapes"
+    table = Table("tensor", "is", "shape", "number", title=f"tensors, by {said}: {layer_count(base.specs)} layers")
+    for (kind, role, shape, outside), number in groups.items():
+        table.add_row(printable(kind if outside else f"… {kind}"), role, " × ".join(map(str, shape)), str(number))
+    if rest := base.layout.rest if hasattr(base, "layout") else ():
+        table.add_row(f"{printable(rest[0])}, …", "copied", "", str(len(rest)))
+    return table
 
 
 def _as_json(one: Inspection, config: MergeConfig) -> dict:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from absl import logging
 
+from dppa_jax.architecture.row import Role
+from dppa_jax.architecture.specs import layer_count, linears_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.card import licence
 from dppa_jax.checkpoint.inside import companions
@@ -16,6 +18,7 @@ from dppa_jax.merging.rest import settle_rest
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
+from dppa_jax.runtime.reading import printable
 from dppa_jax.where import open_models
 
 
@@ -57,6 +60,7 @@ def check_models(opened: Opened) -> None:
         {name: model.directory for name, model in models.items()},
         job.workdir if works else "",
     )
+    tell_recognised(opened.base)
     check_compatible(opened.base, opened.experts)
     for model in models.values():
         licence(model.directory)  # the model card names it in the end
@@ -68,6 +72,21 @@ def check_models(opened: Opened) -> None:
     if not job.allow_other_base:
         for name, expert in opened.experts.items():
             check_same_base(opened.base, expert, name)
+
+
+def tell_recognised(base: Checkpoint) -> None:
+    """Say in a line what the tensors of a model without a row in the table of architectures were taken for."""
+    if not getattr(base, "stated", None):
+        return
+    specs, linears = base.specs.values(), linears_of(base.specs)
+    vocabulary = [spec.name for spec in specs if spec.role is Role.VOCABULARY]
+    named = (base.config.get("architectures") or ["a model"])[0]
+    logging.info(
+        "%s is taken by the names and shapes of its tensors: %d layers, %d linears (%s), vocabulary %s, %d tensors "
+        "that are not pruned; dppa_jax inspect shows them",
+        *(printable(str(named)), layer_count(base.specs), len(linears), ", ".join(map(printable, linears.kinds[:12]))),
+        *(", ".join(map(printable, vocabulary)) or "none", len(base.specs) - len(linears) - len(vocabulary)),
+    )
 
 
 def check_code(model: Checkpoint) -> None:

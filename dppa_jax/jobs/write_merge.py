@@ -72,7 +72,8 @@ def identity_of(opened: Opened, layout: Layout) -> str:
     inputs = {name: input_identity(model) for name, model in opened.models.items()}
     calibration = read_text(job.calibration, MAX_LINES_BYTES) if job.calibration else ""
     outputs = {flag: str(where) for flag, where in opened.outputs.items()}
-    computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration]
+    linears = [spec.name for spec in opened.base.specs.values() if spec.linear is not None]
+    computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration, linears]
     return common_identity([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
 
 
