@@ -13,7 +13,7 @@ import numpy as np
 from dppa_jax.architecture.layout import Place, stored_rows
 from dppa_jax.architecture.specs import CheckpointError, matrix_shape
 from dppa_jax.checkpoint.direct_file import DirectFile
-from dppa_jax.checkpoint.headers import DTYPE_BY_CODE
+from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, NO_WEIGHT
 from dppa_jax.checkpoint.inside import companions
 from dppa_jax.checkpoint.output import TakenError, Unfinished, check_space, output_directory, publish, sync
 from dppa_jax.checkpoint.safetensors import ALIGNMENT
@@ -23,7 +23,7 @@ from dppa_jax.config.run import MAX_SHARD_SIZE
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.journal import Journal
 
-CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
+CODE_BY_DTYPE = {dtype: code for code, dtype in (DTYPE_BY_CODE | NO_WEIGHT).items()}
 JOURNAL, ROWS = "journal-{}.jsonl", "rows-{}.jsonl"  # each process's, beside unfinished shards
 KEEPING = (KeyboardInterrupt, SystemExit, processes.ProcessEndedError, OSError, TakenError)  # the files are worth it
 

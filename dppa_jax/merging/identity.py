@@ -26,9 +26,8 @@ def input_identity(model: Checkpoint) -> list:
 
 def files_of(model: Checkpoint) -> dict[str, list[int]]:
     """Return inode, size, and times of writing and of change of every file of a model's weights, by name."""
-    stats = {
-        name: file.stat() for name, file in {**model.files(), "config.json": model.directory / "config.json"}.items()
-    }
+    files, config = model.files(), model.directory / "config.json"
+    stats = {name: file.stat() for name, file in {**files, **({"config.json": config} if model.config else {})}.items()}
     return {name: [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
 
 
