@@ -58,6 +58,11 @@ class JobConfig:
         "model whose tokenizer a merge gets (base), or evaluate asks all with (each its own)",
         flag_default="",
     )
+    vocabulary: str = option(
+        "base",
+        "tokens of the merge: base, those that only experts have are dropped; union, these get rows of their own",
+        choices=("base", "union"),
+    )
     save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
     max_shard_size: int = option(
         MAX_SHARD_SIZE,

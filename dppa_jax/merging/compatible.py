@@ -27,9 +27,8 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
     Raises:
       CheckpointError: an expert has other tensors than the base, or a config.json of another meaning.
     """
+    check_same_tensors(base, experts)
     for name, expert in experts.items():
-        _check_class(base.config, expert.config, name)
-        _check_names(base, expert, name)
         for tensor, spec in base.specs.items():
             extra = _extra_rows(spec, expert.specs[tensor], name)
             if extra and not quiet:
@@ -37,6 +36,17 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
         if base.config and expert.config:  # a model in memory may have none
             compare_configs(base.config, expert.config, name, quiet)
     return base.specs
+
+
+def check_same_tensors(base: Any, experts: Mapping[str, Any]) -> None:
+    """Refuse experts of another class of models than the base, or with tensors of other names.
+
+    Raises:
+      CheckpointError: names the expert and the first tensor.
+    """
+    for name, expert in experts.items():
+        _check_class(base.config, expert.config, name)
+        _check_names(base, expert, name)
 
 
 def _check_class(base: Mapping, expert: Mapping, name: str) -> None:

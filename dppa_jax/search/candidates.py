@@ -125,4 +125,5 @@ class Candidates:
         seed = config.seed if config.has_random_score else None
         calibration = read_text(self.job.calibration, MAX_LINES_BYTES) if config.is_calibrated else None
         code = [jax.__version__, ARITHMETIC]
+        code += [self.opened.vocabulary.digest] if self.opened.vocabulary else []
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])
