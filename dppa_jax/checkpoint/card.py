@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MappingProxyType
@@ -86,11 +86,7 @@ def model_card(
       notes: what else a user of the model should know, in sentences.
     """
     licence = licences[0] if len(set(licences)) == 1 else "other"
-    quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
-    metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
-    metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
-    metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(where)}" for where in experts.values())]
-    metadata.append("---")
+    header = _metadata(base, experts.values(), config["method"], licence)
     rows = "\n".join(
         markdown.row(
             [markdown.text(expert), markdown.code(where), _coefficient(config, expert), _factors(config, expert)]
@@ -101,7 +97,6 @@ def model_card(
     named = markdown.text(", ".join(dict.fromkeys(licences)))
     licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
     repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""
-    header = "\n".join(metadata)
     noted = "".join(f"\n- {markdown.text(note)}" for note in notes) + "\n" * bool(notes)
     return f"""{header}
 
@@ -119,6 +114,15 @@ combine {config["combine"]}).{pruned}
 {repeat}
 {licence_note}
 """
+
+
+def _metadata(base: str, experts: Iterable[str], method: str, licence: str) -> str:
+    """Return the block of YAML that the hub reads."""
+    quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
+    metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
+    metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
+    metadata += [f"- {method}", "merged_models:", *(f"- {quoted(where)}" for where in experts), "---"]
+    return "\n".join(metadata)
 
 
 def library_versions() -> dict[str, str]:

@@ -9,11 +9,11 @@ from absl import logging
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.card import licence
 from dppa_jax.checkpoint.inside import companions
+from dppa_jax.checkpoint.matched import vocabulary_tensors
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible, check_same_base, check_same_tensors
-from dppa_jax.merging.matched import vocabulary_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.merging.vocabulary import Vocabulary, match_vocabularies

@@ -13,11 +13,11 @@ from absl import logging
 from dppa_jax.architecture.specs import CheckpointError, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
+from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
-from dppa_jax.merging.matched import opened_model
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.survey import NonfiniteError

@@ -7,10 +7,10 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.bounds import Norms
-from dppa_jax.merging.matched import opened_model
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.merging.plan import Plan, plan_of
 from dppa_jax.merging.vocabulary import Vocabulary

@@ -229,7 +229,8 @@ def _warnings_of_expert(base: Tokenizer, expert: Tokenizer, output: Tokenizer, e
             some = ", ".join(f"{token!r} {ours} → {theirs}" for token, ours, theirs in moved[:TOLD])
             yield (
                 f"{len(moved)} of the {len(base.ids)} tokens of the base have other ids in its tokenizer: {some}"
-                f"{', …' if len(moved) > TOLD else ''}; their rows are matched by token. Is it a fine-tune of this base?"
+                f"{', …' if len(moved) > TOLD else ''}; their rows are matched by token. Is it a fine-tune of this "
+                f"base?"
             )
         elif not (base.ids and expert.ids):
             yield f"its {file} is not the base's; tokens with other ids would be merged all the same"

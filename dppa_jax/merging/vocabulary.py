@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.checkpoint.matched import LACKS, Matched, Means, vocabulary_tensors
 from dppa_jax.merging.added_tokens import with_tokens
-from dppa_jax.merging.matched import LACKS, Matched, Means, vocabulary_tensors
 from dppa_jax.merging.tokenizers import AddedToken, Tokenizer
 from dppa_jax.runtime.files import digest
 
@@ -86,8 +86,12 @@ class Vocabulary:
 
     def notes(self) -> list[str]:
         """Return what a user of the merge should know: tokens that it lacks, and those that it has from experts."""
-        added = [f"Tokens that the base lacks: {_some(list(self.added))}. Their rows are the mean of the experts' rows."]
-        return [f"{said}." for said in self.losses()] + (added if self.added else [])
+        found = [f"{said}." for said in self.losses()]
+        if self.added:
+            found.append(
+                f"Tokens that the base lacks: {_some(list(self.added))}. Their rows are the mean of the experts' rows."
+            )
+        return found
 
     def as_dict(self) -> dict:
         """Return the content for recipe.json."""
@@ -111,7 +115,7 @@ def match_vocabularies(
         cannot be kept.
     """
     base, size = models["base"], rows["base"]
-    if all(base.names_alike(model) and _fits(rows[name], size, union) for name, model in models.items()):
+    if all(_fits(rows[name], size, union) and _alike(base, model) for name, model in models.items()):
         return None
     ids = {name: _ids(model, name == chosen) for name, model in models.items()}
     if union:
@@ -148,6 +152,14 @@ def match_vocabularies(
 def _fits(rows: int, base: int, union: bool) -> bool:
     """Are the rows of a model that has the base's tokens at the same places enough as they are?"""
     return rows == base or (rows > base and not union)
+
+
+def _alike(base: Tokenizer, model: Tokenizer) -> bool:
+    """Do the files of two tokenizers, as far as they can be read, name the same tokens?"""
+    try:
+        return base.names_alike(model)
+    except (ValueError, OSError):
+        return False
 
 
 def _ids(model: Tokenizer, is_chosen: bool) -> Ids:

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from dppa_jax.architecture.specs import Role, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
-from dppa_jax.checkpoint.protocol import Source
 
 LACKS = -1  # in place of a row that a model does not have
 
@@ -29,11 +29,11 @@ class Matched:
       model: an open checkpoint; of a plan, an object with config and specs alone.
       names: the vocabulary tensors.
       rows: (rows of the merge,), which row of the model each of them is; LACKS where the model has none.
-      other: gives the rows that the model lacks, by their numbers in the merge.
+      other: has the tensors and rows that the model lacks, by their numbers in the merge; a `Source` or `Means`.
       config: in place of the model's.
     """
 
-    def __init__(self, model: Any, names: tuple[str, ...], rows: np.ndarray, other: Source, config: dict | None = None):
+    def __init__(self, model: Any, names: tuple[str, ...], rows: np.ndarray, other: Any, config: dict | None = None):
         self.model, self.config = model, config or model.config
         self._names, self._rows, self._other = names, rows, other
         own = model.specs
@@ -111,7 +111,7 @@ class Means:
         out[...] = total / counts
 
 
-def read_as(source: Source, name: str, start: int, stop: int, out: np.ndarray) -> None:
+def read_as(source: Any, name: str, start: int, stop: int, out: np.ndarray) -> None:
     """Read rows of a tensor into an array that may have another dtype."""
     dtype = source.tensors[name].dtype
     if dtype == out.dtype:
@@ -136,4 +136,4 @@ def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
     before, after = rows[:-1], rows[1:]
     joined = np.where(before == LACKS, after == LACKS, after == before + 1)
     ends = [0, *(np.flatnonzero(~joined) + 1).tolist(), len(rows)]
-    yield from zip(ends[:-1], ends[1:], strict=True)
+    yield from pairwise(ends)
