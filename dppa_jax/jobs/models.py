@@ -50,7 +50,8 @@ def match(
     Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
     """
     check_same_tensors(base, experts)
-    names = vocabulary_tensors(base.specs)
+    if not (names := vocabulary_tensors(base.specs)):
+        return None
     rows = {name: min(m.specs[tensor].rows for tensor in names) for name, m in {"base": base, **experts}.items()}
     vocabulary = match_vocabularies(tokenizers, rows, job.tokenizer, job.vocabulary == "union", job.allow_other_base)
     for said in vocabulary.losses() if vocabulary else ():

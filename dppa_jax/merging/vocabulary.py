@@ -119,7 +119,7 @@ def match_vocabularies(
         return None
     ids = {name: _ids(model, name == chosen) for name, model in models.items()}
     if union:
-        _check_known(models, ids, rows)
+        _check_known(models, ids, rows, chosen)
     if not ids["base"]:
         return None
     if not any_base:
@@ -172,10 +172,10 @@ def _ids(model: Tokenizer, is_chosen: bool) -> Ids:
         return {}  # `check_tokenizers` says that it cannot be compared
 
 
-def _check_known(models: Mapping[str, Tokenizer], ids: Mapping[str, Ids], rows: Mapping[str, int]) -> None:
+def _check_known(models: Mapping[str, Tokenizer], ids: Mapping[str, Ids], rows: Mapping[str, int], chosen: str) -> None:
     """Refuse a union with tokens that are not known."""
     for name, model in models.items():
-        if not ids[name] and (name == "base" or rows[name] != rows["base"]):
+        if not ids[name] and (name in ("base", chosen) or rows[name] != rows["base"]):
             raise CheckpointError(
                 f"--vocabulary=union: {model.directory} has no tokenizer.json that can be read, so the tokens of "
                 f"{name!r} are not known. Put it there (transformers: AutoTokenizer.from_pretrained(DIR)"

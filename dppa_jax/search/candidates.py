@@ -10,6 +10,7 @@ import jax
 
 from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint import SafetensorsWriter
+from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.reader import Reader
@@ -70,7 +71,7 @@ class Candidates:
 
     def reader(self, name: str) -> Reader:
         """Return how "base" or an expert reads and ends."""
-        model = self.opened.models[name]
+        model = opened_model(self.opened.models[name])
         return self.evaluation.readers.of(name, model.config, model.directory)
 
     def merge_reader(self) -> Reader:

@@ -7,7 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Merge, launch
-from families import DTYPES, edit_json, fine_tuned, llama_config, random_weights, read_json, write_model
+from families import (
+    DTYPES,
+    edit_json,
+    edit_tensors,
+    fine_tuned,
+    llama_config,
+    random_weights,
+    read_json,
+    write_model,
+    write_weights,
+)
 from safetensors.numpy import load_file
 
 from dppa_jax.checkpoint import Matched, SafetensorsDirectory
@@ -118,8 +128,6 @@ def test_a_token_that_an_expert_lacks_has_no_delta_of_it(tmp_path):
     tokens = {"base": (["<pad>", "<tool>"], 44), "math": ([], 40), "law": (["<tool>", "<pad>"], 42)}
     models = write_models(tmp_path, tokens, "float32", tied=True)
     half = {name: array.astype(np.float16) for name, array in weights(models.math).items()}
-    from families import write_weights
-
     write_weights(models.math, half)
     edit_json(models.math / "config.json", dtype="float16")
     models(*FAST)
@@ -135,8 +143,6 @@ def test_models_with_their_tokens_at_the_same_places_are_read_as_they_are(models
         config = llama_config(vocab_size=44 + (name == "law"))
         edit_json(models.root / name / "config.json", vocab_size=config["vocab_size"])
         (models.root / name / "model.safetensors").unlink()
-        from families import write_weights
-
         write_weights(models.root / name, random_weights(config, 1))
         write_tokenizer(models.root / name, TOKENS["base"][0])
     experts = {name: str(models.root / name) for name in ("math", "law")}
@@ -312,8 +318,24 @@ def test_ordinary_tokens_of_an_expert_cannot_be_added(models):
     assert "--tokenizer=math takes that" in message
 
 
+def test_the_tokenizer_of_an_expert_may_have_more_ordinary_tokens(tmp_path):
+    tokens = {"base": ([], 40), "math": ([], 42), "law": (["<law>"], 41)}
+    models = write_models(tmp_path, tokens, "float32", tied=True)
+    write_tokenizer(models.math, [], [*ORDINARY, "longer", "words"])
+    models(*FAST, "--vocabulary=union", "--tokenizer=math")
+    merged, math, law = (weights(directory)[PLACES[0]] for directory in (models.output, models.math, models.law))
+    np.testing.assert_array_equal(merged[40:], np.concatenate([math[40:], law[40:]]))
+    content = read_json(models.output / "tokenizer.json")
+    assert content["model"]["vocab"]["words"] == 41
+    assert [(token["content"], token["id"]) for token in content["added_tokens"]] == [("<law>", 42)]
+
+
 def test_a_union_of_tokens_that_are_not_known_is_refused(models):
-    (models.law / "tokenizer.json").unlink()
+    for directory in (models.law, models.base):
+        (directory / "tokenizer.json").unlink()
+        (directory / "tokenizer.model").write_bytes(b"pieces")
+    assert f"{models.base} has no tokenizer.json" in models.refusal(*FAST, "--vocabulary=union")
+    write_tokenizer(models.base, TOKENS["base"][0])
     assert f"{models.law} has no tokenizer.json that can be read" in models.refusal(*FAST, "--vocabulary=union")
 
 
@@ -334,7 +356,5 @@ def test_ids_that_the_library_does_not_give_are_refused(models):
 
 def test_fewer_rows_than_the_experts_tokens_are_refused(models):
     edit_json(models.math / "config.json", vocab_size=41)
-    from families import edit_tensors
-
     edit_tensors(models.math / "model.safetensors", lambda t: t.update({name: t[name][:41] for name in PLACES}))
     assert "expert 'math': model.embed_tokens.weight has 41 rows, and the base 44" in models.refusal(*FAST)
