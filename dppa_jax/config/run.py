@@ -60,7 +60,7 @@ class JobConfig:
     )
     vocabulary: str = option(
         "base",
-        "tokens of the merge: base, those that only experts have are dropped; union, these get rows of their own",
+        "tokens that only experts have: base drops them, union adds them",
         choices=("base", "union"),
     )
     save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
