@@ -2,6 +2,7 @@
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME
+from dppa_jax.checkpoint.matched import Matched
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, read_config
 from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
@@ -11,6 +12,7 @@ __all__ = [
     "DTYPE_BY_NAME",
     "Checkpoint",
     "CheckpointError",
+    "Matched",
     "OrbaxDirectory",
     "SafetensorsDirectory",
     "SafetensorsWriter",
@@ -21,4 +23,4 @@ __all__ = [
     "tensor_specs",
 ]
 
-Checkpoint = SafetensorsDirectory | OrbaxDirectory  # an open checkpoint, whatever its format
+Checkpoint = SafetensorsDirectory | OrbaxDirectory | Matched  # an open checkpoint, whatever its format

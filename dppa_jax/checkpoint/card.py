@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -25,6 +26,7 @@ def recipe(
     linears: Linears,
     rates: Sequence[float],
     cost: Mapping,
+    vocabulary: Mapping = MappingProxyType({}),
 ) -> str:
     """Return the text of recipe.json: everything that a merge was made from and everything that it decided.
 
@@ -36,6 +38,7 @@ def recipe(
       linears: the last axis of the tables.
       rates: the target rate of each partition, highest first.
       cost: wall time, bytes read and written, peak memory.
+      vocabulary: rows, added and dropped tokens, where the models' tokens are not at the same places.
     """
     names = [name for name in inputs if name != "base"]
     per_expert = {
@@ -55,6 +58,7 @@ def recipe(
         "factors": config["factors"],
         "coefficients": config["coefficients"],
         "experts": per_expert,
+        **({"vocabulary": dict(vocabulary)} if vocabulary else {}),
         "cost": dict(cost),
         "versions": library_versions(),
     }
@@ -62,7 +66,13 @@ def recipe(
 
 
 def model_card(
-    name: str, base: str, experts: Mapping[str, str], config: Mapping, licences: Sequence[str], command: str = ""
+    name: str,
+    base: str,
+    experts: Mapping[str, str],
+    config: Mapping,
+    licences: Sequence[str],
+    command: str = "",
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the README.md of a merged model, with the metadata block that the hub reads.
 
@@ -73,13 +83,10 @@ def model_card(
       config: the MergeConfig as a dict.
       licences: those of all models.
       command: the command line that repeats the merge; none without it.
+      notes: what else a user of the model should know, in sentences.
     """
     licence = licences[0] if len(set(licences)) == 1 else "other"
-    quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
-    metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
-    metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
-    metadata += [f"- {config['method']}", "merged_models:", *(f"- {quoted(where)}" for where in experts.values())]
-    metadata.append("---")
+    header = _metadata(base, experts.values(), config["method"], licence)
     rows = "\n".join(
         markdown.row(
             [markdown.text(expert), markdown.code(where), _coefficient(config, expert), _factors(config, expert)]
@@ -90,7 +97,7 @@ def model_card(
     named = markdown.text(", ".join(dict.fromkeys(licences)))
     licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
     repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""
-    header = "\n".join(metadata)
+    noted = "".join(f"\n- {markdown.text(note)}" for note in notes) + "\n" * bool(notes)
     return f"""{header}
 
 # {markdown.text(name)}
@@ -102,11 +109,20 @@ combine {config["combine"]}).{pruned}
 | expert | model | coefficient | factors |
 |---|---|---|---|
 {rows}
-
+{noted}
 `recipe.json` holds every flag, the rates and thresholds of every linear, and fingerprints of the inputs.
 {repeat}
 {licence_note}
 """
+
+
+def _metadata(base: str, experts: Iterable[str], method: str, licence: str) -> str:
+    """Return the block of YAML that the hub reads."""
+    quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
+    metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
+    metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
+    metadata += [f"- {method}", "merged_models:", *(f"- {quoted(where)}" for where in experts), "---"]
+    return "\n".join(metadata)
 
 
 def library_versions() -> dict[str, str]:

@@ -115,8 +115,7 @@ class MergeConfig:
     dpa_combine: str = option("highest", "DPA: factor of an element in several partitions", choices=("highest", "max"))
     ties: str = option(
         "auto",
-        "elements that tie at a threshold: drop all, as the authors do; keep all; exact: keep as many as the rate asks "
-        "for; auto: drop, but exact where far too little would be kept",
+        "elements at the threshold: drop; keep; exact: as the rate says; auto: drop or exact",
         choices=lambda: axis("ties"),
     )
     tensor_rates: tuple[tuple[str, float], ...] = option(

@@ -63,6 +63,11 @@ class JobConfig:
         "model whose tokenizer a merge gets (base), or evaluate asks all with (each its own)",
         flag_default="",
     )
+    vocabulary: str = option(
+        "base",
+        "tokens that only experts have: base drops them, union adds them",
+        choices=("base", "union"),
+    )
     save_delta: str = option("", "also write each expert's pruned and scaled delta to DIR/NAME", kind="path")
     max_shard_size: int = option(
         MAX_SHARD_SIZE,

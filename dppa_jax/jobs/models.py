@@ -1,6 +1,9 @@
 """Open a job's models once, and refuse what cannot work before the work begins."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -9,13 +12,15 @@ from dppa_jax.architecture.specs import layer_count, linears_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.card import licence
 from dppa_jax.checkpoint.inside import companions
+from dppa_jax.checkpoint.matched import vocabulary_tensors
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart
-from dppa_jax.merging.compatible import check_compatible, check_same_base
+from dppa_jax.merging.compatible import check_classes, check_compatible, check_same_base, check_same_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import settle_rest
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
+from dppa_jax.merging.vocabulary import Vocabulary, grown, match_vocabularies
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.reading import printable
@@ -33,9 +38,32 @@ def open_job(job: JobConfig, writes: bool = False) -> Opened:
     """
     outputs = check_outputs(job) if writes else {}
     base, experts = open_models(job)
-    opened = Opened(job, base, experts, outputs, make_mesh(job.mesh), settle_rest(base, experts))
-    check_models(opened)
+    check_classes(base, experts)
+    rest = settle_rest(base, experts)
+    tokenizers = {name: Tokenizer(name, m.directory, m.config) for name, m in {"base": base, **experts}.items()}
+    if vocabulary := match(job, base, experts, tokenizers):
+        base, experts = vocabulary.wrap(base, experts)
+        rest = replace(rest, config=grown(rest.config, vocabulary.size))
+    opened = Opened(job, base, experts, outputs, make_mesh(job.mesh), rest, vocabulary)
+    check_models(opened, tokenizers)
     return opened
+
+
+def match(
+    job: JobConfig, base: Any, experts: Mapping[str, Any], tokenizers: Mapping[str, Tokenizer]
+) -> Vocabulary | None:
+    """Match the rows of the models by their tokens; None where they are at the same places. Warn of what is lost.
+
+    Of base and experts only `config` and `specs` are looked at, so that a plan needs no weights.
+    """
+    check_same_tensors(base, experts)
+    if not (names := vocabulary_tensors(base.specs)):
+        return None
+    rows = {name: min(m.specs[tensor].rows for tensor in names) for name, m in {"base": base, **experts}.items()}
+    vocabulary = match_vocabularies(tokenizers, rows, job.tokenizer, job.vocabulary == "union", job.allow_other_base)
+    for said in vocabulary.losses() if vocabulary else ():
+        logging.warning("%s; --vocabulary=union keeps them", said)
+    return vocabulary
 
 
 def check_outputs(job: JobConfig) -> dict[str, Path]:
@@ -51,7 +79,7 @@ def check_outputs(job: JobConfig) -> dict[str, Path]:
         return {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
 
 
-def check_models(opened: Opened) -> None:
+def check_models(opened: Opened, tokenizers: Mapping[str, Tokenizer]) -> None:
     """Refuse models that do not belong together, lack files, or lie where the output goes."""
     job, models = opened.job, opened.models
     works = job.evaluation.tasks or not opened.outputs  # a merge alone writes nothing to --workdir
@@ -66,7 +94,7 @@ def check_models(opened: Opened) -> None:
         licence(model.directory)  # the model card names it in the end
     companions(opened.base.directory)
     companions(opened.tokenizer.directory)
-    check_tokenizers({n: Tokenizer(n, model.directory, model.config) for n, model in models.items()}, job.tokenizer)
+    check_tokenizers(tokenizers, job.tokenizer, opened.vocabulary.size if opened.vocabulary else 0)
     if opened.outputs:
         check_code(opened.base)
     if not job.allow_other_base:

@@ -9,6 +9,7 @@ from rich.table import Table
 from dppa_jax.architecture.specs import tensor_specs
 from dppa_jax.checkpoint import read_config
 from dppa_jax.config.run import JobConfig
+from dppa_jax.jobs.models import match
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.plan import Plan, dtype_name, plan_of
@@ -29,10 +30,14 @@ def run_plan(job: JobConfig) -> Plan:
     check_apart({}, places, job.workdir)
     configs = {name: read_config(place) for name, place in places.items()}
     models = {name: SimpleNamespace(config=config, specs=tensor_specs(config)) for name, config in configs.items()}
-    check_compatible(models.pop("base"), models)
-    check_tokenizers({name: Tokenizer(name, places[name], configs[name]) for name in places}, job.tokenizer)
-    dtypes = [dtype_name(config) for config in configs.values()]
-    plan = plan_of(job, tensor_specs(configs["base"]), dtypes, mesh_shape(job.mesh, 1))
+    tokenizers = {name: Tokenizer(name, places[name], configs[name]) for name in places}
+    base, experts = models.pop("base"), models
+    if vocabulary := match(job, base, experts, tokenizers):
+        base, experts = vocabulary.wrap(base, experts)
+    check_compatible(base, experts)
+    check_tokenizers(tokenizers, job.tokenizer, vocabulary.size if vocabulary else 0)
+    dtypes = [dtype_name(model.config) for model in (base, *experts.values())]
+    plan = plan_of(job, base.specs, dtypes, mesh_shape(job.mesh, 1))
     told, predicted = _predicted_time(job, plan)
     table = Table("plan", "", show_header=False)
     for row in (*plan.lines(), ("time", told)):

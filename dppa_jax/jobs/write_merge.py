@@ -14,6 +14,7 @@ from dppa_jax.architecture.specs import CheckpointError, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.laid_out import laid_out_writer
+from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.merging.blocks import owners
@@ -54,12 +55,13 @@ def write_merge(opened: Opened) -> Outcome:
             copy_rest(opened.rest, opened.experts, writer)
         except NonfiniteError as error:
             raise _damaged(error, opened.models) from error
+        files, base_files = opened.tokenizer_files, (opened.tokenizer if opened.tokenizer_files else base).directory
         texts = _texts(opened, outcome, _cost(outcome, (writer, *writers.values()), started))
         signals.check()
         for delta in writers.values():
-            delta.complete(with_dtype(base.config, merge.delta_dtype), base.directory)
+            delta.complete(with_dtype(base.config, merge.delta_dtype), base_files, files)
         config = with_dtype(opened.rest.config, merge.output_dtype or base.dtype.name)
-        writer.complete(config, opened.tokenizer.directory, texts)
+        writer.complete(config, opened.tokenizer.directory, {**files, **texts})
         check_unchanged()
         publish_all([*writers.values(), writer])
     logging.info("wrote %s in %.1f s", job.output, time.perf_counter() - started)
@@ -73,8 +75,9 @@ def identity_of(opened: Opened, layout: Layout) -> str:
     calibration = read_text(job.calibration, MAX_LINES_BYTES) if job.calibration else ""
     outputs = {flag: str(where) for flag, where in opened.outputs.items()}
     linears = [spec.name for spec in opened.base.specs.values() if spec.linear is not None]
+    matched = opened.vocabulary.digest if opened.vocabulary else ""
     computed = [ARITHMETIC, library_versions(), jax.default_backend(), job.merge.as_dict(), calibration, linears]
-    return common_identity([computed, inputs, outputs, replace(layout, process=0), job.max_shard_size])
+    return common_identity([computed, inputs, matched, outputs, replace(layout, process=0), job.max_shard_size])
 
 
 def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float) -> dict:
@@ -102,7 +105,7 @@ def _writers(opened: Opened, identity: str) -> Iterator[tuple[str, SafetensorsWr
 def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> CheckpointError:
     """Return the error with the file and the place of the first NaN or Inf."""
     for name, model in models.items():
-        bad = np.argwhere(~np.isfinite(model.read(error.tensor).astype(np.float32)))
+        bad = np.argwhere(~np.isfinite(opened_model(model).read(error.tensor).astype(np.float32)))
         if len(bad):
             return CheckpointError(
                 f"{model.tensors[error.tensor].file}: {error.tensor} of {name!r} holds {len(bad)} NaN or Inf, the "
@@ -122,8 +125,11 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     }
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
     licences = [licence(model.directory) for model in models.values()]
-    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command)
+    vocabulary, linears = opened.vocabulary, outcome.linears
+    notes = vocabulary.notes() if vocabulary else []
+    said = vocabulary.as_dict() if vocabulary else {}
+    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, notes)
     return {
-        "recipe.json": recipe(job.flags, config, inputs, tables, outcome.linears, job.merge.rates, cost),
+        "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.rates, cost, said),
         "README.md": card,
     }

@@ -28,9 +28,8 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
     Raises:
       CheckpointError: an expert has other tensors than the base, or a config.json of another meaning.
     """
+    check_same_tensors(base, experts)
     for name, expert in experts.items():
-        _check_class(base.config, expert.config, name)
-        _check_names(base, expert, name)
         for tensor, spec in base.specs.items():
             extra = _extra_rows(spec, expert.specs[tensor], name)
             if extra and not quiet:
@@ -40,16 +39,29 @@ def check_compatible(base: Any, experts: Mapping[str, Any], quiet: bool = False)
     return base.specs
 
 
-def _check_class(base: Mapping, expert: Mapping, name: str) -> None:
-    """Refuse an expert of another row of the table of architectures, where both have one."""
-    rows = known(base), known(expert)
-    if not all(rows):
-        return
-    ours, theirs = (row.classes[0] for row in rows)
-    if ours != theirs:
-        raise CheckpointError(
-            f"expert {name!r} is a {theirs}, the base a {ours} (architectures in config.json): a different base model?"
-        )
+def check_same_tensors(base: Any, experts: Mapping[str, Any]) -> None:
+    """Refuse experts of another class of models than the base, or with tensors of other names.
+
+    Raises:
+      CheckpointError: names the expert and the first tensor.
+    """
+    check_classes(base, experts)
+    for name, expert in experts.items():
+        _check_names(base, expert, name)
+
+
+def check_classes(base: Any, experts: Mapping[str, Any]) -> None:
+    """Refuse experts of another row of the table of architectures than the base's, where both have one."""
+    for name, expert in experts.items():
+        rows = known(base.config), known(expert.config)
+        if not all(rows):
+            continue
+        ours, theirs = (row.classes[0] for row in rows)
+        if ours != theirs:
+            raise CheckpointError(
+                f"expert {name!r} is a {theirs}, the base a {ours} (architectures in config.json): a different base "
+                f"model?"
+            )
 
 
 def _check_names(base: Any, expert: Any, name: str) -> None:

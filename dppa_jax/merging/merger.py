@@ -30,8 +30,8 @@ from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-FILES = ("kernels", "elementwise", "bounds", "survey", "merger", "blocks", "rows", "stream")
-CODE = ("delta/*.py", "runtime/mesh.py", *(f"merging/{name}.py" for name in FILES))
+FILES = ("kernels", "elementwise", "bounds", "survey", "merger", "blocks", "rows", "stream", "vocabulary")
+CODE = ("delta/*.py", "runtime/mesh.py", "checkpoint/matched.py", *(f"merging/{name}.py" for name in FILES))
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
 

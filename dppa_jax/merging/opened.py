@@ -7,12 +7,14 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.merging.plan import Plan, plan_of
 from dppa_jax.merging.rest import Rest
+from dppa_jax.merging.vocabulary import Vocabulary
 from dppa_jax.runtime import processes
 
 
@@ -25,6 +27,8 @@ class Opened:
         writes no model.
       mesh: the devices of this process.
       rest: what the output has beside the merged tensors.
+      vocabulary: where the rows of the models' tokens are, if not at the same places; base and experts are then read in
+        the order of the merge's tokens.
     """
 
     job: JobConfig
@@ -33,6 +37,7 @@ class Opened:
     outputs: Mapping[str, Path]
     mesh: Mesh
     rest: Rest
+    vocabulary: Vocabulary | None = None
 
     def __enter__(self) -> "Opened":
         return self
@@ -50,6 +55,11 @@ class Opened:
     def tokenizer(self) -> Checkpoint:
         """The model whose tokenizer files, chat template and generation config a merge gets (--tokenizer)."""
         return self.models[self.job.tokenizer]
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, str]:
+        """The contents of the tokenizer files of a merge that are not that model's, by name."""
+        return self.vocabulary.files if self.vocabulary else {}
 
     def chosen(self, merge: MergeConfig) -> dict[str, Checkpoint]:
         """The experts that a merge names."""
@@ -71,7 +81,8 @@ class Opened:
             return None
         from dppa_jax.merging.activations import norms_of_experts  # here, as Flax takes a third of a second
 
-        return norms_of_experts(replace(self.job, merge=merge), self.chosen(merge))
+        experts = {name: opened_model(expert) for name, expert in self.chosen(merge).items()}
+        return norms_of_experts(replace(self.job, merge=merge), experts)
 
     def merger(self, merge: MergeConfig) -> Merger:
         """Prepare many merges that differ in factors and coefficients alone."""

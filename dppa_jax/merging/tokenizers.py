@@ -1,9 +1,10 @@
 """Compare the tokenizers of base and experts, and the output's tokenizer with the rows that the merge has.
 
-Row i of the embeddings is merged with row i of the others, so a token must have one id everywhere. Files of equal bytes
-are not parsed, nor are the formats of slow tokenizers (tokenizer.model, vocab.json).
+Rows of the embeddings are matched by token (`vocabulary`), as far as tokenizer.json names the tokens. Files of equal
+bytes are not parsed, nor are the formats of slow tokenizers (tokenizer.model, vocab.json).
 """
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +24,16 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 TOLD = 3  # tokens that a warning names
 
 
-class _Token(msgspec.Struct):
-    """A token that was added to the vocabulary."""
+class AddedToken(msgspec.Struct):
+    """A token that was added to the vocabulary, and how texts are searched for it; the fields of tokenizer.json."""
 
     id: int
     content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    special: bool = False
 
 
 class _Model(msgspec.Struct):
@@ -40,7 +46,7 @@ class _TokenizerFile(msgspec.Struct):
     """What we read of tokenizer.json; msgspec passes over the rest, which is most of it, without making objects."""
 
     model: _Model
-    added_tokens: list[_Token] = []
+    added_tokens: list[AddedToken] = []
 
 
 @dataclass(frozen=True)
@@ -70,21 +76,42 @@ class Tokenizer:
         Raises:
           CheckpointError: a file is damaged.
         """
-        path = self._file("tokenizer.json")
-        if not path:
+        return self._ordinary | {token: added.id for token, added in self.added.items()}
+
+    @cached_property
+    def added(self) -> dict[str, AddedToken]:
+        """The tokens that were added to the vocabulary of the model, which are found in texts before it is used."""
+        if not self.path:
             return {}
-        try:
-            found = msgspec.json.decode(read_bytes(path, MAX_COPIED, AGAIN, CheckpointError), type=_TokenizerFile)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not a tokenizer: {printable(str(error))}. {AGAIN}") from None
-        ids = found.model.vocab
-        if isinstance(ids, list):
-            ids = {token: place for place, (token, _) in enumerate(ids)}
-        ids |= {token.content: token.id for token in found.added_tokens}
+        found = {token.content: token for token in self._content.added_tokens}
+        ids = self._ordinary | {token.content: token.id for token in found.values()}
         for token in filter(None, map(self.special, SPECIAL)):
             if token not in ids:
                 ids[token] = max(ids.values(), default=-1) + 1
-        return ids
+                found[token] = AddedToken(ids[token], token, special=True)
+        return found
+
+    @cached_property
+    def _ordinary(self) -> dict[str, int]:
+        """The ids of the entries of the model's vocabulary, to which tokens are added."""
+        vocabulary = self._content.model.vocab
+        return vocabulary if isinstance(vocabulary, dict) else {token: i for i, (token, _) in enumerate(vocabulary)}
+
+    @cached_property
+    def path(self) -> Path | None:
+        """The path of tokenizer.json, if it is there."""
+        return self._file("tokenizer.json")
+
+    @cached_property
+    def _content(self) -> _TokenizerFile:
+        """The content of tokenizer.json; nothing where it is not there."""
+        if not self.path:
+            return _TokenizerFile(_Model())
+        try:
+            content = read_bytes(self.path, MAX_COPIED, AGAIN, CheckpointError)
+            return msgspec.json.decode(content, type=_TokenizerFile)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{self.path} is not a tokenizer: {printable(str(error))}. {AGAIN}") from None
 
     def special(self, key: str) -> str | None:
         """Return a special token, as tokenizer_config.json names it."""
@@ -96,6 +123,11 @@ class Tokenizer:
     def settings(self) -> dict:
         """The content of tokenizer_config.json."""
         return self._json("tokenizer_config.json")
+
+    @property
+    def added_file(self) -> dict:
+        """The content of added_tokens.json, which slow tokenizers have; nothing where it is not there."""
+        return self._json("added_tokens.json")
 
     @cached_property
     def generation(self) -> dict:
@@ -110,11 +142,26 @@ class Tokenizer:
     def differs(self, other: "Tokenizer") -> str:
         """Return the name of the tokenizer's file where both have it, with other bytes; else the empty string."""
         for name in VOCABULARIES:
-            ours, theirs = self._file(name), other._file(name)
-            if ours and theirs:
-                equal = read_bytes(ours, MAX_COPIED, AGAIN) == read_bytes(theirs, MAX_COPIED, AGAIN)
-                return "" if equal else name
+            if self._file(name) and other._file(name):
+                return "" if self._digest(name) == other._digest(name) else name
         return ""
+
+    def names_alike(self, other: "Tokenizer") -> bool:
+        """Do the files, as far as they are read here, name the same tokens? Where one names none, so it seems."""
+        if not (self.path and other.path):
+            return True
+        return not self.differs(other) and all(self.special(key) == other.special(key) for key in SPECIAL)
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
+
+    def _digest(self, name: str) -> str:
+        """Hash a file that is there, once."""
+        if name not in self._digests:
+            content = read_bytes(self._file(name), MAX_COPIED, AGAIN)
+            self._digests[name] = hashlib.sha256(content).hexdigest()
+        return self._digests[name]
 
     def _json(self, name: str) -> dict:
         """Return the content of a JSON file; nothing where it is not there."""
@@ -127,12 +174,13 @@ class Tokenizer:
         return path if path.is_file() else None
 
 
-def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:
+def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str, rows: int = 0) -> None:
     """Refuse a chosen tokenizer that is not there; warn of tokens whose ids mean something else in another model.
 
     Args:
       models: the base, by the name "base", and the experts. The merge has the base's config.json and rows.
       chosen: the name of the model whose tokenizer, chat template and generation_config.json the merge gets.
+      rows: of the merge's vocabulary tensors; the base's if it is not given.
 
     Raises:
       CheckpointError: the chosen model is an expert without tokenizer files, or they are damaged.
@@ -143,7 +191,8 @@ def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:
         if output is not base:
             raise CheckpointError(f"--tokenizer={chosen}: {said}. Put them there, or take another model's tokenizer.")
         logging.warning("the base in %s, so the merge has no tokenizer; --tokenizer=NAME takes an expert's", said)
-    for said in _warnings_of_output(base, output):
+    rows = rows or vocabulary_size(base.config) or 0
+    for said in _warnings_of_output(base, output, rows) if rows else ():
         logging.warning("--tokenizer=%s: %s", chosen, said)
     ends = _ends(base.config, output.generation)
     for expert in (model for model in models.values() if model is not base):
@@ -156,11 +205,8 @@ def check_tokenizers(models: Mapping[str, Tokenizer], chosen: str) -> None:
             logging.warning("expert %r: its tokenizer cannot be compared: %s", expert.name, error)
 
 
-def _warnings_of_output(base: Tokenizer, output: Tokenizer) -> Iterable[str]:
-    """Yield what is wrong with the tokenizer and the special tokens that the merge gets."""
-    rows = vocabulary_size(base.config)
-    if rows is None:
-        return
+def _warnings_of_output(base: Tokenizer, output: Tokenizer, rows: int) -> Iterable[str]:
+    """Yield what is wrong with the tokenizer and the special tokens that the merge gets, which has so many rows."""
     highest = max(output.ids.values(), default=(vocabulary_size(output.config) or rows) - 1)
     if highest >= rows:
         token = next((f" ({token!r})" for token, id in output.ids.items() if id == highest), "")
@@ -185,7 +231,7 @@ def _warnings_of_expert(base: Tokenizer, expert: Tokenizer, output: Tokenizer, e
             some = ", ".join(f"{token!r} {ours} → {theirs}" for token, ours, theirs in moved[:TOLD])
             yield (
                 f"{len(moved)} of the {len(base.ids)} tokens of the base have other ids in its tokenizer: {some}"
-                f"{', …' if len(moved) > TOLD else ''}; their rows are merged all the same. Is it a fine-tune of this "
+                f"{', …' if len(moved) > TOLD else ''}; their rows are matched by token. Is it a fine-tune of this "
                 f"base?"
             )
         elif not (base.ids and expert.ids):

@@ -10,6 +10,7 @@ import jax
 
 from dppa_jax.architecture.specs import with_dtype
 from dppa_jax.checkpoint.laid_out import laid_out_writer
+from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.reader import Reader
@@ -71,7 +72,7 @@ class Candidates:
 
     def reader(self, name: str) -> Reader:
         """Return how "base" or an expert reads and ends."""
-        model = self.opened.models[name]
+        model = opened_model(self.opened.models[name])
         return self.evaluation.readers.of(name, model.config, model.directory)
 
     def merge_reader(self) -> Reader:
@@ -128,4 +129,5 @@ class Candidates:
         seed = config.seed if config.has_random_score else None
         calibration = read_text(self.job.calibration, MAX_LINES_BYTES) if config.is_calibrated else None
         code = [jax.__version__, ARITHMETIC]
+        code += [self.opened.vocabulary.digest] if self.opened.vocabulary else []
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])
