@@ -50,7 +50,7 @@ class JobConfig:
     output: str = option("", "directory of the merged model; convert: also orbax:DIR", kind="path")
     architecture: str = option(
         "",
-        "FILE.json that says which tensors are linears, or generic: go by names and shapes; default: the table's row",
+        "FILE.json that says which tensors are linears, or generic: by names and shapes",
         kind="path",
     )
     overwrite: bool = option(False, "replace what is in --output", group="work")

@@ -197,10 +197,6 @@ def make_plan(
     again = work.survey and not resident
     elements, in_layers = zip(*map(_elements, cuts.shares), strict=True)
     all_elements, all_in_layers = _elements(specs)
-    if platform == "cpu":  # there is one heap, which keeps what is freed in pieces: what waits takes twice its size
-        on_host = on_devices + max(map(work.waiting, blocks))
-    else:
-        on_host = max(work.weights(own, resident=False) + work.copies(own) for own in blocks)
     return Plan(
         parameters=all_elements,
         models=len(dtypes),
@@ -218,9 +214,16 @@ def make_plan(
         process_written=max(elements) * work.written,
         device_bytes=on_devices // work.devices,
         device_memory=device_memory,
-        host_bytes=RUNTIME + on_host,
+        host_bytes=RUNTIME + _on_host(work, blocks, on_devices, platform),
         host_memory=host_memory,
     )
+
+
+def _on_host(work: Work, blocks: Sequence[Sequence[Block]], on_devices: int, platform: str) -> int:
+    """Peak bytes that a process holds on the host; a CPU's devices are part of it."""
+    if platform == "cpu":  # there is one heap, which keeps what is freed in pieces: what waits takes twice its size
+        return on_devices + max(map(work.waiting, blocks))
+    return max(work.weights(own, resident=False) + work.copies(own) for own in blocks)
 
 
 class _Cuts:
