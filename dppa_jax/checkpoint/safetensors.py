@@ -26,13 +26,49 @@ from dppa_jax.checkpoint.promised import (
     quantisation_left_over,
     without_quantisation,
 )
-from dppa_jax.checkpoint.weights import ADAPTER, find_tensors, has_weights
+from dppa_jax.checkpoint.weights import ADAPTER, Files, LocalFiles, find_tensors, has_weights
 from dppa_jax.runtime.reading import open_regular, read_json
 
 ALIGNMENT = 64  # bytes; a device takes an array that is aligned to this without a copy
 
 
-class SafetensorsDirectory:
+class SafetensorsHeaders:
+    """What config.json and the headers of the weights say of a model, without the weights themselves.
+
+    Attributes:
+      directory: where config.json and the other small files are.
+      config: the content of config.json.
+      tensors: where each tensor lies, by name.
+
+    Raises:
+      CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
+    """
+
+    def __init__(self, files: Files):
+        self.directory = files.directory
+        said = read_any_config(self.directory)
+        self.config = without_quantisation(said)
+        with quantisation_left_over(said, self.directory / "config.json"):
+            self.tensors = find_tensors(files, tied_heads(self.config))
+            if said.get(QUANTISATION):
+                _ = self.specs  # they are looked at when they are asked for
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors that config.json promises, by name; every one is in a file and has the right shape.
+
+        Raises:
+          CheckpointError: a tensor is missing, too many or of another shape.
+        """
+        return promised_specs(self.tensors, self.config, self.directory)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the linears; norms may have another."""
+        return self.tensors[first_linear(self.specs).name].dtype
+
+
+class SafetensorsDirectory(SafetensorsHeaders):
     """An open Hugging Face directory, a `Source`. Headers are read and checked at once, weights when asked for.
 
     Raises:
@@ -40,14 +76,8 @@ class SafetensorsDirectory:
     """
 
     def __init__(self, directory: Path | str):
-        self.directory = Path(directory)
         self._files: dict[Path, int] = {}
-        said = read_any_config(self.directory)
-        self.config = without_quantisation(said)
-        with quantisation_left_over(said, self.directory / "config.json"):
-            self.tensors = find_tensors(self.directory, tied_heads(self.config))
-            if said.get(QUANTISATION):
-                _ = self.specs  # they are looked at when they are asked for
+        super().__init__(LocalFiles(Path(directory)))
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -59,11 +89,6 @@ class SafetensorsDirectory:
         specs = promised_specs(self.tensors, self.config, self.directory)
         drop_tied_heads(self)
         return specs
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the linears; norms may have another."""
-        return self.tensors[first_linear(self.specs).name].dtype
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Read rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype.

@@ -11,13 +11,14 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, with_dtype
-from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
+from dppa_jax.jobs.models import written_tensors
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
-from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
+from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.survey import NonfiniteError
 from dppa_jax.runtime import processes, signals
@@ -84,9 +85,7 @@ def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float
 
 def _writers(opened: Opened, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
     job, base = opened.job, opened.base
-    dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
-    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in opened.outputs}
-    tensors["--output"] = output_tensors(base, job.merge)
+    tensors = written_tensors(job, base, opened.outputs)
     check_space({where: total_bytes(tensors[name]) for name, where in opened.outputs.items()})
     owner = owners(base.specs, processes.count())
     for name, where in opened.outputs.items():
