@@ -24,6 +24,7 @@ from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, SafetensorsHea
 from dppa_jax.runtime.memory import size_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+COMMIT = re.compile("[0-9a-f]{40}")
 SMALL = ["config.json", "adapter_config.json", "*.index.json", "README.md", *COPIED]  # patterns; no pickle, no code
 FIRST = 100_000  # bytes of a file that the first request asks for: most headers are smaller
 REQUESTS = 8  # at a time
@@ -43,12 +44,19 @@ def fetch_small_files(where: str) -> Path:
     Raises:
       HubError: the hub does not give them, and the cache has no such model.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from tqdm.auto import tqdm
+
+    class NoBar(tqdm):  # there is a line of log in its place
+        def __init__(self, *args, **options):
+            super().__init__(*args, **{**options, "disable": True})
 
     repository, _, revision = where.partition("@")
-    logging.info("%s: looking on the hub for its commit, config.json and tokenizer", where)
+    cached = COMMIT.fullmatch(revision) and try_to_load_from_cache(repository, "config.json", revision=revision)
+    if not isinstance(cached, str):
+        logging.info("%s: looking on the hub for its commit, config.json and tokenizer", where)
     with _asking(where):
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=SMALL))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=SMALL, tqdm_class=NoBar))
 
 
 class HubError(CheckpointError):
@@ -63,6 +71,7 @@ class HubModel(SafetensorsHeaders):
       directory: its small files, as `fetch_small_files` returned it.
 
     Attributes:
+      where: owner/name@COMMIT, as messages call it.
       names: of the files that hold the weights.
       missing: bytes that are to be fetched, by name of the file.
 
@@ -72,16 +81,14 @@ class HubModel(SafetensorsHeaders):
     """
 
     def __init__(self, where: str, directory: Path):
-        files = _HubFiles(where, directory)
+        self.repository, self.commit = where.partition("@")[0], directory.name
+        self.where = f"{self.repository}@{self.commit[:7]}"
+        logging.info("%s: reading the headers of its weights on the hub", self.where)
+        files = _HubFiles(self.repository, directory)
         super().__init__(files)
-        self.where = where
         self.names = sorted({str(tensor.file.relative_to(files.place)) for tensor in self.tensors.values()})
         found = {name: files.files[name] for name in self.names}
         self.missing = {name: file.size for name, file in found.items() if not _is_cached(directory, name, file)}
-        logging.info(
-            "%s: commit %s, %d tensors; %s of weights to fetch",
-            where, directory.name[:7], len(self.tensors), size_text(self.nbytes),
-        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -100,9 +107,9 @@ class HubModel(SafetensorsHeaders):
 
         check_room([self])
         logging.info("%s: fetching %s of weights into %s", self.where, size_text(self.nbytes), self.directory)
-        repository, commit = self.where.partition("@")[0], self.directory.name
+        patterns = [glob.escape(name) for name in self.names]
         with _asking(self.where):
-            snapshot_download(repository, revision=commit, allow_patterns=[glob.escape(name) for name in self.names])
+            snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns)
         found = SafetensorsDirectory(self.directory)
         if not _layout(found.tensors) <= _layout(self.tensors):
             raise CheckpointError(
@@ -147,9 +154,9 @@ class _HubFiles:
       files: what the hub says of each file, by name.
     """
 
-    def __init__(self, where: str, directory: Path):
-        self.directory, self.place = directory, Path(where.partition("@")[0])
-        self._where, self._commit = where, directory.name
+    def __init__(self, repository: str, directory: Path):
+        self.directory, self.place = directory, Path(repository)
+        self._commit = directory.name
 
     @cached_property
     def _filesystem(self) -> Any:
@@ -162,7 +169,7 @@ class _HubFiles:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        with _asking(self._where):
+        with _asking(f"{self.place}@{self._commit[:7]}"):
             found = list(HfApi().list_repo_tree(str(self.place), revision=self._commit, recursive=True))
         return {file.path: file for file in found if isinstance(file, RepoFile)}
 
@@ -181,7 +188,7 @@ class _HubFiles:
     def _header(self, name: str) -> dict[str, StoredTensor]:
         """Read a header by requests for ranges of bytes."""
         size = self.files[name].size
-        with _asking(self._where):
+        with _asking(f"{self.place}@{self._commit[:7]}"):
             try:
                 path = f"{self.place}@{self._commit}/{name}"
                 with self._filesystem.open(path, "rb", block_size=FIRST, size=size) as stream:
@@ -209,8 +216,8 @@ def _asking(where: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # the hub raises many kinds: no network, no such repository, gated, not logged in
-        reason = (str(error).strip() or "no message").splitlines()[0]
+        reason = (str(error).strip() or "no message").splitlines()[0].removesuffix(".")
         raise HubError(
-            f"{where}: no such directory, and fetching it from the hub failed: {type(error).__name__}: {reason} Check "
+            f"{where}: no such directory, and fetching it from the hub failed: {type(error).__name__}: {reason}. Check "
             f"the name, the network and, for a gated model, HF_TOKEN; or download it elsewhere and give its directory."
         ) from error
