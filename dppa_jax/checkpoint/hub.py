@@ -98,10 +98,10 @@ class HubModel(SafetensorsHeaders):
     def fetch(self) -> SafetensorsDirectory:
         """Fetch the weights, and open the directory that then has them.
 
-          Raises:
-            OSError: the disk of the hub's cache has too little room.
-            HubError: the hub does not give them.
-        CheckpointError: they are others than the headers said.
+        Raises:
+          OSError: the disk of the hub's cache has too little room.
+          HubError: the hub does not give them.
+          CheckpointError: they are others than the headers said.
         """
         from huggingface_hub import snapshot_download
 
@@ -156,7 +156,7 @@ class _HubFiles:
 
     def __init__(self, repository: str, directory: Path):
         self.directory, self.place = directory, Path(repository)
-        self._commit = directory.name
+        self._commit, self._where = directory.name, f"{repository}@{directory.name[:7]}"
 
     @cached_property
     def _filesystem(self) -> Any:
@@ -169,7 +169,7 @@ class _HubFiles:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
-        with _asking(f"{self.place}@{self._commit[:7]}"):
+        with _asking(self._where):
             found = list(HfApi().list_repo_tree(str(self.place), revision=self._commit, recursive=True))
         return {file.path: file for file in found if isinstance(file, RepoFile)}
 
@@ -188,7 +188,7 @@ class _HubFiles:
     def _header(self, name: str) -> dict[str, StoredTensor]:
         """Read a header by requests for ranges of bytes."""
         size = self.files[name].size
-        with _asking(f"{self.place}@{self._commit[:7]}"):
+        with _asking(self._where):
             try:
                 path = f"{self.place}@{self._commit}/{name}"
                 with self._filesystem.open(path, "rb", block_size=FIRST, size=size) as stream:

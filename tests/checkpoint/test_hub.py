@@ -118,6 +118,7 @@ def test_what_else_needs_no_weights(merge):
     assert merge.cached_weights() == []
 
 
+@pytest.mark.slow  # as it loads a tokenizer of transformers
 def test_evaluated_merge_fetches_no_model_before_all_are_looked_at(merge):
     (merge.root / "gsm8k.jsonl").write_text(json.dumps({"id": "1", "question": "word1", "answer": "7"}))
     other_shape(merge.root)
