@@ -1,36 +1,60 @@
 """Find and open a model by what a flag says of it: a directory, a hub id, `orbax:DIR` or `demo:NAME`."""
 
 import os
-import re
+from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+from absl import logging
+
 from dppa_jax.architecture.generic import GENERIC, Stated
-from dppa_jax.architecture.specs import CheckpointError, tree_of
-from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs, tree_of
+from dppa_jax.checkpoint import Checkpoint, read_config
+from dppa_jax.checkpoint.hub import HUB_ID, HubError, HubModel, check_room, fetch_small_files
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.checkpoint.inside import COPIED
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory
 from dppa_jax.checkpoint.stacked import StoredArray
+from dppa_jax.checkpoint.weights import has_all_weights
 from dppa_jax.config.run import PREFIX, JobConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.reading import printable, read_json
 
+Looked = Checkpoint | HubModel  # a model that is open, or on the hub and looked at
 
-def open_checkpoint(
-    where: str | Path, seed: int = 0, weights: bool = True, stated: Stated | str | None = None
-) -> Checkpoint:
-    """Open a model to be read by row; see `locate` for the other arguments and errors.
+
+@dataclass(frozen=True)
+class ConfigAlone:
+    """A model of which config.json is all that could be read."""
+
+    directory: Path
+    config: dict
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors that config.json promises, by name."""
+        return tensor_specs(self.config)
+
+
+def open_checkpoint(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Checkpoint:
+    """Open a model to be read by row; see `look` for the arguments and errors."""
+    return _with_weights(look(where, seed, stated))
+
+
+def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Looked:
+    """Open a model; if it is on the hub and not in the cache, read its config.json and headers, and no weights.
+
+    Other arguments and errors are those of `locate`.
 
     Args:
       stated: what its tensors are, as `stated_architecture` gives it; None for what the table of architectures says.
 
     Raises:
-      CheckpointError: the directory is damaged, or not a model that can be merged.
+      CheckpointError: the model is damaged, or not one that can be merged.
     """
-    directory = locate(where, seed, weights)
-    return OrbaxDirectory(directory) if is_orbax(directory) else SafetensorsDirectory(directory, stated)
+    return _look(where, locate(where, seed, weights=False), stated)
 
 
 def stated_architecture(flag: str) -> Stated | str | None:
@@ -48,19 +72,55 @@ def stated_architecture(flag: str) -> Stated | str | None:
         raise CheckpointError(f"--architecture={flag}: no such file; --job=inspect writes one to start from.") from None
 
 
+def look_for_plan(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Looked | ConfigAlone:
+    """Look at a model as `look` does; where neither weights nor headers can be read, its config.json is enough."""
+    directory = locate(where, seed, weights=False)
+    if is_orbax(directory) or has_all_weights(directory):
+        return _look(where, directory, stated)
+    if _is_on_hub(where):
+        try:
+            return _look(where, directory, stated)
+        except HubError as error:
+            logging.warning("%s: planned from config.json alone: %s", where, error)
+    return ConfigAlone(directory, read_config(directory))
+
+
+def open_all(
+    places: Mapping[str, str],
+    seed: int = 0,
+    check: Callable[[dict[str, Looked]], None] | None = None,
+    stated: Stated | str | None = None,
+) -> dict[str, Checkpoint]:
+    """Open models by name. All are looked at before the weights of one are fetched.
+
+    Args:
+      places: where each is; see `locate`.
+      seed: of the demo family.
+      check: refuses what cannot work; it gets what `look` returned, by name.
+      stated: see `look`.
+    """
+    looked = {name: look(where, seed, stated) for name, where in places.items()}
+    if check:
+        check(looked)
+    check_room(looked.values())
+    return {name: _with_weights(model) for name, model in looked.items()}
+
+
 def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
     """Return the directory of a model; fetch it from the hub or train it first, where it is not there.
 
     Args:
       where: a directory, `orbax:DIR`, `demo:NAME`, or a hub id: `owner/name` or `owner/name@revision`.
       seed: of the demo family.
-      weights: also fetch the weights of a hub id. Without them, config.json is enough for a plan.
+      weights: also fetch the weights of a hub id. Without them, the directory has the small files.
 
     Raises:
       CheckpointError: there is no such directory, it is of another format, or the hub does not give it.
       ValueError: the demo family has no such member.
     """
     text = str(where)
+    if _is_on_hub(where):
+        return open_checkpoint(where).directory if weights else fetch_small_files(text)
     if text.startswith("demo:"):
         from dppa_jax import demo
 
@@ -81,29 +141,27 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
         raise CheckpointError(f"{shown}: no such directory. Check the path after {PREFIX}.")
     if path.exists():
         raise CheckpointError(f"{shown} is a file; give the directory that holds it and config.json.")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text) and not text.startswith((".", "/")):
-        return _from_hub(text, weights)
     raise CheckpointError(f"{shown}: no such directory, and not of the form owner/name of a hub id.")
 
 
-def _from_hub(text: str, weights: bool) -> Path:
-    """Fetch a model from the hub, unless the hub's cache has it; never a pickle, never a file of code."""
-    from huggingface_hub import snapshot_download
+def _is_on_hub(where: str | Path) -> bool:
+    """Return whether this is a hub id, and nothing of that name is here."""
+    text = str(where)
+    return bool(HUB_ID.fullmatch(text)) and not text.startswith(".") and not os.path.lexists(text)
 
-    repository, _, revision = text.partition("@")
-    patterns = ["config.json", "*.index.json", "README.md", *COPIED]
-    try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=patterns + ["*.safetensors"] * bool(weights)
-            )
-        )
-    except Exception as error:  # the hub raises many kinds: no network, no such repository, gated, not logged in
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise CheckpointError(
-            f"{text}: no such directory, and fetching it from the hub failed: {type(error).__name__}: {reason} Check "
-            f"the name, the network and, for a gated model, HF_TOKEN; or download it elsewhere and give its directory."
-        ) from error
+
+def _look(where: str | Path, directory: Path, stated: Stated | str | None = None) -> Looked:
+    """Open what `locate` found, or look at it on the hub."""
+    if is_orbax(directory):
+        return OrbaxDirectory(directory)
+    if _is_on_hub(where) and not has_all_weights(directory):
+        return HubModel(str(where), directory, stated)
+    return SafetensorsDirectory(directory, stated)
+
+
+def _with_weights(model: Looked) -> Checkpoint:
+    """Fetch the weights of a model on the hub; any other has them."""
+    return model.fetch() if isinstance(model, HubModel) else model
 
 
 def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
@@ -131,15 +189,24 @@ def load(where: str | Path, seed: int = 0) -> Model:
     return Model(*load_tree(directory), directory)
 
 
-def open_models(job: JobConfig, weights: bool = True) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    """Open the base and the experts of a job.
+def open_models(
+    job: JobConfig, check: Callable[[dict[str, Looked]], None] | None = None
+) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    """Open the base and the experts of a job, of which a hub id is the same commit in every process.
 
     Args:
       job: says where the models are.
-      weights: fetch the weights of hub ids. Without them, a model whose weights are not here is an error.
+      check: see `open_all`; the base is called "base".
     """
-    seed = job.merge.seed
+    places = {"base": job.base, **job.experts}
+    pinned = processes.of_first("commits", lambda: {n: _pinned(where) for n, where in places.items()}, dict[str, str])
     with processes.first_alone("models"):  # process 0 fetches or builds what the others then find
-        options = seed, weights, stated_architecture(job.architecture)
-        base = open_checkpoint(job.base, *options)
-        return base, {name: open_checkpoint(where, *options) for name, where in job.experts.items()}
+        models = open_all(pinned, job.merge.seed, check, stated_architecture(job.architecture))
+    return models.pop("base"), models
+
+
+def _pinned(where: str) -> str:
+    """Return a hub id with the commit that its revision is now; any other place as it is."""
+    if not _is_on_hub(where):
+        return where
+    return f"{where.partition('@')[0]}@{fetch_small_files(where).name}"

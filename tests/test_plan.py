@@ -235,6 +235,8 @@ def test_plan_needs_config_files_only(merge, capsys):
 def test_plan_checks_as_a_merge_would(merge):
     plan = ["--job=plan", *merge.flags()]
     edit_json(merge.law / "config.json", num_hidden_layers=5)
+    assert f"{merge.law}: 18 tensors are missing" in merge.refusal(of=plan), "headers are read where they are"
+    (merge.law / "model.safetensors").unlink()
     assert "expert 'law' has 5 decoder layers, the base 3" in merge.refusal(of=plan)
     edit_json(merge.law / "config.json", num_hidden_layers=3, hidden_size=None)
     assert f"{merge.law}/config.json: has no 'hidden_size'" in merge.refusal(of=plan)
@@ -244,6 +246,7 @@ def test_plan_checks_as_a_merge_would(merge):
 
 def test_dtype_that_is_none_of_ours(merge):
     edit_json(merge.law / "config.json", dtype="float8_e4m3fn")
+    (merge.law / "model.safetensors").unlink()
     message = merge.refusal(of=["--job=plan", *merge.flags()])
     assert "dtype 'float8_e4m3fn' cannot be merged; it must be float32, float16, bfloat16" in message
 
@@ -451,7 +454,11 @@ def test_layers_that_are_timed_have_the_proportions_of_the_model(size):
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"device_memory": 10**10}, "devices of --device_memory"), ({}, "give --output"), ({"output": "o"}, "neither")],
+    [
+        ({"device_memory": 10**10}, "devices of --device_memory"),
+        ({}, "give --output"),
+        ({"output": "o"}, "the weights of base are not here"),
+    ],
 )
 def test_why_no_time_is_predicted(plan, options, reason, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")

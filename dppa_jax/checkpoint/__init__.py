@@ -2,7 +2,7 @@
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME
-from dppa_jax.checkpoint.matched import Matched
+from dppa_jax.checkpoint.matched import Matched, Part
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, read_config
 from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
@@ -23,4 +23,4 @@ __all__ = [
     "tensor_specs",
 ]
 
-Checkpoint = SafetensorsDirectory | OrbaxDirectory | Matched  # an open checkpoint, whatever its format
+Checkpoint = SafetensorsDirectory | OrbaxDirectory | Part | Matched  # an open checkpoint, whatever its format

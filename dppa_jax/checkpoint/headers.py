@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import ml_dtypes
 import msgspec
@@ -29,6 +29,7 @@ FIX_BY_CODE = {  # of a tensor of another code; one that is not here is a quanti
     "F64": "Save the model in one of them (transformers: from_pretrained(DIR, dtype='float32').save_pretrained(NEW)).",
 }
 MAX_HEADER = 16_000_000  # bytes; a model of 100,000 tensors has less
+AGAIN = "download it again"
 NAMED = 4_000_000  # bytes of a header of which a damaged entry is looked for by name
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
@@ -89,21 +90,30 @@ class _Entry(msgspec.Struct, gc=False):
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Return the tensors of a file by name.
+    """Return the tensors of a file by name; see `header_of`."""
+    with naming(file), open(open_regular(file, CheckpointError), "rb") as stream:
+        return header_of(stream, os.fstat(stream.fileno()).st_size, file)
+
+
+def header_of(stream: Any, size: int, file: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name, from a stream that is at its beginning. Only the header is read.
+
+    Args:
+      stream: of bytes, on this machine or on another.
+      size: bytes of the whole file.
+      file: how messages call it.
 
     Raises:
       UnfitError: a tensor has a dtype that weights cannot have.
       CheckpointError: the file is truncated, damaged or no safetensors file.
     """
-    with naming(file), open(open_regular(file, CheckpointError), "rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
-        first = stream.read(8)
-        length = int.from_bytes(first, "little")
-        if first == b"version ":
-            raise CheckpointError(f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` there.")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); download it again.")
-        entries = _parse(file, stream.read(length))
+    first = stream.read(8)
+    length = int.from_bytes(first, "little")
+    if first == b"version ":
+        raise CheckpointError(f"{file} is a Git LFS pointer in place of the weights; run `git lfs pull` there.")
+    if size < 8 or length > min(size - 8, MAX_HEADER):
+        raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes); {AGAIN}.")
+    entries = _parse(file, stream.read(length))
     tensors, data = {}, 8 + length
     for name, offset in _in_order(file, entries, data, size):
         if tensor := _tensor(file, name, entries[name], offset):
@@ -123,11 +133,11 @@ def _parse(file: Path, header: bytes) -> dict[str, _Entry]:
     except msgspec.ValidationError as error:
         raise _damaged(file, header, error) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the header of {file} is not JSON ({error}); download it again.") from None
+        raise CheckpointError(f"the header of {file} is not JSON ({error}); {AGAIN}.") from None
     entries.pop("__metadata__", None)
     for name, entry in entries.items():
         if entry is None or not entry.complete:
-            raise CheckpointError(f"{file}: the header's entry of {shown(name)} is damaged; download it again.")
+            raise CheckpointError(f"{file}: the header's entry of {shown(name)} is damaged; {AGAIN}.")
     return entries
 
 
@@ -143,9 +153,9 @@ def _damaged(file: Path, header: bytes, error: msgspec.ValidationError) -> Check
         except (ValueError, RecursionError):
             said = bytes(entry)[:99].decode(errors="replace")
             return CheckpointError(
-                f"{file}: the header's entry of {shown(name)} is damaged: {printable(said)}; download it again."
+                f"{file}: the header's entry of {shown(name)} is damaged: {printable(said)}; {AGAIN}."
             )
-    return CheckpointError(f"the header of {file}: {error}; download it again.")
+    return CheckpointError(f"the header of {file}: {error}; {AGAIN}.")
 
 
 def _in_order(file: Path, entries: dict[str, _Entry], data: int, size: int) -> Iterator[tuple[str, int]]:
@@ -153,18 +163,16 @@ def _in_order(file: Path, entries: dict[str, _Entry], data: int, size: int) -> I
     position = 0
     for name, (begin, end) in sorted(((n, e.data_offsets) for n, e in entries.items()), key=lambda item: item[1]):
         if data + end > size:
-            raise CheckpointError(
-                f"{file}: truncated: {shown(name)} ends at byte {data + end} of {size}; download it again."
-            )
+            raise CheckpointError(f"{file}: truncated: {shown(name)} ends at byte {data + end} of {size}; {AGAIN}.")
         if begin != position:
             raise CheckpointError(
                 f"{file}: {shown(name)} begins at byte {begin} of the data, but should begin at byte {position}: "
-                f"tensors overlap or leave holes; download it again."
+                f"tensors overlap or leave holes; {AGAIN}."
             )
         position = end
         yield name, data + begin
     if data + position != size:
-        raise CheckpointError(f"{file}: {size - data - position} bytes after the last tensor; download it again.")
+        raise CheckpointError(f"{file}: {size - data - position} bytes after the last tensor; {AGAIN}.")
 
 
 def _tensor(file: Path, name: str, entry: _Entry, offset: int) -> StoredTensor | None:
@@ -182,6 +190,6 @@ def _tensor(file: Path, name: str, entry: _Entry, offset: int) -> StoredTensor |
     if end - begin != nbytes:
         raise CheckpointError(
             f"{file}: {shown(name)} has {end - begin} bytes in the header, its shape {shape} in {code} needs {nbytes}; "
-            f"download it again."
+            f"{AGAIN}."
         )
     return StoredTensor(file, dtype, shape, offset)

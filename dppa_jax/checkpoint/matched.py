@@ -1,4 +1,4 @@
-"""Models whose rows of vocabulary tensors are read in the order of the merge's tokens, and not in their own."""
+"""Models of which some tensors alone are merged, or whose rows of the vocabulary are read in another order."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -76,6 +76,37 @@ class Matched:
         out = np.empty(self.specs[name].shape, self.tensors[name].dtype)
         self.read_rows(name, 0, len(out), out)
         return out
+
+
+class Part:
+    """A model of which only some tensors are merged. All else is the model's own; a `Source`.
+
+    Args:
+      model: an open checkpoint, or one whose headers alone are known.
+      specs: of the tensors that are merged.
+      copies: tensors that the files lack, as they are copies: the name of the other.
+    """
+
+    def __init__(self, model: Any, specs: Mapping[str, TensorSpec], copies: Mapping[str, str] | None = None):
+        self.model, self.specs, self._copies = model, specs, dict(copies or {})
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is not about these tensors: directory, config, fingerprint, close and more of the model."""
+        return getattr(self.model, name)
+
+    @property
+    def tensors(self) -> Mapping:
+        """All tensors of the model, and those that are copies of others."""
+        tensors = self.model.tensors
+        return {**tensors, **{name: tensors[of] for name, of in self._copies.items()}} if self._copies else tensors
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Read rows start to stop (exclusive) of a tensor into `out`."""
+        self.model.read_rows(self._copies.get(name, name), start, stop, out)
+
+    def read(self, name: str) -> np.ndarray:
+        """Read a whole tensor."""
+        return self.model.read(self._copies.get(name, name))
 
 
 class Means:

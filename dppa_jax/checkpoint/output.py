@@ -63,25 +63,27 @@ def output_directory(directory: Path | str, overwrite: bool = False) -> Path:
     return path
 
 
-def check_space(sizes: Mapping[Path, int]) -> None:
-    """Refuse outputs that together do not fit on their disks.
+def check_space(sizes: Mapping[Path, int], needs: str = "the output needs", fix: str = "write to another disk") -> None:
+    """Refuse outputs, or what will be fetched, that together do not fit on their disks.
 
     Args:
       sizes: bytes by directory. What an earlier run has left in a directory counts as already there.
+      needs: subject and verb of the message.
+      fix: what helps where room cannot be made.
 
     Raises:
       OSError: a disk has too little room.
     """
     needed: dict[int, int] = {}
+    places = {directory: existing_place(directory) for directory in sizes}
     for directory, nbytes in sizes.items():
-        existing = existing_place(directory)
-        disk = existing.stat().st_dev
+        disk = places[directory].stat().st_dev
         needed[disk] = needed.get(disk, 0) + max(0, nbytes - _taken(aside_of(directory)))
-        free = shutil.disk_usage(existing).free
-        if needed[disk] > free:
+    for existing in places.values():
+        free, wanted = shutil.disk_usage(existing).free, needed[existing.stat().st_dev]
+        if wanted > free:
             raise OSError(
-                f"{existing} has {free / 1e9:.2f} GB free, the output needs {needed[disk] / 1e9:.2f} GB. Make room, or "
-                f"write to another disk."
+                f"{existing} has {free / 1e9:.2f} GB free, {needs} {wanted / 1e9:.2f} GB. Make room, or {fix}."
             )
 
 

@@ -9,8 +9,8 @@ from dppa_jax.architecture.specs import TensorSpec
 
 
 @runtime_checkable
-class Source(Protocol):
-    """A model that can be read by row: a directory, an Orbax checkpoint, a model in memory, or one that is made up.
+class Headers(Protocol):
+    """A model whose tensors are known, and perhaps not yet here: see `HubModel`.
 
     Attributes:
       config: the content of config.json.
@@ -21,6 +21,11 @@ class Source(Protocol):
     config: dict
     specs: Mapping[str, TensorSpec]
     tensors: Mapping
+
+
+@runtime_checkable
+class Source(Headers, Protocol):
+    """A model that can be read by row: a directory, an Orbax checkpoint, a model in memory, or one that is made up."""
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Read rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype."""

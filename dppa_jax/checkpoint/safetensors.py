@@ -5,8 +5,6 @@ instead: then every page that is touched costs a page fault and counts as memory
 """
 
 import os
-from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -32,30 +30,34 @@ from dppa_jax.checkpoint.promised import (
     quantisation_left_over,
     without_quantisation,
 )
-from dppa_jax.checkpoint.weights import ADAPTER, find_tensors, has_weights
+from dppa_jax.checkpoint.weights import ADAPTER, Files, LocalFiles, find_tensors, has_weights
 from dppa_jax.runtime.reading import open_regular, read_json
 
 ALIGNMENT = 64  # bytes; a device takes an array that is aligned to this without a copy
 
 
-class SafetensorsDirectory:
-    """An open Hugging Face directory, a `Source`. Headers are read and checked at once, weights when asked for.
+class SafetensorsHeaders:
+    """What config.json and the headers of the weights say of a model, without the weights themselves.
 
     Args:
-      directory: of the model.
+      files: of the model.
       stated: what the tensors are, in place of what the table's row says; see `Promised`.
+
+    Attributes:
+      directory: where config.json and the other small files are.
+      config: the content of config.json.
+      tensors: where each tensor lies, by name.
 
     Raises:
       CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
     """
 
-    def __init__(self, directory: Path | str, stated: Stated | str | None = None):
-        self.directory = Path(directory)
-        self._files: dict[Path, int] = {}
+    def __init__(self, files: Files, stated: Stated | str | None = None):
+        self.directory, self._given = files.directory, stated
         said = read_any_config(self.directory)
         self.config = without_quantisation(said)
         with quantisation_left_over(said, self.directory / "config.json"):
-            self._promised = Promised(self.config, find_tensors(self.directory, tied_heads(self.config)), stated)
+            self._promised = Promised(self.config, find_tensors(files, tied_heads(self.config)), stated)
             self.tensors = self._promised.tensors
             if said.get(QUANTISATION):
                 _ = self.specs  # they are looked at when they are asked for
@@ -65,10 +67,9 @@ class SafetensorsDirectory:
         """The tensors that are merged, by name; every one is in a file and has the right shape.
 
         Raises:
-          CheckpointError: a tensor is missing, too many or of another shape; a head is wrongly called the embeddings.
+          CheckpointError: a tensor is missing, too many or of another shape.
         """
         self._promised.check(self.directory)
-        drop_tied_heads(self)
         return self._promised.specs
 
     @property
@@ -81,21 +82,37 @@ class SafetensorsDirectory:
         """What the tensors are, if no row of the table of architectures promises them."""
         return self._promised.stated
 
-    def leave_out(self, names: Iterable[str]) -> None:
-        """Leave tensors out of those that are merged; they can still be read."""
-        for name in names:
-            del self.specs[name]
-            self.layout.shapes.pop(self.layout.places.pop(name).stored, None)
-
-    def add_copy(self, name: str, of: str) -> None:
-        """Add a tensor that the files lack, as it is a copy of another."""
-        self.specs[name] = replace(self.specs[of], name=name, kind=name.removesuffix(".weight"))
-        self.tensors[name] = self.tensors[of]
-
     @property
     def dtype(self) -> np.dtype:
         """The dtype of the linears; norms may have another."""
         return self.tensors[first_linear(self.specs).name].dtype
+
+
+class SafetensorsDirectory(SafetensorsHeaders):
+    """An open Hugging Face directory, a `Source`. Headers are read and checked at once, weights when asked for.
+
+    Args:
+      directory: of the model.
+      stated: what the tensors are, in place of what the table's row says; see `Promised`.
+
+    Raises:
+      CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
+    """
+
+    def __init__(self, directory: Path | str, stated: Stated | str | None = None):
+        self._files: dict[Path, int] = {}
+        super().__init__(LocalFiles(Path(directory)), stated)
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors that are merged, by name; every one is in a file and has the right shape.
+
+        Raises:
+          CheckpointError: a tensor is missing, too many or of another shape; a head is wrongly called the embeddings.
+        """
+        self._promised.check(self.directory)
+        drop_tied_heads(self)
+        return self._promised.specs
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Read rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype.

@@ -1,9 +1,10 @@
-"""The weights of a Hugging Face directory: which of its files hold them, or what is there in their place."""
+"""The weights of a model in Hugging Face's layout: which of its files hold them, or what is there in their place."""
 
 import os
 import re
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import msgspec
 from absl import logging
@@ -35,13 +36,65 @@ class Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
+@runtime_checkable
+class Files(Protocol):
+    """The files of a model, among which its weights are looked for: in a directory, or on the hub.
+
+    Attributes:
+      directory: where the small files are.
+      place: the directory or the repository, as messages call it.
+    """
+
+    directory: Path
+    place: Path
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a file."""
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the names that match a pattern, sorted; each "/" of a name must be in the pattern."""
+
+    def headers(self, names: Iterable[str], named_by: Path | None = None) -> dict[str, dict[str, StoredTensor]]:
+        """Read the headers of files; return the tensors by name, by file. `named_by` is as for `inside`."""
+
+
+class LocalFiles:
+    """The files of a directory."""
+
+    def __init__(self, directory: Path):
+        self.directory = self.place = directory
+
+    def has(self, name: str) -> bool:
+        """Return whether there is such a file, or a link."""
+        return os.path.lexists(self.directory / name)
+
+    def matching(self, pattern: str) -> list[str]:
+        """Return the names that match a pattern, sorted."""
+        return sorted(str(path.relative_to(self.directory)) for path in self.directory.glob(pattern))
+
+    def headers(self, names: Iterable[str], named_by: Path | None = None) -> dict[str, dict[str, StoredTensor]]:
+        """Read the headers of files; see `Files`."""
+        return {name: read_header(readable(self.directory, name, named_by)) for name in names}
+
+
 def has_weights(directory: Path) -> bool:
     """Return whether weights seem to be there."""
     return any(os.path.lexists(directory / name) for name in (SINGLE, INDEX))
 
 
-def find_tensors(directory: Path, heads: Container[str] = ()) -> dict[str, StoredTensor]:
-    """Return every tensor of a directory by name, from one file or from shards.
+def has_all_weights(directory: Path) -> bool:
+    """Return whether the weights are there, and all shards that the index names.
+
+    Raises:
+      CheckpointError: there are two sets of weights, or the index is damaged.
+    """
+    files = LocalFiles(directory)
+    names = set(_weight_map(files).values()) if files.has(INDEX) else {SINGLE}
+    return all(os.path.exists(directory / name) for name in names)
+
+
+def find_tensors(files: Files, heads: Container[str] = ()) -> dict[str, StoredTensor]:
+    """Return every tensor of a model by name, from one file or from shards.
 
     Args:
       heads: those that are the embeddings; an index may list them although no shard has them.
@@ -49,71 +102,77 @@ def find_tensors(directory: Path, heads: Container[str] = ()) -> dict[str, Store
     Raises:
       CheckpointError: there are no weights, or two sets of them; a file is missing, damaged or outside the directory.
     """
-    if os.path.lexists(directory / INDEX):
-        weight_map = _weight_map(directory)
-        tensors, files = _listed(directory, weight_map, heads), set(weight_map.values())
-    elif os.path.lexists(directory / SINGLE):
-        tensors, files = read_header(readable(directory, SINGLE)), {SINGLE}
+    if files.has(INDEX):
+        weight_map = _weight_map(files)
+        tensors, names = _listed(files, weight_map, heads), set(weight_map.values())
+    elif files.has(SINGLE):
+        tensors, names = files.headers([SINGLE])[SINGLE], {SINGLE}
     else:
-        raise CheckpointError(_no_weights(directory))
-    _tell_unread(directory, files)
+        raise CheckpointError(_no_weights(files))
+    _tell_unread(files, names)
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.match(name)}
 
 
-def _weight_map(directory: Path) -> Mapping[str, str]:
+def _weight_map(files: Files) -> Mapping[str, str]:
     """Return the file of each tensor as the index says, unless there is another set of weights beside these."""
     fix = "It must have a weight_map from tensors to files; download it again."
-    weight_map = read_json(inside(directory, INDEX), Index, MAX_INDEX, fix, CheckpointError).weight_map
-    if os.path.lexists(directory / SINGLE) and SINGLE not in weight_map.values():
+    weight_map = read_json(inside(files.directory, INDEX), Index, MAX_INDEX, fix, CheckpointError).weight_map
+    if files.has(SINGLE) and SINGLE not in weight_map.values():
         raise CheckpointError(
-            f"{directory} holds two sets of weights: {SINGLE}, and the shards that {INDEX} names. Some programs read "
+            f"{files.place} holds two sets of weights: {SINGLE}, and the shards that {INDEX} names. Some programs read "
             f"the one, some the other. Remove the set that is not meant: {SINGLE}, or {INDEX} with its shards."
         )
     return weight_map
 
 
-def _listed(directory: Path, weight_map: Mapping[str, str], heads: Container[str]) -> dict[str, StoredTensor]:
+def _listed(files: Files, weight_map: Mapping[str, str], heads: Container[str]) -> dict[str, StoredTensor]:
     """Return the tensors that the index lists."""
-    index = directory / INDEX
-    tensors, headers = {}, {}
+    index = files.directory / INDEX
+    first_tensors: dict[str, str] = {}
     for name, shard in weight_map.items():
-        if shard not in headers:
-            file = inside(directory, shard, index)
-            if not os.path.lexists(file):
-                raise CheckpointError(
-                    f"{shown(str(file))} is missing ({INDEX} says it holds {shown(name)!r}); download it again."
-                )
-            headers[shard] = read_header(readable(directory, shard, index))
+        first_tensors.setdefault(shard, name)
+    for shard, name in first_tensors.items():
+        inside(files.directory, shard, index)
+        if not files.has(shard):
+            raise CheckpointError(
+                f"{shown(str(files.place / shard))} is missing ({INDEX} says it holds {shown(name)!r}); download it "
+                f"again."
+            )
+    headers = files.headers(first_tensors, index)
+    tensors = {}
+    for name, shard in weight_map.items():
         if name in headers[shard]:
             tensors[name] = headers[shard][name]
         elif name not in heads and not IGNORED.match(name):
             raise CheckpointError(
-                f"{directory / shard}: has no tensor {shown(name)!r}, which {INDEX} says it holds; download both again."
+                f"{files.place / shard}: has no tensor {shown(name)!r}, which {INDEX} says it holds; download both "
+                f"again."
             )
     return tensors
 
 
-def _tell_unread(directory: Path, files: Iterable[str]) -> None:
+def _tell_unread(files: Files, names: Iterable[str]) -> None:
     """Name safetensors files that hold none of the weights, such as consolidated.safetensors or shards of before."""
-    read = {os.path.normpath(file) for file in files}
-    if unread := sorted(path.name for path in directory.glob("*.safetensors") if path.name not in read):
-        names = ", ".join(map(printable, unread[:3])) + ", …" * (len(unread) > 3)
-        logging.warning("%s: not read, as the weights are in other files: %s", directory, names)
+    read = {os.path.normpath(name) for name in names}
+    if unread := [name for name in files.matching("*.safetensors") if name not in read]:
+        some = ", ".join(map(printable, unread[:3])) + ", …" * (len(unread) > 3)
+        logging.warning("%s: not read, as the weights are in other files: %s", files.place, some)
 
 
-def _no_weights(directory: Path) -> str:
-    """Say what is in a directory in place of weights, and what to do."""
-    if any(directory.glob("adapter_*")):
-        return f"{directory} {ADAPTER}"
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern))
+def _no_weights(files: Files) -> str:
+    """Say what is there in place of weights, and what to do."""
+    if files.matching("adapter_*"):
+        return f"{files.place} {ADAPTER}"
+    pickles = sorted(name for pattern in ("*.bin", "*.pt", "*.pth") for name in files.matching(pattern))
+    place = files.place
     if pickles := [name for name in pickles if not NO_MODEL.fullmatch(name)]:
         return (
-            f"{directory}: {printable(pickles[0])} is a pickle, which can run code when it is read. Convert it once, "
+            f"{place}: {printable(pickles[0])} is a pickle, which can run code when it is read. Convert it once, "
             f'if you trust it: python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('
-            f"'{directory}', dtype='auto').save_pretrained('{directory}-safetensors')\" and copy the tokenizer files."
+            f"'{place}', dtype='auto').save_pretrained('{place}-safetensors')\" and copy the tokenizer files."
         )
-    absent = f"{directory}: neither {SINGLE} nor {INDEX} is there"
+    absent = f"{place}: neither {SINGLE} nor {INDEX} is there"
     for pattern, fix in IN_PLACE:
-        if found := sorted(directory.glob(pattern)):
-            return f"{absent}; {printable(str(found[0].relative_to(directory)))} {fix}."
+        if found := files.matching(pattern):
+            return f"{absent}; {printable(found[0])} {fix}."
     return f"{absent}; give the directory that holds the weights, or download them."

@@ -12,7 +12,7 @@ from dppa_jax.jobs.places import check_apart
 from dppa_jax.report.sections import finish, new_report, show
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
-from dppa_jax.where import open_checkpoint
+from dppa_jax.where import open_all
 
 
 def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
@@ -22,7 +22,7 @@ def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
     """
     config, models = job.evaluation, job.models
     check_tasks(config)
-    opened = {name: open_checkpoint(where, job.seed) for name, where in models.items()}
+    opened = open_all(models, job.seed)
     directories = {name: model.directory for name, model in opened.items()}
     check_apart({}, directories, job.workdir)
     with_tokenizer = [directory for directory in directories.values() if has_tokenizer(directory)]

@@ -9,7 +9,6 @@ import jax
 from rich.table import Table
 
 from dppa_jax.architecture.table import ARCHITECTURES, architecture_of
-from dppa_jax.checkpoint import read_config
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
@@ -21,7 +20,7 @@ from dppa_jax.runtime.progress import console
 from dppa_jax.search.adamerging import adamerge
 from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.where import locate
+from dppa_jax.where import Looked, locate, look
 
 Domains = Mapping[str, Sequence[Task]]
 
@@ -85,23 +84,22 @@ def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) 
         yield candidates
 
 
-def check_forward(directory: Path) -> None:
+def check_forward(model: Looked) -> None:
     """Refuse a model that cannot be evaluated here, before any work is done."""
-    config = read_config(directory)
-    architecture = architecture_of(config)
+    architecture = architecture_of(model.config)
     if not architecture.forward:
         able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes)
         raise ValueError(
-            f"{directory}: {architecture.classes[0]} can be merged, and not yet evaluated, searched or "
+            f"{model.directory}: {architecture.classes[0]} can be merged, and not yet evaluated, searched or "
             f"tuned here, as {able} can: leave out --evaluate, and evaluate the output with another program."
         )
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
-    check_forward(locate(job.base, job.merge.seed))
+    check_forward(look(job.base, job.merge.seed))
     tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
-    return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
+    return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed, weights=False), Path(job.workdir))
 
 
 def announce(

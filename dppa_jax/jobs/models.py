@@ -1,7 +1,7 @@
 """Open a job's models once, and refuse what cannot work before the work begins."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,25 @@ from absl import logging
 
 from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.specs import layer_count, linears_of
-from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.checkpoint.card import licence
+from dppa_jax.checkpoint.hub import check_room
 from dppa_jax.checkpoint.inside import companions
 from dppa_jax.checkpoint.matched import vocabulary_tensors
 from dppa_jax.checkpoint.output import output_directory
+from dppa_jax.checkpoint.safetensors_writer import Tensors, total_bytes
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart
 from dppa_jax.merging.compatible import check_classes, check_compatible, check_same_base, check_same_tensors
+from dppa_jax.merging.merger import check_named, output_tensors
 from dppa_jax.merging.opened import Opened
-from dppa_jax.merging.rest import settle_rest
+from dppa_jax.merging.rest import Rest, settle_rest
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
 from dppa_jax.merging.vocabulary import Vocabulary, grown, match_vocabularies
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.reading import printable
-from dppa_jax.where import open_models
+from dppa_jax.where import Looked, open_models
 
 
 def open_job(job: JobConfig, writes: bool = False) -> Opened:
@@ -37,16 +40,55 @@ def open_job(job: JobConfig, writes: bool = False) -> Opened:
       CheckpointError: models that do not belong together or lack files, an output that is or contains an input.
     """
     outputs = check_outputs(job) if writes else {}
-    base, experts = open_models(job)
+    mesh = make_mesh(job.mesh)
+    checked: list[Prepared] = []
+    base, experts = open_models(job, lambda models: checked.append(check_models(job, models, outputs)))
+    prepared = prepare(job, {"base": base, **experts}, checked[0])
+    if not job.allow_other_base:
+        for name, expert in prepared.experts.items():
+            check_same_base(prepared.base, expert, name)
+    return Opened(job, prepared.base, prepared.experts, outputs, mesh, prepared.rest, prepared.vocabulary)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Models as they are merged.
+
+    Attributes:
+      base, experts: read in the order of the merge's tokens, without what is not merged.
+      rest: what the output has beside the merged tensors.
+      vocabulary: where the rows of tokens are; None where they are at the same places.
+    """
+
+    base: Any
+    experts: Mapping[str, Any]
+    rest: Rest
+    vocabulary: Vocabulary | None
+
+
+def prepare(job: JobConfig, models: Mapping[str, Any], checked: Prepared | None = None) -> Prepared:
+    """Say how models are merged, by their config.json, headers and tokenizers. Warn of what is lost.
+
+    Args:
+      models: base and experts by name; the base is called "base".
+      checked: what this said of their headers, before the weights were there; then no warning is repeated.
+
+    Raises:
+      CheckpointError: models that do not belong together.
+    """
+    base, experts = models["base"], {name: model for name, model in models.items() if name != "base"}
     check_classes(base, experts)
-    rest = settle_rest(base, experts)
-    tokenizers = {name: Tokenizer(name, m.directory, m.config) for name, m in {"base": base, **experts}.items()}
-    if vocabulary := match(job, base, experts, tokenizers):
+    base, experts, rest = settle_rest(base, experts, quiet=checked is not None)
+    if checked:
+        vocabulary = checked.vocabulary
+    else:
+        tokenizers = {name: Tokenizer(name, model.directory, model.config) for name, model in models.items()}
+        vocabulary = match(job, base, experts, tokenizers)
+        check_tokenizers(tokenizers, job.tokenizer, vocabulary.size if vocabulary else 0)
+    if vocabulary:
         base, experts = vocabulary.wrap(base, experts)
         rest = replace(rest, config=grown(rest.config, vocabulary.size))
-    opened = Opened(job, base, experts, outputs, make_mesh(job.mesh), rest, vocabulary)
-    check_models(opened, tokenizers)
-    return opened
+    return Prepared(base, experts, rest, vocabulary)
 
 
 def match(
@@ -79,30 +121,38 @@ def check_outputs(job: JobConfig) -> dict[str, Path]:
         return {name: output_directory(where, job.overwrite) for name, where in _outputs(job).items()}
 
 
-def check_models(opened: Opened, tokenizers: Mapping[str, Tokenizer]) -> None:
-    """Refuse models that do not belong together, lack files, or lie where the output goes."""
-    job, models = opened.job, opened.models
-    works = job.evaluation.tasks or not opened.outputs  # a merge alone writes nothing to --workdir
+def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[str, Path]) -> Prepared:
+    """Refuse models that do not belong together, lack files, or lie where the output goes, by their headers alone.
+
+    Args:
+      models: base and experts by name; the base is called "base".
+      outputs: the directories to write, as `check_outputs` returned them.
+    """
+    works = job.evaluation.tasks or not outputs  # a merge alone writes nothing to --workdir
     check_apart(
-        _outputs(job) if opened.outputs else {},
+        _outputs(job) if outputs else {},
         {name: model.directory for name, model in models.items()},
         job.workdir if works else "",
     )
-    tell_recognised(opened.base)
-    check_compatible(opened.base, opened.experts)
+    tell_recognised(models["base"])
+    prepared = prepare(job, models)
+    base = prepared.base
+    check_compatible(base, prepared.experts)
+    check_named(job.merge, base.specs)
     for model in models.values():
         licence(model.directory)  # the model card names it in the end
-    companions(opened.base.directory)
-    companions(opened.tokenizer.directory)
-    check_tokenizers(tokenizers, job.tokenizer, opened.vocabulary.size if opened.vocabulary else 0)
-    if opened.outputs:
-        check_code(opened.base)
-    if not job.allow_other_base:
-        for name, expert in opened.experts.items():
-            check_same_base(opened.base, expert, name)
+    companions(models["base"].directory)
+    companions(models[job.tokenizer].directory)
+    if outputs:
+        check_code(base)
+    tensors = written_tensors(job, base, outputs)
+    copied = {"--output": prepared.rest.tensors}
+    room = {where: total_bytes(tensors[name] | copied.get(name, {})) for name, where in outputs.items()}
+    check_room(models.values(), room)
+    return prepared
 
 
-def tell_recognised(base: Checkpoint) -> None:
+def tell_recognised(base: Looked) -> None:
     """Say in a line what the tensors of a model without a row in the table of architectures were taken for."""
     if not getattr(base, "stated", None):
         return
@@ -117,7 +167,14 @@ def tell_recognised(base: Checkpoint) -> None:
     )
 
 
-def check_code(model: Checkpoint) -> None:
+def written_tensors(job: JobConfig, base: Looked, outputs: Iterable[str]) -> dict[str, Tensors]:
+    """Return shape and dtype of every tensor of each output, by "--output" or the expert whose delta goes there."""
+    dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
+    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in outputs}
+    return tensors | ({"--output": output_tensors(base, job.merge)} if "--output" in tensors else {})
+
+
+def check_code(model: Looked) -> None:
     """Warn where config.json names code: it is never copied, and config.json of the output does not name it."""
     if "auto_map" in model.config:
         logging.warning(

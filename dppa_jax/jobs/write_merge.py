@@ -11,15 +11,16 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.architecture.specs import CheckpointError, with_dtype
-from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint import Checkpoint, SafetensorsWriter
 from dppa_jax.checkpoint.card import library_versions, licence, model_card, recipe
 from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
+from dppa_jax.jobs.models import written_tensors
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
-from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints, output_tensors
+from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import copy_rest
 from dppa_jax.merging.survey import NonfiniteError
@@ -91,10 +92,7 @@ def _cost(outcome: Outcome, writers: Sequence[SafetensorsWriter], started: float
 
 def _writers(opened: Opened, identity: str) -> Iterator[tuple[str, SafetensorsWriter]]:
     job, base = opened.job, opened.base
-    dtype = DTYPE_BY_NAME[job.merge.delta_dtype]
-    tensors = {name: {n: (spec.shape, dtype) for n, spec in base.specs.items()} for name in opened.outputs}
-    tensors["--output"] = output_tensors(base, job.merge)
-    copied = {"--output": opened.rest.tensors}
+    tensors, copied = written_tensors(job, base, opened.outputs), {"--output": opened.rest.tensors}
     check_space({w: total_bytes(tensors[name] | copied.get(name, {})) for name, w in opened.outputs.items()})
     owner = owners(base.specs, processes.count())
     for name, where in opened.outputs.items():

@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.rules import check_patterns
-from dppa_jax.architecture.specs import CheckpointError, Linears, linears_of
+from dppa_jax.architecture.specs import CheckpointError, Linears, TensorSpec, linears_of
 from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.checkpoint.dtypes import common_dtype
-from dppa_jax.checkpoint.protocol import LastingSink, Sink, Source
+from dppa_jax.checkpoint.protocol import Headers, LastingSink, Sink, Source
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.merging.blocks import Block, make_blocks, shares
@@ -85,6 +85,13 @@ def merge_checkpoints(
     return Merger(base, experts, config, mesh, layout, norms, quiet, journal)(sink, delta_sinks)
 
 
+def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse coefficients and rules that name tensors which the base does not have."""
+    check_tensors(config.coefficients, list(specs))
+    check_patterns(config.tensor_rates, specs, "--tensor_rate")
+    check_patterns(config.tensor_coefficients, specs, "--tensor_coefficient")
+
+
 class Merger:
     """Merges the same checkpoints, again and again with other factors and coefficients.
 
@@ -113,12 +120,7 @@ class Merger:
         journal: Journal | None = None,
     ):
         specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
-        check_tensors(config.coefficients, list(specs))
-        for rules, flag in (
-            (config.tensor_rates, "--tensor_rate"),
-            (config.tensor_coefficients, "--tensor_coefficient"),
-        ):
-            check_patterns(rules, specs, flag)
+        check_named(config, specs)
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
         blocks = make_blocks(shares(specs, layout.processes)[layout.process], layout.block_layers)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident, layout.refuse_zeros)
@@ -264,12 +266,12 @@ def _write_ranges(sink: Sink, x: DeviceMatrix, array: np.ndarray, dtype: Callabl
         sink.write_rows(rows.name, rows.start, array[at].astype(dtype(rows.name), copy=False))
 
 
-def output_tensors(base: Source, config: MergeConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+def output_tensors(base: Headers, config: MergeConfig) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of every tensor of the merged checkpoint."""
     return {name: (spec.shape, _output_dtype(name, base, config)) for name, spec in base.specs.items()}
 
 
-def _output_dtype(name: str, base: Source, config: MergeConfig) -> np.dtype:
+def _output_dtype(name: str, base: Headers, config: MergeConfig) -> np.dtype:
     return DTYPE_BY_NAME[config.output_dtype] if config.output_dtype else base.tensors[name].dtype
 
 

@@ -4,14 +4,16 @@ Nothing is dropped in silence. A tensor is merged, or copied from one model, or 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from absl import logging
 
-from dppa_jax.architecture.specs import CheckpointError, Role, tensor_specs
+from dppa_jax.architecture.row import Role
+from dppa_jax.architecture.specs import CheckpointError, tensor_specs
 from dppa_jax.architecture.table import known
 from dppa_jax.checkpoint.laid_out import copy_tensors
+from dppa_jax.checkpoint.matched import Part
 from dppa_jax.checkpoint.promised import same_bits
 from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
 from dppa_jax.runtime import processes
@@ -37,43 +39,55 @@ class Rest:
         return {name: (self.source.tensors[name].shape, self.source.tensors[name].dtype) for name in self.names}
 
 
-def settle_rest(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> Rest:
-    """Decide what is copied, and leave it out of the tensors that are merged.
+def settle_rest(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> tuple[Any, dict[str, Any], Rest]:
+    """Return base and experts with the tensors that are merged, and what is copied.
+
+    Where the weights are not there yet, a head that only one model has is taken for a copy of the embeddings.
 
     Raises:
       CheckpointError: several experts have heads of their own.
     """
-    _settle_copies(base, experts)
+    models = {"base": base, **experts}
     row = known(base.config)
-    if row and row.own_heads and hasattr(base, "leave_out"):
-        return _settle_heads(base, experts, quiet)
-    rest = base.layout.rest if hasattr(base, "layout") else ()
-    if not quiet:
-        _tell(rest, experts)
-    return Rest(base, rest, base.config)
+    if row and row.own_heads:
+        models, rest = _settle_heads(models, quiet)
+    else:
+        models = models if row else _settle_copies(models)
+        names = _rest(base)
+        if not quiet:
+            _tell(names, experts)
+        rest = Rest(base, names, base.config)
+    return models.pop("base"), models, rest
 
 
-def _settle_heads(base: Any, experts: Mapping[str, Any], quiet: bool) -> Rest:
+def _rest(model: Any) -> tuple[str, ...]:
+    """Return the names of what a model's files have beside the tensors that are merged."""
+    return tuple(model.layout.rest) if hasattr(model, "layout") else ()
+
+
+def _settle_heads(models: Mapping[str, Any], quiet: bool) -> tuple[dict[str, Any], Rest]:
     """Take the head of the one expert that has its own; heads that all models have alike are merged."""
-    heads = {name: _heads(model) for name, model in {"base": base, **experts}.items()}
-    other = [name for name in experts if heads[name] != heads["base"]]
+    heads = {name: _heads(model) for name, model in models.items()}
+    base = models["base"]
+    other = [name for name in models if heads[name] != heads["base"]]
     if not other:
-        return Rest(base, (), base.config)
+        return dict(models), Rest(base, (), base.config)
     if len(other) > 1:
         said = "; ".join(f"{name!r}: {', '.join(list(heads[name])[:2]) or 'none'}" for name in other)
         raise CheckpointError(
             f"{len(other)} experts have heads that the base has not ({said}), and a model has one head: merge one such "
             f"expert at a time, with others that have the base's."
         )
-    chosen = experts[other[0]]
-    for name, model in {"base": base, **experts}.items():
-        model.leave_out(heads[name])
-        lost = [] if quiet else [tensor for tensor in heads[name] if tensor not in heads[other[0]]]
+    (owner,) = other
+    parts = {}
+    for name, model in models.items():
+        parts[name] = Part(model, {tensor: spec for tensor, spec in model.specs.items() if tensor not in heads[name]})
+        lost = [] if quiet else [tensor for tensor in heads[name] if tensor not in heads[owner]]
         if lost:
             logging.warning("%r: %d tensors of its head are not in the output, first %s", name, len(lost), lost[0])
     if not quiet:
-        logging.info("the head of %r is copied: %s", other[0], ", ".join(heads[other[0]]) or "none")
-    return Rest(chosen, tuple(heads[other[0]]), chosen.config)
+        logging.info("the head of %r is copied: %s", owner, ", ".join(heads[owner]) or "none")
+    return parts, Rest(models[owner], tuple(heads[owner]), models[owner].config)
 
 
 def _heads(model: Any) -> dict[str, tuple[int, ...]]:
@@ -82,21 +96,19 @@ def _heads(model: Any) -> dict[str, tuple[int, ...]]:
     return {name: spec.shape for name, spec in model.specs.items() if name not in backbone}
 
 
-def _settle_copies(base: Any, experts: Mapping[str, Any]) -> None:
-    """Let models agree on heads that only some files have, where they are copies of the embeddings.
-
-    Raises:
-      CheckpointError: such a head is no copy.
-    """
-    if known(base.config) or not hasattr(base, "leave_out"):
-        return
-    for expert in experts.values():
-        for name in [name for name in _vocabulary(expert) if name not in base.specs]:
-            if _copied_from(expert, name):
-                expert.leave_out([name])
-        for name in [name for name in _vocabulary(base) if name not in expert.specs]:
-            if (other := _copied_from(base, name)) and other in expert.specs:
-                expert.add_copy(name, other)
+def _settle_copies(models: Mapping[str, Any]) -> dict[str, Any]:
+    """Let models agree on heads that only some files have, where they are copies of the embeddings."""
+    base, settled = models["base"], dict(models)
+    for name, model in models.items():
+        own = dict(model.specs)
+        more = [tensor for tensor in _vocabulary(model) if tensor not in base.specs and _copied_from(model, tensor)]
+        lacks = {tensor: _copied_from(base, tensor) for tensor in _vocabulary(base) if tensor not in own}
+        lacks = {tensor: of for tensor, of in lacks.items() if of in own}
+        if more or lacks:
+            own = {tensor: spec for tensor, spec in own.items() if tensor not in more}
+            own |= {tensor: replace(own[of], name=tensor, kind=base.specs[tensor].kind) for tensor, of in lacks.items()}
+            settled[name] = Part(model, own, lacks)
+    return settled
 
 
 def _vocabulary(model: Any) -> list[str]:
@@ -104,10 +116,13 @@ def _vocabulary(model: Any) -> list[str]:
 
 
 def _copied_from(model: Any, name: str) -> str | None:
-    """Return another matrix of the vocabulary with the same bits."""
-    return next(
-        (other for other in _vocabulary(model) if other != name and same_bits((model, other), (model, name))), None
-    )
+    """Return another matrix of the vocabulary with the same bits; with the same shape, where there are no bits yet."""
+    others = [
+        other for other in _vocabulary(model) if other != name and model.specs[other].shape == model.specs[name].shape
+    ]
+    if not hasattr(model, "read_rows"):
+        return others[0] if others else None
+    return next((other for other in others if same_bits((model, other), (model, name))), None)
 
 
 def _tell(rest: Sequence[str], experts: Mapping[str, Any]) -> None:
@@ -116,8 +131,7 @@ def _tell(rest: Sequence[str], experts: Mapping[str, Any]) -> None:
         logging.info("%d tensors are copied from the base, first %s", len(rest), rest[0])
     ours = set(map(_plain, rest))
     for name, expert in experts.items():
-        theirs = expert.layout.rest if hasattr(expert, "layout") else ()
-        if lost := [tensor for tensor in theirs if _plain(tensor) not in ours]:
+        if lost := [tensor for tensor in _rest(expert) if _plain(tensor) not in ours]:
             logging.warning(
                 "expert %r: %d tensors that the base has not are not in the output, first %s", name, len(lost), lost[0]
             )
@@ -132,9 +146,7 @@ def copy_rest(rest: Rest, experts: Mapping[str, Any], sink: SafetensorsWriter) -
 
 def _tell_differences(rest: Rest, experts: Mapping[str, Any]) -> None:
     for name, expert in experts.items():
-        if expert is rest.source or not rest.names or not hasattr(expert, "layout"):
-            continue
-        theirs = {_plain(tensor): tensor for tensor in expert.layout.rest}
+        theirs = {_plain(tensor): tensor for tensor in _rest(expert)}
         pairs = [(tensor, theirs[_plain(tensor)]) for tensor in rest.names if _plain(tensor) in theirs]
         different = [ours for ours, own in pairs if not same_bits((rest.source, ours), (expert, own))]
         if different:

@@ -1,7 +1,5 @@
 """What is read from a directory: single-file and sharded, every dtype, tied and grouped, whole and by row."""
 
-from fnmatch import fnmatch
-
 import numpy as np
 import pytest
 from families import DTYPES, Q_PROJ, fine_tuned, llama_config, random_weights, write_model
@@ -173,25 +171,6 @@ def test_place_that_is_neither_directory_nor_hub_id():
 def test_file_in_place_of_its_directory(pristine):
     with pytest.raises(CheckpointError, match=r"model\.safetensors is a file; give the directory that holds it"):
         locate(pristine / "base" / "model.safetensors")
-
-
-def test_hub_id_is_fetched_at_its_revision_without_pickles(pristine, monkeypatch):
-    calls = []
-
-    def snapshot_download(repository, **options):
-        calls.append((repository, options))
-        return str(pristine / "base")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert locate("meta-llama/Llama-2-7b-hf") == pristine / "base"
-    assert locate("GAIR/Abel-7B-001@v1.0", weights=False) == pristine / "base"
-    (first, options), (second, of_plan) = calls
-    assert (first, options["revision"]) == ("meta-llama/Llama-2-7b-hf", None)
-    assert (second, of_plan["revision"]) == ("GAIR/Abel-7B-001", "v1.0")
-    assert {"config.json", "*.index.json", "*.safetensors", "tokenizer.json"} <= set(options["allow_patterns"])
-    for name in ("pytorch_model.bin", "modeling_llama.py", "original/consolidated.00.pth"):
-        assert not any(fnmatch(name, pattern) for pattern in options["allow_patterns"])
-    assert "*.safetensors" not in of_plan["allow_patterns"], "a plan needs no weights"
 
 
 @pytest.mark.parametrize("said", ["[Errno -2] Name or service not known", ""])
