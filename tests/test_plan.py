@@ -265,7 +265,7 @@ def test_plan_is_what_the_merge_reads_and_writes(merge, method, residency):
     cost = read_json(merge.output / "recipe.json")["cost"]
     models = {name: str(merge.root / name) for name in ("math", "law")}
     job = JobConfig(MergeConfig(tuple(models), method), str(merge.base), models, residency=residency)
-    promised = plan_of(job, [read_json(merge.base / "config.json")] * 3, (1, 1))
+    promised = plan_of(job, tensor_specs(read_json(merge.base / "config.json")), ["bfloat16"] * 3, (1, 1))
     assert cost["bytes_read"] == promised.bytes_read
     header = cost["bytes_written"] - promised.bytes_written
     assert 0 < header < 8000
@@ -275,13 +275,13 @@ def test_plan_is_what_the_merge_reads_and_writes(merge, method, residency):
 def test_models_that_are_merged_again_stay_resident_where_they_fit(merge, monkeypatch):
     models = {name: str(merge.root / name) for name in ("math", "law")}
     job = JobConfig(MergeConfig(tuple(models), "dppa"), str(merge.base), models)
-    configs = [read_json(merge.base / "config.json")] * 3
-    layers = configs[0]["num_hidden_layers"]
-    once, again = plan_of(job, configs, (1, 1)), plan_of(job, configs, (1, 1), repeated=True)
+    config = read_json(merge.base / "config.json")
+    models, layers = (tensor_specs(config), ["bfloat16"] * 3), config["num_hidden_layers"]
+    once, again = plan_of(job, *models, (1, 1)), plan_of(job, *models, (1, 1), repeated=True)
     assert (once.resident, once.block_layers) == (False, 1)
     assert (again.resident, again.block_layers) == (True, layers)
     monkeypatch.setattr("dppa_jax.merging.plan.device_memory", lambda given: (again.device_bytes // 10, "cpu"))
-    little = plan_of(job, configs, (1, 1), repeated=True)
+    little = plan_of(job, *models, (1, 1), repeated=True)
     assert not little.resident
 
 
@@ -386,7 +386,7 @@ def test_peak_of_a_merge_is_what_was_planned(tmp_path):
     measured = read_json(tmp_path / "out" / "recipe.json")["cost"]["peak_memory"]
     config = MergeConfig(tuple(experts), "dare")
     job = JobConfig(config, str(tmp_path / "base"), experts, residency="resident", block_layers=4)
-    planned = plan_of(job, [read_json(tmp_path / "base" / "config.json")] * 4, (1, 1))
+    planned = plan_of(job, tensor_specs(read_json(tmp_path / "base" / "config.json")), ["float32"] * 4, (1, 1))
     assert planned.host_bytes > 1.5 * RUNTIME
     assert planned.host_bytes == pytest.approx(measured, rel=0.2)
 

@@ -231,14 +231,14 @@ def _check_size(value: Any, key: str, most: int, where: Path | str) -> None:
         raise CheckpointError(f"{where}: {key} is {value!s:.30}, a model has at most {most}; correct it.")
 
 
-def with_dtype(config: Mapping, dtype: str) -> dict:
-    """Return the config.json of an output whose weights have a dtype.
+def with_dtype(config: Mapping, dtype: str) -> dict | None:
+    """Return the config.json of an output whose weights have a dtype; None if the model has none.
 
     The dtype stands under the key that is there: transformers 4 writes torch_dtype, 5 dtype. An auto_map is left out,
     as it names files of code, which are never copied.
     """
-    if not config:  # a model without config.json stays so
-        return {}
+    if not config:
+        return None
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     changed = {key: value for key, value in config.items() if key != "auto_map"} | dict.fromkeys(keys, dtype)
     if isinstance(inner := config.get(WRAPPED), Mapping):

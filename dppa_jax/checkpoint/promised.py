@@ -22,8 +22,9 @@ from dppa_jax.architecture.specs import (
     tied_heads,
 )
 from dppa_jax.architecture.table import architecture_of, known, vocabulary_size
-from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, StoredTensor, UnfitError, shown
+from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, NO_WEIGHT, StoredTensor, UnfitError, shown
 
+NO_WEIGHT_CODES = {dtype: code for code, dtype in NO_WEIGHT.items()}
 ADAPTER = re.compile(r"^base_model\.model\.|\.(base_layer|modules_to_save)\.|\.lora_")
 PIECE = 1 << 22  # bytes of each of two tensors that are compared at a time
 
@@ -82,12 +83,13 @@ class Promised:
             raise UnfitError(f"{directory}: {_about_extra(self._stored[extra[0]].file.name, extra, missing)}")
         if missing:
             raise UnfitError(f"{directory}: {_about_missing(missing, self.config)}")
-        for name, tensor in self.tensors.items():
-            if name in self.specs and tensor.shape != self.specs[name].shape:
-                raise UnfitError(f"{tensor.file}: {_about_shape(self.specs[name], tensor.shape)}")
-            if name in self.specs and tensor.dtype not in DTYPE_BY_CODE.values():
+        tensors = self.tensors
+        for name, spec in self.specs.items():
+            if tensors[name].shape != spec.shape:
+                raise UnfitError(f"{tensors[name].file}: {_about_shape(spec, tensors[name].shape)}")
+            if (code := NO_WEIGHT_CODES.get(tensors[name].dtype)) is not None:
                 raise UnfitError(
-                    f"{tensor.file}: {shown(name)} is stored as {tensor.dtype}; weights must be "
+                    f"{tensors[name].file}: {shown(name)} is stored as {code}; weights must be "
                     f"{', '.join(DTYPE_BY_CODE)}. It is no weight: leave it out of the file."
                 )
 

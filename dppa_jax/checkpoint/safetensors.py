@@ -54,7 +54,7 @@ class SafetensorsHeaders:
 
     def __init__(self, files: Files, stated: Stated | str | None = None):
         self.directory, self._given = files.directory, stated
-        said = read_any_config(self.directory)
+        said = read_any_config(self.directory, needed=not stated)
         self.config = without_quantisation(said)
         with quantisation_left_over(said, self.directory / "config.json"):
             self._promised = Promised(self.config, find_tensors(files, tied_heads(self.config)), stated)
@@ -192,17 +192,22 @@ def read_config(directory: Path) -> dict:
     return config
 
 
-def read_any_config(directory: Path) -> dict:
-    """Read and check config.json, which may say that the weights are quantised; see `read_config`."""
+def read_any_config(directory: Path, needed: bool = True) -> dict:
+    """Read and check config.json, which may say that the weights are quantised; see `read_config`.
+
+    Args:
+      needed: if not, a model may have none, and {} is returned.
+    """
     if (directory / "adapter_config.json").exists() and not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} {ADAPTER}")
     path = inside(directory, "config.json")
     try:
         config = read_json(path, fix=AGAIN, error=CheckpointError)
     except FileNotFoundError:
-        if has_weights(directory):
+        if not needed and not os.path.lexists(path):
             logging.warning("%s is missing: the model is known by the names and shapes of its tensors alone", path)
             return {}
-        raise CheckpointError(f"{path} is missing; is {directory} a Hugging Face model directory?") from None
+        hint = " If it has none: --architecture=generic goes by names and shapes." * has_weights(directory)
+        raise CheckpointError(f"{path} is missing; is {directory} a Hugging Face model directory?{hint}") from None
     check_config(without_quantisation(config), path)
     return config

@@ -138,19 +138,19 @@ class SafetensorsWriter:
             yield place.stored, first, count
 
     def commit(
-        self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
+        self, config: Mapping | None, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
     ) -> None:
         """Complete the directory and give it its final name; see `complete` for the arguments."""
         self.complete(config, copy_from, texts)
         publish_all([self])
 
     def complete(
-        self, config: Mapping, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
+        self, config: Mapping | None, copy_from: Path | None = None, texts: Mapping[str, str | bytes] | None = None
     ) -> None:
         """Finish the shards and write all else that belongs into the directory; `publish` then renames it.
 
         Args:
-          config: the content of config.json; without any, there is no such file.
+          config: the content of config.json; for None there is no such file.
           copy_from: a model's directory, whose tokenizer files and generation config are copied.
           texts: further small files, by name.
         """
@@ -168,7 +168,7 @@ class SafetensorsWriter:
             contents |= texts or {}
             if len(self.shards) > 1:
                 contents["model.safetensors.index.json"] = self._index()
-            if config:
+            if config is not None:
                 contents["config.json"] = json.dumps(dict(config), indent=2) + "\n"
             write_small_files(self.path, contents)
 

@@ -12,6 +12,7 @@ from dppa_jax.architecture.table import known
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.merging.configs import compare_configs
 from dppa_jax.runtime import processes
+from dppa_jax.runtime.reading import printable
 
 OTHER_BASE = 1.0  # ‖δ‖/‖base‖; unrelated models of equal norm have √2, fine-tunes stay far below 1
 PROBED_ROWS = 16  # of each linear of the first, middle and last layer
@@ -51,17 +52,27 @@ def check_same_tensors(base: Any, experts: Mapping[str, Any]) -> None:
 
 
 def check_classes(base: Any, experts: Mapping[str, Any]) -> None:
-    """Refuse experts of another row of the table of architectures than the base's, where both have one."""
+    """Refuse experts of another row of the table of architectures than the base's.
+
+    Models that are taken by the names and shapes of their tensors are not told apart so.
+    """
     for name, expert in experts.items():
-        rows = known(base.config), known(expert.config)
-        if not all(rows):
+        if not (base.config and expert.config):
             continue
-        ours, theirs = (row.classes[0] for row in rows)
-        if ours != theirs:
+        rows = [None if getattr(model, "stated", None) else known(model.config) for model in (base, expert)]
+        if rows[0] is not rows[1]:
+            ours, theirs = (_class(row, model.config) for row, model in zip(rows, (base, expert), strict=True))
+            hint = "" if all(rows) else " --architecture=generic merges models whose tensors have the same names."
             raise CheckpointError(
                 f"expert {name!r} is a {theirs}, the base a {ours} (architectures in config.json): a different base "
-                f"model?"
+                f"model?{hint}"
             )
+
+
+def _class(row: Architecture | None, config: Mapping) -> str:
+    """Return the class of a model, as a message can have it."""
+    listed = config.get("architectures") or [config.get("model_type") or "model of an unknown class"]
+    return row.classes[0] if row else printable(str(listed[0])[:99])
 
 
 def _check_names(base: Any, expert: Any, name: str) -> None:

@@ -313,13 +313,13 @@ def test_heads_that_do_not_divide(merge):
         ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, "FalconForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"architectures": None, "model_type": "gpt2"}, "gpt2"),
-        ({"architectures": None, "model_type": None}, "unknown"),
+        ({"architectures": None, "model_type": None}, "model of an unknown class"),
     ],
 )
 def test_other_architecture(merge, changes, found):
     edit_json(merge.law / "config.json", **changes)
-    message = merge.refusal()
-    assert f"{merge.law}/config.json: architecture {found!r} is not supported; supported: LlamaForCausalLM" in message
+    assert f"expert 'law' is a {found}, the base a LlamaForCausalLM" in (message := merge.refusal())
+    assert "--architecture=generic merges models whose tensors have the same names" in message
 
 
 @pytest.mark.parametrize("index", [{"metadata": {}}, {"weight_map": ["a"]}, {"weight_map": {Q_PROJ: 1}}])
