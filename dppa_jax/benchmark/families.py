@@ -1,4 +1,4 @@
-"""Make synthetic LLaMA checkpoints for benchmarks: seeded, with heavy-tailed deltas, about as fast as a disk writes."""
+"""Make synthetic checkpoints for benchmarks: seeded, with heavy-tailed deltas, about as fast as a disk writes."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,6 +19,16 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads
     "1.1b": (2048, 5632, 22, 32, 4),
     "3b": (3200, 8640, 26, 32, 32),
     "7b": (4096, 11008, 32, 32, 32),
+    "moe": (2048, 6144, 2, 32, 4),  # two layers of Qwen3-30B-A3B
+}
+MIXTURE = {  # what config.json says further of the last shape
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
 }
 VOCABULARY = 32000
 EXPERTS = ("expert0", "expert1", "expert2")
@@ -45,6 +55,7 @@ def model_config(shape: str, layers: int = 0) -> dict:
         "hidden_act": "silu",
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        **(MIXTURE if shape == "moe" else {}),
     }
 
 

@@ -20,7 +20,7 @@ class BenchmarkConfig:
 
     HELP_GROUP: ClassVar[str] = "report, validate and benchmark"
 
-    shape: tuple[str, ...] = option(("0.3b",), "benchmark: 0.3b, 1.1b, 3b, 7b; several make a table of sizes")
+    shape: tuple[str, ...] = option(("0.3b",), "benchmark: 0.3b, 1.1b, 3b, 7b, moe; several make a table")
     device: str = option("", "benchmark: time the arithmetic alone, on weights made there", choices=("cpu", "gpu"))
     scaling: bool = option(False, "benchmark: by 1, 2 and 4 processes")
     peer: str = option(

@@ -41,6 +41,7 @@ class Layout:
     """How the work is cut and placed: this `process` of several has the tensors that `blocks.owners` gives it.
 
     Attributes:
+      experts_elements: see `make_blocks`.
       refuse_zeros: stop at rows that are zeros in one model only; see `zeros.check_zeros`.
     """
 
@@ -49,6 +50,7 @@ class Layout:
     processes: int = 1
     process: int = 0
     refuse_zeros: bool = True
+    experts_elements: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Merger:
         specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
         check_named(config, specs)
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
-        blocks = make_blocks(shares(specs, layout.processes)[layout.process], layout.block_layers)
+        own = shares(specs, layout.processes)[layout.process]
+        blocks = make_blocks(own, layout.block_layers, layout.experts_elements)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident, layout.refuse_zeros)
         self._kernels, self._dense = kernels_of(mesh, config)
         self._linears = linears_of(specs)

@@ -73,7 +73,8 @@ class Opened:
     def layout(self, plan: Plan) -> Layout:
         """Cut the work of this process as the plan says."""
         place = processes.count(), processes.index()
-        return Layout(plan.block_layers, plan.resident, *place, refuse_zeros=not self.job.allow_other_base)
+        refuse_zeros = not self.job.allow_other_base
+        return Layout(plan.block_layers, plan.resident, *place, refuse_zeros, plan.experts_elements)
 
     def norms(self, merge: MergeConfig) -> Norms | None:
         """Compute activation norms on --calibration text, where the score of a merge needs them."""

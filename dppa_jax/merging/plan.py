@@ -10,7 +10,7 @@ from dppa_jax.architecture.specs import CheckpointError, TensorSpec
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.fold import WAYS
-from dppa_jax.merging.blocks import Block, make_blocks, shares
+from dppa_jax.merging.blocks import CACHED, Block, make_blocks, shares, survey_steps
 from dppa_jax.merging.merger import SEARCHES, WRITES_BEHIND
 from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
@@ -98,6 +98,7 @@ class Plan:
     mesh: tuple[int, int]  # of each process
     platform: str
     block_layers: int
+    experts_elements: int  # see `make_blocks`
     blocks: int  # of a process
     resident: bool
     passes: int  # over the inputs
@@ -182,6 +183,7 @@ def make_plan(
     processes: int = 1,
     save_delta: bool = False,
     host_memory: int = 0,
+    experts_elements: int = 0,
 ) -> Plan:
     """Plan a merge of base and experts, given the base's tensors and the dtype of each model, base first.
 
@@ -190,27 +192,29 @@ def make_plan(
     axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
     """
     work = make_work(dtypes, config, math.prod(mesh), save_delta)
-    cuts = _Cuts(shares(specs, processes), work, mesh[0], DEVICE_SHARE * device_memory * work.devices)
+    room = DEVICE_SHARE * device_memory * work.devices
+    cuts = _Cuts(shares(specs, processes), work, mesh[0], room, experts_elements)
     resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))
     block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
     blocks, on_devices = cuts.blocks(block_layers), cuts.peak(block_layers, resident)
-    again = work.survey and not resident
-    elements, in_layers = zip(*map(_elements, cuts.shares), strict=True)
-    all_elements, all_in_layers = _elements(specs)
+    elements = list(map(_elements, cuts.shares))
+    surveyed = [_surveyed(own) if work.survey and not resident else 0 for own in blocks]
+    all_surveyed = _surveyed(make_blocks(specs, block_layers)) if work.survey and not resident else 0
     return Plan(
-        parameters=all_elements,
+        parameters=_elements(specs),
         models=len(dtypes),
         processes=processes,
         mesh=mesh,
         platform=platform,
         block_layers=min(block_layers, cuts.layers),
+        experts_elements=experts_elements,
         blocks=max(map(len, blocks)),
         resident=resident,
         passes=1 + work.survey,
-        bytes_read=(all_elements + again * all_in_layers) * work.read,
-        bytes_written=all_elements * work.written,
+        bytes_read=(_elements(specs) + all_surveyed) * work.read,
+        bytes_written=_elements(specs) * work.written,
         process_parameters=max(elements),
-        process_read=max(a + again * b for a, b in zip(elements, in_layers, strict=True)) * work.read,
+        process_read=max(a + b for a, b in zip(elements, surveyed, strict=True)) * work.read,
         process_written=max(elements) * work.written,
         device_bytes=on_devices // work.devices,
         device_memory=device_memory,
@@ -233,16 +237,19 @@ class _Cuts:
       shares: the tensors of each process; of processes whose tensors are alike, one is looked at.
       axis: the size of the mesh's layer axis, of which a block has a multiple of layers.
       room: bytes of the devices of a process that may be filled.
+      experts_elements: see `make_blocks`.
     """
 
-    def __init__(self, shares: Sequence[Mapping[str, TensorSpec]], work: Work, axis: int, room: float):
+    def __init__(
+        self, shares: Sequence[Mapping[str, TensorSpec]], work: Work, axis: int, room: float, experts_elements: int
+    ):
         self.shares = list({tuple(spec.shape for spec in own.values()): own for own in shares if own}.values())
         self.layers = max(len({spec.layer for spec in own.values()} - {None}) for own in self.shares)
-        self._work, self._axis, self._room = work, axis, room
+        self._work, self._axis, self._room, self._experts_elements = work, axis, room, experts_elements
 
     def blocks(self, layers: int) -> list[list[Block]]:
         """The blocks of each process, of so many layers."""
-        return [make_blocks(own, min(layers, self.layers)) for own in self.shares]
+        return [make_blocks(own, min(layers, self.layers), self._experts_elements) for own in self.shares]
 
     def peak(self, layers: int, resident: bool) -> int:
         """Most bytes on the devices of a process."""
@@ -276,10 +283,14 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
     )
 
 
-def _elements(specs: Mapping[str, TensorSpec]) -> tuple[int, int]:
-    """Count the elements of all tensors, and of those of layers."""
-    sizes = [(spec.layer is not None, math.prod(spec.shape)) for spec in specs.values()]
-    return sum(size for _, size in sizes), sum(size for in_layer, size in sizes if in_layer)
+def _elements(specs: Mapping[str, TensorSpec]) -> int:
+    """Count the elements of tensors."""
+    return sum(math.prod(spec.shape) for spec in specs.values())
+
+
+def _surveyed(blocks: Sequence[Block]) -> int:
+    """Count the elements of a model that a survey reads."""
+    return sum(step.block.elements for step in survey_steps(blocks))
 
 
 def dtype_name(config: Mapping) -> str:
@@ -307,6 +318,7 @@ def plan_of(
     A further merge of SmolLM2-135M with one expert takes 0.13 s so, and 0.65 s streamed a layer at a time.
     """
     memory, platform = device_memory(job.device_memory)
+    experts_elements = CACHED if platform == "cpu" and not job.device_memory else 0
     if job.device_memory:
         platform = "accelerator"  # an imagined device: plan for its memory, not for this machine's page cache
     elif platform != "cpu" and job.evaluation.tasks and job.evaluation.evaluator == "vllm":
@@ -316,4 +328,4 @@ def plan_of(
     free = 0 if job.device_memory else psutil.virtual_memory().available
     several = job.num_processes or processes.count()
     cut = (job.block_layers, job.residency, memory, platform, several)
-    return make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free)
+    return make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free, experts_elements)

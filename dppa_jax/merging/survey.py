@@ -11,7 +11,7 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.allocate import ALLOCATIONS, Allocation, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
 from dppa_jax.delta.threshold import BOUNDS
-from dppa_jax.merging.blocks import Block, layer_owners
+from dppa_jax.merging.blocks import Block, Step, layer_owners, survey_steps
 from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.merging.rows import DeviceMatrix
 from dppa_jax.merging.stream import Stream
@@ -34,7 +34,7 @@ def surveyed(
     """Find the statistics of every expert in a pass over the weights; None where the allocation needs none."""
     if not config.is_surveyed:
         return None
-    with stage("survey", stream.pass_bytes(), quiet=quiet) as progress:
+    with stage("survey", stream.pass_bytes([s.block for s in survey_steps(stream.blocks)]), quiet=quiet) as progress:
         return survey(stream, linears, dense, config, progress, journal)
 
 
@@ -58,30 +58,38 @@ def survey(
     experts = range(len(config.experts))
     linear = np.zeros((len(experts), len(linears)))
     layer = np.zeros((len(experts), linears.layers))
-    blocks = []
-    for block in (block for block in stream.blocks if block.layers):
-        if (known := journal.get(_key(block))) is None:
-            blocks.append(block)
+    sums = np.zeros(linear.shape)
+    steps = []
+    for step in survey_steps(stream.blocks):
+        if (known := journal.get(_key(step.block))) is None:
+            steps.append(step)
         else:
-            linear[:, block.linears], layer[:, list(block.layers)] = known["linear"], known["layer"]
+            linear[:, step.whole], layer[:, list(step.block.layers)] = known["linear"], known["layer"]
 
-    def survey_expert(e: int, matrices: list[DeviceMatrix], places: list[int], layers: list[int]) -> None:
-        folded = [kernels.row_sums("absolute", x.base, x.experts[e]) for x in matrices]
-        rows = (host_sums(f, x.matrix.rows) for x, f in zip(matrices, folded, strict=True))
-        sums = np.concatenate([x.matrix.range_sums(r) for x, r in zip(matrices, rows, strict=True)])
-        _check_finite(sums, places, linears, config.experts[e])
-        of_linear, of_layer = _thresholds(sums, linears, places, layers, config, allocation)
-        own, beyond = _outliers(kernels, matrices, e, of_linear, of_layer, allocation.outliers)
-        linear[e][places] = own
-        np.add.at(layer[e], linears.layer[places], beyond)
+    def survey_expert(e: int, step: Step, matrices: list[DeviceMatrix]) -> None:
+        places, whole = step.block.linears, list(step.whole)
+        if step.adds_up:
+            folded = [kernels.row_sums("absolute", x.base, x.experts[e]) for x in matrices]
+            rows = (host_sums(f, x.matrix.rows) for x, f in zip(matrices, folded, strict=True))
+            sums[e, places] = np.concatenate([x.matrix.range_sums(r) for x, r in zip(matrices, rows, strict=True)])
+            _check_finite(sums[e, places], places, linears, config.experts[e])
+        if step.compares:
+            thresholds = _thresholds(sums[e, whole], linears, whole, step.block.layers[0], config, allocation)
+            chosen = [whole.index(place) for place in places] if len(places) < len(whole) else slice(None)
+            of_linear, of_layer = (each[chosen] for each in thresholds)
+            own, beyond = _outliers(kernels, matrices, e, of_linear, of_layer, allocation.outliers)
+            linear[e][places] = own
+            np.add.at(layer[e], linears.layer[places], beyond)
 
     with ThreadPoolExecutor(SURVEYS, "survey") as pool:
-        for block, loaded in stream(blocks):
-            matrices = [x for x in loaded if x.matrix.linears]
-            places, layers = block.linears, list(block.layers)
-            for done in [pool.submit(survey_expert, e, matrices, places, layers) for e in experts]:
+        last = {step.block.layers: step for step in steps}
+        for step, (block, loaded) in zip(steps, stream([step.block for step in steps]), strict=True):
+            matrices, layers = [x for x in loaded if x.matrix.linears], list(block.layers)
+            for done in [pool.submit(survey_expert, e, step, matrices) for e in experts if matrices]:
                 done.result()
-            journal.add(_key(block), {"linear": linear[:, places].tolist(), "layer": layer[:, layers].tolist()})
+            if step is last[block.layers]:
+                found = {"linear": linear[:, step.whole].tolist(), "layer": layer[:, layers].tolist()}
+                journal.add(_key(block), found)
             progress.advance(stream.bytes_read)
     owners = np.array(layer_owners(linears.layers, processes.count()))
     layer = processes.joined("survey of layers", layer, 1, owners)
@@ -97,7 +105,7 @@ def _thresholds(
     sums: np.ndarray,
     linears: Linears,
     places: list[int],
-    layers: list[int],
+    first_layer: int,
     config: MergeConfig,
     allocation: Allocation,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +114,7 @@ def _thresholds(
     Means and products are rounded to the delta's dtype, as the authors' code does in working precision.
     """
     dtype = np.dtype(ml_dtypes.bfloat16 if config.delta_dtype == "bfloat16" else config.delta_dtype)
-    numel, layer = linears.numel[places], linears.layer[places] - layers[0]
+    numel, layer = linears.numel[places], linears.layer[places] - first_layer
     own = (sums / numel).astype(dtype) * np.asarray(config.significance_multiple, dtype)
     mean = (np.bincount(layer, sums) / np.bincount(layer, numel)).astype(dtype)
     multiple = dtype.type(allocation.layer_multiple or config.significance_multiple)
