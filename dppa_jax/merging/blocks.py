@@ -13,8 +13,8 @@ from dppa_jax.merging.rows import Matrix, RowRange
 from dppa_jax.runtime.processes import share
 
 CHUNK = 1 << 24  # elements of embeddings at a time, in a process that has no layers
-MOST = 1 << 28  # elements of a block of one layer, unless a matrix alone has more; a layer of LLaMA-2-7B has fewer
-CACHED = 1 << 24  # elements of a matrix of experts on a CPU, which is three times as slow on larger ones
+MOST = 1 << 26  # elements of a block of one layer, unless a matrix alone has more; a layer of LLaMA-2-7B has fewer
+CACHED = 1 << 23  # elements of a matrix of experts on a CPU, which is three times as slow on larger ones
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, experts_elem
 
 
 def _parts(group: Sequence[TensorSpec], most: int) -> list[Sequence[TensorSpec]]:
-    """Cut tensors of one shape into parts of at most so many elements, all of as many tensors where that is possible."""
+    """Cut tensors of one shape into parts of at most so many elements, of equally many tensors where that works."""
     count = max(1, most // (group[0].rows * group[0].columns)) if most else len(group)
     equal = max(size for size in range(1, count + 1) if len(group) % size == 0)
     count = equal if 2 * equal >= count else count
