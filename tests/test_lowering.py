@@ -23,7 +23,7 @@ from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
 from dppa_jax.merging import activations, kernels
 from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.merging.kernels import ZERO, Kernels
-from dppa_jax.model import LlamaConfig, abstract_tree, forward
+from dppa_jax.model import DecoderConfig, abstract_tree, forward
 from dppa_jax.model.decoder import Cache, init_tree
 from dppa_jax.model.generate import decode
 from dppa_jax.runtime.mesh import PerTensor, make_mesh, over_rows
@@ -35,7 +35,7 @@ PLATFORMS = ("tpu", "cuda")
 MESH = "layer=2,row=4"
 EXPERTS = ("math", "law")
 LAYERS, ROWS, COLUMNS = 2, 16, 70
-LLAMA = LlamaConfig(
+LLAMA = DecoderConfig(
     vocab_size=40,
     hidden_size=16,
     intermediate_size=24,

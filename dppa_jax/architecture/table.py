@@ -116,6 +116,14 @@ def with_bias(linears: tuple[Linear, ...], *biased: str) -> tuple[Linear, ...]:
 
 HEAD_NORMS = (Norm("self_attn.q_norm", "head"), Norm("self_attn.k_norm", "head"))
 PROJECTION_NORMS = (Norm("self_attn.q_norm", "queries"), Norm("self_attn.k_norm", "keys"))
+QWEN = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 GEMMA2 = replace(
     LLAMA,
     classes=("Gemma2ForCausalLM",),
@@ -130,16 +138,17 @@ GEMMA2 = replace(
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
     },
-    forward=False,
 )
 OLMO2 = replace(
     LLAMA,
     classes=("Olmo2ForCausalLM",),
     model_type="olmo2",
     norms=(Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm"), *PROJECTION_NORMS),
-    defaults={"rms_norm_eps": 1e-5},
-    forward=False,
+    defaults={"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279},
 )
 
 ARCHITECTURES = {
@@ -149,24 +158,21 @@ ARCHITECTURES = {
         classes=("MistralForCausalLM",),
         model_type="mistral",
         linears=with_bias(LLAMA.linears),
-        defaults={"sliding_window": 4096},
-        forward=False,
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     ),
     "Qwen2": replace(
         LLAMA,
         classes=("Qwen2ForCausalLM",),
         model_type="qwen2",
         linears=with_bias(LLAMA.linears, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        defaults={"sliding_window": 4096, "use_sliding_window": False},
-        forward=False,
+        defaults=QWEN,
     ),
     "Qwen3": replace(
         LLAMA,
         classes=("Qwen3ForCausalLM",),
         model_type="qwen3",
         norms=(*LLAMA.norms, *HEAD_NORMS),
-        defaults={"head_dim": 128, "sliding_window": 4096, "use_sliding_window": False},
-        forward=False,
+        defaults={**QWEN, "head_dim": 128},
     ),
     "Gemma2": GEMMA2,
     "Gemma3": replace(
@@ -180,6 +186,7 @@ ARCHITECTURES = {
             "rope_local_base_freq": 1e4,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
+            "max_position_embeddings": 131072,
         },
     ),
     "OLMo2": OLMO2,
@@ -187,7 +194,7 @@ ARCHITECTURES = {
         OLMO2,
         classes=("Olmo3ForCausalLM",),
         model_type="olmo3",
-        defaults={**OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096},
+        defaults={**OLMO2.defaults, "rope_theta": 5e5, "rope_local_base_freq": 5e5, "sliding_window": 4096},
     ),
     "SmolLM3": replace(
         LLAMA,
@@ -198,10 +205,12 @@ ARCHITECTURES = {
             "num_key_value_heads": 4,
             "rope_theta": 2e6,
             "use_sliding_window": False,
+            "max_position_embeddings": 32768,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
         },
-        forward=False,
     ),
-    "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite", forward=False),
+    "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite"),
 }
 
 

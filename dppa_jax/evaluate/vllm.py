@@ -19,7 +19,7 @@ from dppa_jax.checkpoint import SafetensorsDirectory, is_orbax, save_tree
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.evaluate.local import room_for
 from dppa_jax.evaluate.worker import Worker, WorkerError
-from dppa_jax.model import LlamaConfig
+from dppa_jax.model import DecoderConfig
 from dppa_jax.model.generate import check_prompts, end_tokens
 from dppa_jax.runtime.directories import claim_directory
 from dppa_jax.runtime.reading import parse_json
@@ -70,7 +70,7 @@ SHAPES = {"start": Done, "replace": Done, "sums": Sums, "generate": Generated}
 class Shape(NamedTuple):
     """The model that an engine of vLLM is built for; weights of another shape need another engine."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     dtype: str
 
 
@@ -200,7 +200,7 @@ class VllmEvaluator:
         """Give vLLM the weights in use, start it where it does not run or has another shape, and check the weights."""
         with self._directory() as directory:
             source = SafetensorsDirectory(directory)
-            config, stored_dtype = LlamaConfig.from_hf(source.config), source.dtype.name
+            config, stored_dtype = DecoderConfig.from_hf(source.config), source.dtype.name
             self._stop = list(end_tokens(source.config, self._origin()))
             source.close()
             shape = Shape(

@@ -10,10 +10,10 @@ from dppa_jax.checkpoint import save_tree
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.train import learning_rates, train
-from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.model import DecoderConfig, init_tree
 from dppa_jax.where import load_tree
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=48,
     hidden_size=32,
     intermediate_size=40,

@@ -25,7 +25,7 @@ from dppa_jax.evaluate.sources import Item
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.merge import run_merge
 from dppa_jax.jobs.models import open_job
-from dppa_jax.model import LlamaConfig, forward, generate
+from dppa_jax.model import DecoderConfig, forward, generate
 from dppa_jax.report.coefficient_figures import draw_adamerging
 from dppa_jax.report.styles import svg
 from dppa_jax.runtime.mesh import make_mesh
@@ -75,7 +75,7 @@ def entropies(config: dict, tree: dict, prompts) -> list[float]:
     found = []
     tree = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), tree)
     for prompt in prompts:
-        logs = jax.nn.log_softmax(forward(LlamaConfig.from_hf(config), tree, np.array([prompt.tokens])), axis=-1)
+        logs = jax.nn.log_softmax(forward(DecoderConfig.from_hf(config), tree, np.array([prompt.tokens])), axis=-1)
         found.append(float(-(jnp.exp(logs) * logs).sum(axis=-1)[0, prompt.first :].sum()))
     return found
 
@@ -347,7 +347,7 @@ def test_generated_positions_are_those_of_the_first_merge_s_answers(run, root, t
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
     for domain, (of_domain,) in DOMAINS.items():
         asked = [tokenizer(item.prompt)["input_ids"] for item in of_domain.items(TaskOptions(), "validation")]
-        assert kept[domain] == generate((LlamaConfig.from_hf(config), tree), asked, 4)
+        assert kept[domain] == generate((DecoderConfig.from_hf(config), tree), asked, 4)
 
 
 def test_a_bad_granularity_is_refused():
