@@ -23,8 +23,9 @@ from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
 from dppa_jax.merging import activations, kernels
 from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.merging.kernels import ZERO, Kernels
-from dppa_jax.model import DecoderConfig, abstract_tree, forward
-from dppa_jax.model.decoder import Cache, init_tree
+from dppa_jax.model import DecoderConfig, abstract_tree, forward, init_tree
+from dppa_jax.model.context import LayerKind
+from dppa_jax.model.decoder import Cache
 from dppa_jax.model.generate import decode
 from dppa_jax.runtime.mesh import PerTensor, make_mesh, over_rows
 from dppa_jax.search import adamerging_step
@@ -201,7 +202,10 @@ def test_first_weights():
 def test_layer_of_a_calibration():
     weights = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), abstract_tree(LLAMA)["layers"])
     assert_lowers(
-        jax.jit(partial(activations._layer, LLAMA)), weights, array(2, 8, LLAMA.hidden_size, dtype=np.float32)
+        jax.jit(partial(activations._layer, LLAMA)),
+        weights,
+        LayerKind(),
+        array(2, 8, LLAMA.hidden_size, dtype=np.float32),
     )
 
 

@@ -30,7 +30,6 @@ class LayerContext(NamedTuple):
 
     rope: Float[Array, "2 #B 1 T half"]
     visible: Bool[Array, "#B T S"]
-    key_rope: Float[Array, "2 #B 1 S half"] | None
 
 
 class Context(NamedTuple):
@@ -39,18 +38,14 @@ class Context(NamedTuple):
     Attributes:
       rope: cosines and sines for the tokens of this call.
       visible: which key slots each of them sees.
-      key_rope: cosines and sines for all slots of the cache, which then holds keys that are not rotated: the angles
-        change as the sequence grows. None where they do not.
     """
 
     rope: tuple[Float[Array, "2 #B 1 T half"], ...]
     visible: tuple[Bool[Array, "#B T S"], ...]
-    key_rope: tuple[Float[Array, "2 #B 1 S half"], ...] | None = None
 
     def of(self, kind: LayerKind) -> LayerContext:
         """Return the arrays of one layer."""
-        keys = self.key_rope and choose(kind.rope, self.key_rope)
-        return LayerContext(choose(kind.rope, self.rope), choose(kind.visible, self.visible), keys)
+        return LayerContext(choose(kind.rope, self.rope), choose(kind.visible, self.visible))
 
 
 def choose(number: Int[Array, ""] | None, arrays: tuple[Array, ...]) -> Array:
@@ -68,13 +63,9 @@ def context_of(config: DecoderConfig, slots: Slots, positions: Slots, cached: in
       cached: how many slots the cache has; None without a cache.
     """
     keys = slots.shape[1] if cached is None else cached
-    key_rope = None
-    if cached is not None and any(rope and rope.varies for rope in config.ropes):
-        starts = slots[:, :1] - positions[:, :1]
-        key_rope = rotary(config, jnp.arange(keys)[None] - starts, positions)
-    rope = rotary(config, positions, positions)
+    rope = rotary(config, positions)
     windows = [config.sliding_window if windowed else None for windowed in mask_kinds(config)]
-    return Context(rope, tuple(visibility(slots, positions, keys, window) for window in windows), key_rope)
+    return Context(rope, tuple(visibility(slots, positions, keys, window) for window in windows))
 
 
 def layer_kinds(config: DecoderConfig) -> LayerKind:
@@ -101,22 +92,19 @@ def visibility(slots: Slots, positions: Slots, keys: int, window: int | None = N
     return visible if window is None else visible & (slot > slots[..., None] - window)
 
 
-def rotary(config: DecoderConfig, rotated: Slots, positions: Slots) -> tuple[Float[Array, "2 #B 1 N half"], ...]:
+def rotary(config: DecoderConfig, positions: Slots) -> tuple[Float[Array, "2 #B 1 T half"], ...]:
     """Return the cosines and sines of every table, in float32.
 
-    Args:
-      config: sizes and constants.
-      rotated: the positions to rotate by.
-      positions: of the tokens of this call. The last of a row, padding included, says how long its sequence is, which
-        decides the frequencies of the rope types `dynamic` and `longrope`.
+    With the rope types `dynamic` and `longrope` they depend on the length of a row, which its largest position says, so
+    padding to the right counts.
     """
     width = int(config.head_dim * config.partial_rotary_factor)
     length = positions.max(axis=1) + 1 if any(rope and rope.varies for rope in config.ropes) else None
 
     def table(rope: Rope | None) -> Array:
         if rope is None:  # angles of 0
-            still = jnp.ones((rotated.shape[0], 1, rotated.shape[1], width // 2), jnp.float32)
+            still = jnp.ones((positions.shape[0], 1, positions.shape[1], width // 2), jnp.float32)
             return jnp.stack([still, jnp.zeros_like(still)])
-        return angles(rope, rotated, length, width)
+        return angles(rope, positions, length, width)
 
     return tuple(table(rope) for rope in config.ropes)

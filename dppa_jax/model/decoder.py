@@ -115,7 +115,8 @@ def forward(
       tree: the stacked tree.
       tokens: ids, (B, T).
       positions: of the tokens, (B, T) or (1, T); by default 0, 1, 2, … or, with a cache, the slots that follow.
-      cache: keys and values of earlier tokens.
+      cache: keys and values of earlier tokens. With the rope types `dynamic` and `longrope` these are of the length at
+        which they were computed, as in transformers.
       remat: recompute each layer in the backward pass; this saves memory and costs one more forward pass.
 
     Returns:
@@ -223,8 +224,8 @@ def attention(
             split = norm(config, weights, norm_name, split)
         return split.swapaxes(1, 2)
 
-    query, keys = rotate(heads("q_proj", "q_norm"), context.rope), heads("k_proj", "k_norm")
-    keys, values = keys if context.key_rope is not None else rotate(keys, context.rope), heads("v_proj")
+    query, keys = (rotate(heads(f"{name}_proj", f"{name}_norm"), context.rope) for name in "qk")
+    values = heads("v_proj")
     if cache is not None:
         at = (index, 0, 0, cache.length, 0)
         cache = cache._replace(
@@ -232,8 +233,6 @@ def attention(
             values=jax.lax.dynamic_update_slice(cache.values, values[None], at),
         )
         keys, values = cache.keys[index], cache.values[index]
-    if context.key_rope is not None:
-        keys = rotate(keys, context.key_rope)
     query = query.reshape(batch, config.num_key_value_heads, -1, time, config.head_dim)
     scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, preferred_element_type=jnp.float32)
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale

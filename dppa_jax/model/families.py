@@ -39,15 +39,17 @@ def layer_types(said: Mapping, default: Callable[[int], bool]) -> tuple[bool, ..
     return tuple(kind == "sliding_attention" for kind in types)
 
 
-def window(said: Mapping) -> Fields:
-    """Every layer has a window, unless it is null."""
-    return {"sliding_window": said.get("sliding_window") if said.get("use_sliding_window", True) else None}
+def window(said: Mapping, windowed: tuple[bool, ...] = ()) -> Fields:
+    """These layers have a window, by default all; none where it is null or not used."""
+    if said.get("sliding_window") is None or not said.get("use_sliding_window", True):
+        return {}
+    return {"sliding_window": said["sliding_window"], "windowed_layers": windowed}
 
 
 def late_windows(said: Mapping) -> Fields:
     """Layers from max_window_layers on have a window, if use_sliding_window says so."""
     first = said.get("max_window_layers", 28)
-    return window(said) | {"windowed_layers": layer_types(said, lambda layer: layer >= first)}
+    return window(said, layer_types(said, lambda layer: layer >= first))
 
 
 def full_every(interval: int, own_rope: bool = False) -> Trait:
@@ -62,7 +64,7 @@ def full_every(interval: int, own_rope: bool = False) -> Trait:
         each = said.get("sliding_window_pattern", interval)
         windowed = layer_types(said, lambda layer: (layer + 1) % each > 0)
         ropes = {"ropes": two_ropes(said), "rope_of_layer": tuple(map(int, windowed))} if own_rope else {}
-        return window(said) | {"windowed_layers": windowed} | ropes
+        return window(said, windowed) | ropes
 
     return trait
 
@@ -83,7 +85,7 @@ def some_ropes(said: Mapping) -> Fields:
     windows = layer_types(said, lambda layer: bool(said.get("use_sliding_window")) and not rotated[layer])
     tables = tuple(int(not rotated[layer]) for layer in range(layers))
     ropes = {"ropes": (rope_of(said), None), "rope_of_layer": tables}
-    return window(said) | {"windowed_layers": windows} | ropes
+    return window(said, windows) | ropes
 
 
 def partial_rope(said: Mapping) -> Fields:

@@ -161,10 +161,18 @@ def decode(
     constant of the compiled program, so another model of the same shapes reuses the program.
     """
     batch, time = tokens.shape
+    slots = time + answer_slots
 
-    def predict(tokens, positions, cache):
+    def predict(tokens, positions, cache, last=-1):
         hidden, cache = hidden_states(config, tree, tokens, positions, cache)
-        return jnp.argmax(unembed(config, tree, hidden[:, -1]), axis=-1).astype(jnp.int32), cache
+        return jnp.argmax(unembed(config, tree, hidden[:, last]), axis=-1).astype(jnp.int32), cache
+
+    def predict_anew(step, new):
+        """Predict without the cache, which was computed when the frequencies were those of a shorter text."""
+        positions = jnp.minimum(jnp.arange(slots) - time, step) + lengths[:, None]
+        empty = Cache.empty(config, batch, slots, tree["embed_tokens"].dtype)
+        token, cache = predict(jnp.concatenate([tokens, new], axis=1), positions, empty, time + step)
+        return token, cache._replace(length=time + step + 1)
 
     def unfinished(state):
         step, _, done, *_ = state
@@ -174,11 +182,19 @@ def decode(
         step, token, done, new, cache = state
         new = new.at[:, step].set(token)
         done |= jnp.isin(token, eos) | (step + 1 >= limit)
-        token, cache = predict(token[:, None], (lengths + step)[:, None], cache)
+        position = lengths + step
+        if switches := [rope.original_max_position_embeddings for rope in config.ropes if rope and rope.switches]:
+            token, cache = jax.lax.cond(
+                jnp.any(position == switches[0]),
+                lambda: predict_anew(step, new),
+                lambda: predict(token[:, None], position[:, None], cache),
+            )
+        else:
+            token, cache = predict(token[:, None], position[:, None], cache)
         return step + 1, token, done, new, cache
 
     positions = jnp.arange(time) - (time - lengths)[:, None]
-    cache = Cache.empty(config, batch, time + answer_slots, tree["embed_tokens"].dtype)
+    cache = Cache.empty(config, batch, slots, tree["embed_tokens"].dtype)
     token, cache = predict(tokens, positions, cache)
     state = (0, token, (lengths == 0) | (limit <= 0), jnp.zeros((batch, answer_slots), jnp.int32), cache)
     return jax.lax.while_loop(unfinished, advance, state)[3]

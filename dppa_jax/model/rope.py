@@ -103,6 +103,11 @@ class Rope:
         return self.rope_type in ("dynamic", "longrope")
 
     @property
+    def switches(self) -> bool:
+        """Are there other frequencies for sequences beyond the original length? Then all their tokens take these."""
+        return self.rope_type == "longrope"
+
+    @property
     def magnitude(self) -> float:
         """What cosines and sines are multiplied by."""
         if self.rope_type not in ("yarn", "longrope"):

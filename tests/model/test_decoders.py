@@ -1,6 +1,7 @@
 """Every family with a forward pass computes what transformers computes, on small random models."""
 
 import copy
+import itertools
 from dataclasses import replace
 
 import jax
@@ -11,8 +12,10 @@ import torch
 import transformers
 
 from dppa_jax.architecture.table import ARCHITECTURES, HEAD_NORMS, LLAMA, with_bias
-from dppa_jax.model import Decoder, DecoderConfig, forward, generate
+from dppa_jax.model import Decoder, DecoderConfig, abstract_tree, forward, generate
+from dppa_jax.model.context import layer_kinds
 from dppa_jax.model.decoder import Cache
+from dppa_jax.model.families import FAMILIES
 
 TOLERANCE = 1e-4  # on every logit, in float32
 SIZES = {
@@ -27,7 +30,6 @@ SIZES = {
 }
 WINDOW, TIME, PROMPT, PADDING = 6, 24, 16, 5
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
-LONG = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 1.5, 3.0, 6.0]}
 MODELS = {  # model_type, and what differs from SIZES; every row with a forward pass at least once
     "Llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
@@ -137,6 +139,15 @@ def stepwise(config, tree, tokens, positions, prompt):
     return np.concatenate(parts, axis=1)
 
 
+def torch_steps(model, tokens, prompt):
+    """The logits of `stepwise`, by transformers with its own cache."""
+    cache, parts = transformers.DynamicCache(config=model.config), []
+    with torch.no_grad():
+        for start, stop in itertools.pairwise([0, *range(prompt, tokens.shape[1] + 1)]):
+            parts.append(model(torch.tensor(tokens[:, start:stop]).long(), cache=cache, use_cache=True).logits.numpy())
+    return np.concatenate(parts, axis=1)
+
+
 @pytest.mark.parametrize("name", some_fast(MODELS))
 def test_logits_equal_transformers(name):
     """Padded on either side, longer than the window, at once and with a cache."""
@@ -150,3 +161,108 @@ def test_logits_equal_transformers(name):
     np.testing.assert_allclose(at_once[text], wanted[text], rtol=0, atol=TOLERANCE)
     steps = stepwise(config, tree, tokens, positions, PROMPT)
     np.testing.assert_allclose(steps[text], wanted[text], rtol=0, atol=TOLERANCE)
+
+
+ORIGINAL = 14  # the context length of pre-training; texts go beyond it
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.4], "long_factor": [1.5, 6.0]}
+PHI3 = {"partial_rotary_factor": 0.5, "original_max_position_embeddings": ORIGINAL}
+ROPES = {  # model_type, and what config.json says
+    "linear": ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 3.0}}),
+    "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": ORIGINAL}),
+    "llama3": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0,
+                                          "high_freq_factor": 4.0, "original_max_position_embeddings": ORIGINAL}}),
+    "yarn": ("qwen2", {"rope_scaling": YARN}),
+    "yarn, steep": ("qwen2", {"rope_scaling": {**YARN, "beta_fast": 4, "beta_slow": 0.2, "truncate": False}}),
+    "yarn, its own magnitude": ("qwen2", {"rope_scaling": {**YARN, "attention_factor": 1.7}}),
+    "yarn, two magnitudes": ("qwen2", {"rope_scaling": {**YARN, "mscale": 2.0, "mscale_all_dim": 0.5}}),
+    "yarn without a factor": ("qwen2", {"rope_parameters": {**YARN, "factor": None, "rope_theta": 500.0}}),
+    "yarn in layers without a window": ("olmo3", {"rope_scaling": YARN, "sliding_window": WINDOW}),
+    "linear in layers without a window": (
+        "gemma3_text",
+        GEMMA | {"rope_scaling": {"rope_type": "linear", "factor": 8.0}, "rope_local_base_freq": 100.0,
+                 "rope_theta": 1000.0, "sliding_window_pattern": 2},
+    ),
+    "longrope": ("phi3", {"rope_scaling": LONGROPE, **PHI3}),
+    "longrope, its own factor": ("phi3", {"rope_scaling": {**LONGROPE, "factor": 9.0}, **PHI3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", some_fast(ROPES, fast=("dynamic", "yarn", "longrope")))
+def test_ropes_equal_those_of_transformers_below_and_beyond_the_original_context(name):
+    model_type, changes = ROPES[name]
+    model = torch_model(model_type, changes)
+    config, tree = ours(model)
+    assert DecoderConfig.from_hf({"model_type": model_type, **SIZES, **changes}).ropes == config.ropes
+    tokens = padded()[0][:1]
+    short, whole = (forward(config, tree, tokens[:, :time]) for time in (ORIGINAL - 2, TIME))
+    np.testing.assert_allclose(short, torch_logits(model, tokens[:, : ORIGINAL - 2]), rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(whole, torch_logits(model, tokens), rtol=0, atol=TOLERANCE)
+    steps = stepwise(config, tree, tokens, np.arange(TIME)[None], 8)
+    np.testing.assert_allclose(steps, torch_steps(model, tokens, 8), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("spelling", ["su", "yarn"])
+def test_longrope_goes_by_other_names_in_files_of_phi3(spelling):
+    given = {"model_type": "phi3", **SIZES, **PHI3}
+    named = {"rope_scaling": {key: value for key, value in LONGROPE.items() if key != "rope_type"} | {"type": spelling}}
+    assert DecoderConfig.from_hf(given | named) == DecoderConfig.from_hf(given | {"rope_scaling": LONGROPE})
+
+
+def test_a_short_text_beside_a_long_one_is_rotated_as_when_it_is_alone():
+    config, tree = ours(torch_model(*ROPES["longrope"]))
+    tokens, positions = padded()[0], np.stack([np.arange(TIME) - 12, np.arange(TIME)])
+    together = forward(config, tree, tokens, positions)
+    alone = forward(config, tree, tokens[:1, 12:])
+    np.testing.assert_allclose(together[:1, 12:], alone, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(together[1:], forward(config, tree, tokens[1:]), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", some_fast(["Mistral", "Gemma2", "longrope"], fast=("Gemma2",)))
+def test_answers_equal_those_of_transformers(name):
+    model = torch_model(*(MODELS | ROPES)[name])
+    config, tree = ours(model)
+    prompts = [padded(seed)[0][0, :length].tolist() for seed, length in enumerate((3, 11, 20))]
+    for prompt, answer in zip(prompts, generate((config, tree), prompts, 12, ()), strict=True):
+        given = torch.tensor([prompt])
+        wanted = model.generate(given, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert answer == wanted[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", [name for name, row in ARCHITECTURES.items() if row.forward])
+def test_absent_keys_take_the_defaults_of_transformers(name):
+    row = ARCHITECTURES[name]
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    given = {"architectures": list(row.classes), "model_type": row.model_type, "num_hidden_layers": 32, **sizes}
+    given |= {"num_attention_heads": 32, "hidden_size": 64}
+    theirs = transformers.AutoConfig.for_model(**given)
+    assert DecoderConfig.from_hf(given) == DecoderConfig.from_hf(theirs.to_dict())
+
+
+def test_every_row_with_a_forward_pass_is_tried():
+    tried = {model_type for model_type, _ in MODELS.values()}
+    assert {row.model_type for row in ARCHITECTURES.values() if row.forward} == tried == FAMILIES.keys()
+
+
+def test_a_model_without_a_feature_has_no_operation_of_it():
+    """Of a LLaMA, neither kinds of layers nor a second mask or table are scanned or chosen."""
+    config, tree = ours(torch_model("llama", {}))
+    assert jax.tree.leaves(layer_kinds(config)) == []
+    program = str(jax.make_jaxpr(lambda tree: forward(config, tree, padded()[0]))(tree))
+    assert "tanh" not in program
+    assert program.count("select_n") == 2  # a negative token, and what is not visible
+
+
+@pytest.mark.parametrize("name", ["Gemma3", "SmolLM3"])
+def test_more_layers_of_several_kinds_make_no_larger_program(name):
+    model_type, changes = MODELS[name]
+    changes = {key: value for key, value in changes.items() if key not in ("layer_types", "no_rope_layers")}
+    lengths = []
+    for layers in (8, 16):
+        config = DecoderConfig.from_hf({"model_type": model_type, **SIZES, **changes, "num_hidden_layers": layers})
+        tree = abstract_tree(config)
+        lengths.append(
+            len(jax.make_jaxpr(lambda tree, config=config: forward(config, tree, padded()[0]))(tree).jaxpr.eqns)
+        )
+        assert len(set(config.windowed_layers)) == len(set(config.rope_of_layer)) == 2
+    assert lengths[0] == lengths[1]
