@@ -17,6 +17,7 @@ from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 from dppa_jax.evaluate.evaluation import Evaluation, open_evaluation
 from dppa_jax.evaluate.tasks import Task, by_domain, every_task
 from dppa_jax.jobs.models import open_job
+from dppa_jax.model import DecoderConfig
 from dppa_jax.runtime.progress import console
 from dppa_jax.search.adamerging import adamerge
 from dppa_jax.search.adamerging_state import AdaMerged
@@ -24,6 +25,7 @@ from dppa_jax.search.candidates import Candidates
 from dppa_jax.where import locate
 
 Domains = Mapping[str, Sequence[Task]]
+ADAMERGING = "--coefficient=adamerging"
 
 
 def find_coefficients(
@@ -85,21 +87,38 @@ def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) 
         yield candidates
 
 
-def check_forward(directory: Path) -> None:
-    """Refuse a model that cannot be evaluated here, before any work is done."""
+def check_forward(directory: Path, needs: str | None) -> None:
+    """Refuse a model that this program does not compute, before any work is done.
+
+    Args:
+      directory: of the model.
+      needs: the flag that needs a forward pass in JAX; None where vLLM computes everything.
+    """
+    if not needs:
+        return
     config = read_config(directory)
     architecture = architecture_of(config)
     if not architecture.forward:
         able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes)
         raise ValueError(
-            f"{directory}: {architecture.classes[0]} can be merged, and not yet evaluated, searched or "
-            f"tuned here, as {able} can: leave out --evaluate, and evaluate the output with another program."
+            f"{directory}: {needs} needs a forward pass in JAX, and {architecture.classes[0]} has none, as {able} "
+            f"have. It can be merged, and evaluated with --evaluator=vllm."
+        )
+    try:
+        model = DecoderConfig.from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {needs}: {error}") from None
+    if model.num_experts and needs == ADAMERGING:
+        raise ValueError(
+            f"{directory}: {needs} merges one matrix of a layer at a time, and this layer is a mixture of experts: "
+            f"give numbers as --coefficient, or search for factors."
         )
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
-    check_forward(locate(job.base, job.merge.seed))
+    needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
+    check_forward(locate(job.base, job.merge.seed), needs)
     tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed), Path(job.workdir))
 

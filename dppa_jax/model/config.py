@@ -24,6 +24,12 @@ NULL_SAYS = (  # something else than the family's default: that there is none
 TokenId = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # some configs write -1 for none
 
 
+def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says, with the family's defaults for what it leaves out or calls null."""
+    said = {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
+    return architecture_of(config).said(said)
+
+
 def end_ids(value: Any, where: str) -> tuple[int, ...]:
     """Return the ids that an eos_token_id names: one, several, or none for null.
 
@@ -32,6 +38,11 @@ def end_ids(value: Any, where: str) -> tuple[int, ...]:
     """
     ids = convert(value, where, TokenId | list[TokenId] | None, "Give the number of the token, or a list of numbers.")
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def ends_of(said: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end a text, from what `said_by` returns."""
+    return end_ids(said.get("eos_token_id", 2), "config.json: eos_token_id")
 
 
 class Norms(NamedTuple):
@@ -129,8 +140,7 @@ class DecoderConfig:
           ValueError: the config asks for what this model does not compute: a family without a forward pass, an unknown
             activation or rope type.
         """
-        row = architecture_of(config)
-        said = row.said({key: value for key, value in config.items() if value is not None or key in NULL_SAYS})
+        row, said = architecture_of(config), said_by(config)
         heads = said["num_attention_heads"]
         kv_heads = said.get("num_key_value_heads", heads)
         if heads % kv_heads:
@@ -150,7 +160,7 @@ class DecoderConfig:
             "tie_word_embeddings": said.get("tie_word_embeddings", False),
             "max_position_embeddings": said.get("max_position_embeddings", 2048),
             "bos_token_id": said.get("bos_token_id", 1),
-            "eos_token_id": end_ids(said.get("eos_token_id", 2), "config.json: eos_token_id"),
+            "eos_token_id": ends_of(said),
             "activation": said.get("hidden_act", "silu"),
             **tensors_of(row, said),
             **fields_of(row.model_type, said),

@@ -170,7 +170,10 @@ def fields_of(model_type: str, said: Mapping) -> Fields:
       ValueError: the family has no row, or its config.json asks for what is not computed.
     """
     if model_type not in FAMILIES:
-        raise ValueError(f"config.json: {model_type!r} has no forward pass here; {', '.join(FAMILIES)} have one.")
+        raise ValueError(
+            f"config.json: {model_type!r} has no forward pass here, as {', '.join(FAMILIES)} have: such a model can be "
+            f"merged, and evaluated with --evaluator=vllm."
+        )
     fields: Fields = {"ropes": (rope_of(said),)}
     for trait in FAMILIES[model_type]:
         fields |= trait(said)

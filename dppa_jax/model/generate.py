@@ -12,7 +12,7 @@ from absl import logging
 from jaxtyping import Array, Int
 
 from dppa_jax.checkpoint.inside import inside
-from dppa_jax.model.config import DecoderConfig, end_ids
+from dppa_jax.model.config import DecoderConfig, end_ids, ends_of, said_by
 from dppa_jax.model.decoder import Cache, Decoder, hidden_states, unembed
 from dppa_jax.model.tree import Tree
 from dppa_jax.runtime.reading import read_json
@@ -81,7 +81,7 @@ def end_tokens(config: Mapping[str, Any], directory: Path | None) -> tuple[int, 
     Raises:
       ValueError: generation_config.json is no JSON object, or names something else than ids.
     """
-    ids = DecoderConfig.from_hf(config).eos_token_id
+    ids = ends_of(said_by(config))
     if directory and (directory / GENERATION).exists():
         file = inside(directory, GENERATION)
         ids = end_ids(read_json(file).get("eos_token_id"), f"{file}: eos_token_id") or ids

@@ -1,6 +1,7 @@
 """Every row of the table of architectures, on small random checkpoints that transformers itself makes and saves."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -154,13 +155,24 @@ def test_linears_are_pruned_and_biases_are_not(family):
     assert list(rates) == [name for name, spec in specs.items() if spec.role is Role.LINEAR]
 
 
-def test_what_has_no_forward_pass_says_so_before_work(family, tmp_path):
-    name, root = family
-    if ARCHITECTURES[name.split()[0]].forward:
-        return
-    flags = [f"--base={root / 'base'}", f"--expert=math={root / 'math'}", "--method=dare", "--evaluate=addition"]
-    with pytest.raises(SystemExit, match="can be merged, and not yet evaluated"):
-        launch(*flags, f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}")
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("--evaluator=jax", "--evaluator=jax"), ("--coefficient=adamerging", "--coefficient=adamerging")],
+)
+def test_what_has_no_forward_pass_says_so_before_work(flag, named, tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "Qwen2", replace(ARCHITECTURES["Qwen2"], forward=False))
+    for name in ("base", "math"):
+        model_of("Qwen2", 0).save_pretrained(tmp_path / name)
+    flags = [
+        f"--base={tmp_path / 'base'}",
+        f"--expert=math={tmp_path / 'math'}",
+        "--method=dare",
+        "--evaluate=addition",
+    ]
+    with pytest.raises(SystemExit) as refused:
+        launch(*flags, flag, f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}")
+    assert f"{named} needs a forward pass in JAX, and Qwen2ForCausalLM has none" in str(refused.value)
+    assert "evaluated with --evaluator=vllm" in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,10 @@ MODELS = {  # model_type, and what differs from SIZES; every row with a forward 
     "OLMo2": ("olmo2", {}),
     "OLMo3": ("olmo3", {"sliding_window": WINDOW}),
     "SmolLM3": ("smollm3", {"use_sliding_window": True, "sliding_window": WINDOW, "no_rope_layers": [1, 0, 0, 1]}),
-    "Granite": ("granite", {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2}),
+    "Granite": (
+        "granite",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 3.0},
+    ),
     "Phi3": ("phi3", {"partial_rotary_factor": 0.5, "sliding_window": WINDOW}),
     "Mixtral": ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
     "Qwen3-MoE": ("qwen3_moe", {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16}),
