@@ -16,6 +16,7 @@ from command import Merge
 from families import write_family
 
 from dppa_jax import demo
+from dppa_jax.architecture.table import ARCHITECTURES
 
 jax.config.update("jax_num_cpu_devices", 8)  # fake ones, for meshes; a subprocess does not inherit them
 
@@ -76,3 +77,13 @@ def merge(pristine: Path, tmp_path: Path, monkeypatch, tmp_path_factory) -> Merg
     monkeypatch.setenv("DPPA_JAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
     return Merge(tmp_path)
+
+
+@pytest.fixture
+def moe_rows(monkeypatch) -> None:
+    """Rows that the table of architectures lacks."""
+    from decoders import MOE
+
+    for name, row in MOE.items():
+        if all(row.model_type != other.model_type for other in ARCHITECTURES.values()):
+            monkeypatch.setitem(ARCHITECTURES, name, row)

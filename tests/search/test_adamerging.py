@@ -106,8 +106,25 @@ FAST = ("random", "rules")  # and "magnitude" below, where ties are told apart
 )
 def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_measured(name, dtype):
     sizes = AWKWARD | {"head_dim": 30, "vocab_size": 4500, "tie_word_embeddings": name == "random"}
+    check_entropies(dtype, sizes, MergeConfig(EXPERTS, **(MERGES | OTHERS)[name]))
+
+
+FAMILIES = {
+    "Gemma2": {"architectures": ["Gemma2ForCausalLM"], "tie_word_embeddings": True, "query_pre_attn_scalar": 9},
+    "Qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1},
+    "SmolLM3": {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4},
+    "Granite": {"architectures": ["GraniteForCausalLM"], "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+}
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "Gemma2")) for f in FAMILIES])
+def test_so_is_that_of_other_families(family):
+    sizes = {"head_dim": 8, "sliding_window": 4, "vocab_size": 4500, **FAMILIES[family]}
+    check_entropies("float32", sizes, MergeConfig(EXPERTS, **MERGES["random"]))
+
+
+def check_entropies(dtype: str, sizes: dict, merge: MergeConfig):
     base, experts = make_family(EXPERTS, dtype, **sizes)
-    merge = MergeConfig(EXPERTS, **(MERGES | OTHERS)[name])
     step, groups = step_of(base, experts, merge)
     raw = np.random.default_rng(1).uniform(0.1, 0.9, (len(groups), len(EXPERTS))).astype(np.float32)
     prompts = prompts_of(tokens(4500), "all")
