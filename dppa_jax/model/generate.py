@@ -161,18 +161,7 @@ def decode(
     constant of the compiled program, so another model of the same shapes reuses the program.
     """
     batch, time = tokens.shape
-    slots = time + answer_slots
-
-    def predict(tokens, positions, cache, last=-1):
-        hidden, cache = hidden_states(config, tree, tokens, positions, cache)
-        return jnp.argmax(unembed(config, tree, hidden[:, last]), axis=-1).astype(jnp.int32), cache
-
-    def predict_anew(step, new):
-        """Predict without the cache, which was computed when the frequencies were those of a shorter text."""
-        positions = jnp.minimum(jnp.arange(slots) - time, step) + lengths[:, None]
-        empty = Cache.empty(config, batch, slots, tree["embed_tokens"].dtype)
-        token, cache = predict(jnp.concatenate([tokens, new], axis=1), positions, empty, time + step)
-        return token, cache._replace(length=time + step + 1)
+    switches = [rope.original_max_position_embeddings for rope in config.ropes if rope and rope.switches]
 
     def unfinished(state):
         step, _, done, *_ = state
@@ -182,19 +171,46 @@ def decode(
         step, token, done, new, cache = state
         new = new.at[:, step].set(token)
         done |= jnp.isin(token, eos) | (step + 1 >= limit)
-        position = lengths + step
-        if switches := [rope.original_max_position_embeddings for rope in config.ropes if rope and rope.switches]:
-            token, cache = jax.lax.cond(
-                jnp.any(position == switches[0]),
-                lambda: predict_anew(step, new),
-                lambda: predict(token[:, None], position[:, None], cache),
-            )
+        following = lambda: predict(config, tree, token[:, None], (lengths + step)[:, None], cache)  # noqa: E731
+        if switches:
+            anew = partial(predict_anew, config, tree, tokens, lengths, new, step)
+            token, cache = jax.lax.cond(jnp.any(lengths + step == switches[0]), anew, following)
         else:
-            token, cache = predict(token[:, None], position[:, None], cache)
+            token, cache = following()
         return step + 1, token, done, new, cache
 
     positions = jnp.arange(time) - (time - lengths)[:, None]
-    cache = Cache.empty(config, batch, slots, tree["embed_tokens"].dtype)
-    token, cache = predict(tokens, positions, cache)
+    cache = Cache.empty(config, batch, time + answer_slots, tree["embed_tokens"].dtype)
+    token, cache = predict(config, tree, tokens, positions, cache)
     state = (0, token, (lengths == 0) | (limit <= 0), jnp.zeros((batch, answer_slots), jnp.int32), cache)
     return jax.lax.while_loop(unfinished, advance, state)[3]
+
+
+def predict(
+    config: DecoderConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    last: Int[Array, ""] | int = -1,
+) -> tuple[Int[Array, "B"], Cache]:
+    """Return the most likely token after the one in column `last`, and the cache with these tokens added."""
+    hidden, cache = hidden_states(config, tree, tokens, positions, cache)
+    return jnp.argmax(unembed(config, tree, hidden[:, last]), axis=-1).astype(jnp.int32), cache
+
+
+def predict_anew(
+    config: DecoderConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    new: Int[Array, "B N"],
+    step: Int[Array, ""],
+) -> tuple[Int[Array, "B"], Cache]:
+    """Predict from all tokens up to new token `step`, because the cache has the frequencies of a shorter text."""
+    batch, time = tokens.shape
+    slots = time + new.shape[1]
+    positions = jnp.minimum(jnp.arange(slots) - time, step) + lengths[:, None]  # what follows makes no text longer
+    empty = Cache.empty(config, batch, slots, tree["embed_tokens"].dtype)
+    token, cache = predict(config, tree, jnp.concatenate([tokens, new], axis=1), positions, empty, time + step)
+    return token, cache._replace(length=time + step + 1)

@@ -70,7 +70,7 @@ class Rope:
         """
         said = {key: value for key, value in rope.items() if value is not None}
         kind = "longrope" if "short_factor" in said else said.get("rope_type", said.get("type", "default"))
-        if kind not in NEEDS:  # Phi-3 has called longrope "su" and "yarn"
+        if str(kind) not in NEEDS:  # Phi-3 has called longrope "su" and "yarn"
             raise ValueError(f"config.json: rope type {kind!r} is not supported; supported are {', '.join(NEEDS)}.")
         if missing := [name for name in NEEDS[kind] if name not in said]:
             raise ValueError(

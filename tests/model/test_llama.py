@@ -305,6 +305,10 @@ class TestConfig:
             ({"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
             ({"model_type": "qwen3", "layer_types": ["full_attention"] * 2}, "2 layer_types for 3 layers"),
             ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "2 no_rope_layers for 3 layers"),
+            ({"model_type": "qwen3", "sliding_window": 0}, "Expected `int` >= 1 - at `\\$.sliding_window`"),
+            ({"model_type": "gemma2", "query_pre_attn_scalar": "256"}, "Expected `float`, got `str`"),
+            ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "rope: Expected `float`, got `str`"),
+            ({"rope_scaling": {"rope_type": ["linear"]}}, "is not supported"),
         ],
     )
     def test_what_the_model_does_not_compute_is_refused(self, changes, said):
