@@ -1,6 +1,7 @@
 """Every jitted function lowers for TPUs and for NVIDIA GPUs from a machine that has neither: nothing is run here."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 
 import jax
@@ -24,9 +25,11 @@ from dppa_jax.merging import activations, kernels
 from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.merging.kernels import ZERO, Kernels
 from dppa_jax.model import DecoderConfig, abstract_tree, forward, init_tree
+from dppa_jax.model.config import Norms
 from dppa_jax.model.context import LayerKind
 from dppa_jax.model.decoder import Cache
 from dppa_jax.model.generate import decode
+from dppa_jax.model.rope import Rope
 from dppa_jax.runtime.mesh import PerTensor, make_mesh, over_rows
 from dppa_jax.search import adamerging_step
 from dppa_jax.search.entropy import Batch
@@ -188,6 +191,35 @@ def test_model_and_decoding(dtype, backend, monkeypatch):
     with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
         assert_lowers(forward, LLAMA, tree, tokens, remat=True)
         assert_lowers(decode, LLAMA, tree, tokens, row, row, array(1, dtype=np.int32), answer_slots=4)
+
+
+MANY = replace(  # what LLaMA lacks
+    LLAMA,
+    activation="gelu_tanh",
+    biases=("q_proj", "o_proj"),
+    norms=Norms("input_layernorm", "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    unit_norms=True,
+    query_key_norm="projection",
+    ropes=(Rope(rope_type="longrope", factor=4.0, short_factor=(1.0, 2.0), long_factor=(3.0, 4.0)), None),
+    rope_of_layer=tuple(layer % 2 for layer in range(LLAMA.num_hidden_layers)),
+    partial_rotary_factor=4 / LLAMA.head_dim,
+    sliding_window=3,
+    windowed_layers=tuple(layer % 2 > 0 for layer in range(LLAMA.num_hidden_layers)),
+    attention_cap=9.0,
+    logit_cap=9.0,
+    scaled_embeddings=True,
+    residual_multiplier=0.3,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_model_and_decoding_of_other_families(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tree, tokens, row = abstract_tree(MANY, "bfloat16"), array(2, 8, dtype=np.int32), array(2, dtype=np.int32)
+    assert_lowers(forward, MANY, tree, tokens, remat=True)
+    assert_lowers(decode, MANY, tree, tokens, row, row, array(1, dtype=np.int32), answer_slots=4)
 
 
 def test_model_with_a_cache():

@@ -13,7 +13,7 @@ from decoders import GEMMA, MODELS, SIZES, WINDOW, ours, torch_model
 from dppa_jax.architecture.table import ARCHITECTURES
 from dppa_jax.model import Decoder, DecoderConfig, abstract_tree, forward, generate
 from dppa_jax.model.context import layer_kinds
-from dppa_jax.model.decoder import Cache
+from dppa_jax.model.decoder import Cache, embed, norm
 from dppa_jax.model.families import FAMILIES
 
 TOLERANCE = 1e-4  # on every logit, in float32
@@ -184,3 +184,22 @@ def test_more_layers_of_several_kinds_make_no_larger_program(name):
         )
         assert len(set(config.windowed_layers)) == len(set(config.rope_of_layer)) == 2
     assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Granite"])
+def test_bfloat16_is_rounded_where_transformers_rounds_it(name):
+    """The factor of Gemma's embeddings is rounded itself; Granite's is not. Norms are rounded once, at their end."""
+    model = torch_model(*MODELS[name]).bfloat16()
+    tokens = torch.arange(96)
+    with torch.no_grad():
+        rows = model.model.embed_tokens(tokens)
+        wanted = rows * model.model.embedding_multiplier if name == "Granite" else rows
+        normed = model.model.norm(wanted) if name == "Gemma2" else None
+    config = DecoderConfig.from_hf(model.config.to_dict())
+    found = embed(config, jnp.asarray(model.model.embed_tokens.weight.detach().float().numpy(), jnp.bfloat16))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), wanted.float().numpy())
+    if normed is not None:
+        weights = {"norm": jnp.asarray(model.model.norm.weight.detach().float().numpy(), jnp.bfloat16)}
+        np.testing.assert_array_equal(
+            np.asarray(norm(config, weights, "norm", found), np.float32), normed.float().numpy()
+        )
