@@ -1,4 +1,4 @@
-"""Full fine-tuning and pre-training of the Flax LLaMA, on a mesh of devices.
+"""Full fine-tuning and pre-training of the Flax decoder, on a mesh of devices.
 
 The mesh has the axes `data` and `fsdp`. Both divide the rows of a batch. `fsdp` also divides every matrix, its gradient
 and its optimiser moments; a layer's weights are gathered when the layer is computed.
