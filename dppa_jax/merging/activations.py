@@ -16,7 +16,7 @@ from dppa_jax.checkpoint.tokenizer import encode, load_tokenizer
 from dppa_jax.config.run import JobConfig
 from dppa_jax.model.config import DecoderConfig
 from dppa_jax.model.context import LayerKind, context_of, layer_kinds
-from dppa_jax.model.decoder import decoder_layer, embed
+from dppa_jax.model.decoder import decoder_layer, embed, mlp_inner
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
@@ -66,22 +66,31 @@ def _array(model: Checkpoint, group: Sequence[TensorSpec]) -> Float[Array, "..."
 def _layer(
     config: DecoderConfig, weights: dict, kind: LayerKind, hidden: Float[Array, "B T D"]
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]]]:
-    """Return a decoder layer's output and, by the path of every linear, the norms of its inputs.
-
-    An expert of a mixture has the norms of those tokens that the router sends to it.
-    """
+    """Return a decoder layer's output and, by the path of every linear, the norms of its inputs."""
     norms: dict[str, Array] = {}
 
     def record(path: str, inputs: Array, picked: Array | None) -> None:
-        squares = inputs * inputs
         if picked is None:
-            norms[path] = jnp.sqrt(squares.sum(axis=(0, 1)))
+            norms[path] = jnp.sqrt((inputs * inputs).sum(axis=(0, 1)))
         else:
-            norms[path] = jnp.sqrt(jnp.einsum(f"bte,bt{'e' * (squares.ndim - 3)}i->ei", picked, squares))
+            norms.update(_mixture(config, weights["mlp"]["experts"], inputs, picked))
 
     positions = jnp.arange(hidden.shape[1])[None]
     context = context_of(config, positions, positions).of(kind)
     return decoder_layer(config, weights, hidden, None, context, record=record)[0], norms
+
+
+def _mixture(
+    config: DecoderConfig, experts: dict, hidden: Float[Array, "B T D"], picked: Float[Array, "B T E"]
+) -> dict[str, Float[Array, "E columns"]]:
+    """Return the norms of every expert's inputs, over the tokens that the router sends to it; one expert at a time."""
+
+    def norms(expert):
+        weights, own = expert
+        inputs = {"gate_proj": hidden, "up_proj": hidden, "down_proj": mlp_inner(config, weights, hidden)}
+        return {f"mlp.experts.{name}": jnp.sqrt(jnp.einsum("bt,btj->j", own, x * x)) for name, x in inputs.items()}
+
+    return jax.lax.map(norms, (experts, jnp.moveaxis(picked, -1, 0)))
 
 
 def norms_of_experts(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict[str, dict[str, np.ndarray]]:

@@ -29,8 +29,6 @@ Positions = Int[Array | np.ndarray, "#B T"]
 Record = Callable[[str, Array, Array | None], None]  # of the inputs of a linear; see `decoder_layer`
 
 EXACT_WIDTH = 64  # XLA's CPU products add hundreds of float32 terms in a row; sums of 64 round no more than torch's
-
-
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": partial(jax.nn.gelu, approximate=False), "gelu_tanh": jax.nn.gelu}
 
 
@@ -188,9 +186,8 @@ def decoder_layer(
       cache: the cache of all layers; layer `index` of it is updated. None attends to these tokens only.
       context: of this layer; see `context_of`.
       index: the number of the layer.
-      record: called with the path and the inputs of every linear as it is computed, such as "mlp.up_proj" and
-        (B, T, D). For experts the inputs are (B, T, D) or (B, T, E, F), and a third argument (B, T, E) says which
-        experts were picked for which token; it is None for other linears.
+      record: called with the path, such as "mlp.up_proj", and the inputs of every linear that is computed, and None;
+        for the experts of a mixture once, with "mlp.experts", their inputs, and 1 where one is picked, (B, T, E).
     """
     norms = config.norms
     normed = norm(config, layer, norms.before_attention, hidden)
@@ -236,8 +233,8 @@ def attention(
     query = query.reshape(batch, config.num_key_value_heads, -1, time, config.head_dim)
     scores = jnp.einsum("bkgth,bksh->bkgts", query, keys, preferred_element_type=jnp.float32)
     scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-    hidden_score = jnp.finfo(jnp.float32).min
-    scores = jnp.where(context.visible[:, None, None], capped(scores * scale, config.attention_cap), hidden_score)
+    lowest = jnp.finfo(jnp.float32).min
+    scores = jnp.where(context.visible[:, None, None], capped(scores * scale, config.attention_cap), lowest)
     shares = jax.nn.softmax(scores, axis=-1).astype(hidden.dtype)
     mixed = jnp.einsum("bkgts,bksh->bkgth", shares, values).reshape(query.shape[0], -1, time, config.head_dim)
     mixed = mixed.swapaxes(1, 2).reshape(batch, time, -1)
@@ -245,32 +242,42 @@ def attention(
 
 
 def mlp(
-    config: DecoderConfig, weights: Tree, hidden: Float[Array, "B T D"], record: Record | None
+    config: DecoderConfig, weights: Tree, hidden: Float[Array, "B T D"], record: Record | None = None
 ) -> Float[Array, "B T D"]:
     """Compute the gated block: down_proj(activation(gate_proj(x)) · up_proj(x))."""
+    return linear(weights, "mlp.down_proj", mlp_inner(config, weights, hidden, record), record)
+
+
+def mlp_inner(
+    config: DecoderConfig, weights: Tree, hidden: Float[Array, "B T D"], record: Record | None = None
+) -> Float[Array, "B T F"]:
+    """Compute the input of `down_proj`: activation(gate_proj(x)) · up_proj(x)."""
     gate = ACTIVATIONS[config.activation](linear(weights, "mlp.gate_proj", hidden, record))
-    return linear(weights, "mlp.down_proj", gate * linear(weights, "mlp.up_proj", hidden, record), record)
+    return gate * linear(weights, "mlp.up_proj", hidden, record)
 
 
 def experts(
-    config: DecoderConfig, weights: Tree, hidden: Float[Array, "B T D"], record: Record | None
+    config: DecoderConfig, weights: Tree, hidden: Float[Array, "B T D"], record: Record | None = None
 ) -> Float[Array, "B T D"]:
     """Compute a mixture of gated blocks: each token takes the sum, by its shares, of those that the router picks.
 
-    All are computed for all tokens. The router's softmax is over all experts, in float32.
+    All are computed for all tokens, one after another. The router's softmax is over all experts, in float32.
     """
-    own = weights["experts"]
     routed = linear(weights, "mlp.gate", hidden, record)
     top, picked = jax.lax.top_k(jax.nn.softmax(routed.astype(jnp.float32)), config.num_experts_per_tok)
     top = top / top.sum(axis=-1, keepdims=True) if config.norm_topk_prob else top
     chosen = jax.nn.one_hot(picked, config.num_experts, dtype=jnp.float32)
-    gate, up = (jnp.einsum("btd,efd->btef", hidden, own[name]) for name in ("gate_proj", "up_proj"))
-    inner = ACTIVATIONS[config.activation](gate) * up
     if record:
-        for name, inputs in {"gate_proj": hidden, "up_proj": hidden, "down_proj": inner}.items():
-            record(f"mlp.experts.{name}", inputs, chosen.sum(axis=-2))
-    shares = jnp.einsum("btk,btke->bte", top, chosen).astype(hidden.dtype)
-    return jnp.einsum("btef,edf->btd", inner * shares[..., None], own["down_proj"])
+        record("mlp.experts", hidden, chosen.sum(axis=-2))
+
+    def add(total, expert):
+        own, share = expert
+        return total + mlp(config, own, hidden).astype(jnp.float32) * share[..., None], None
+
+    shares = jnp.einsum("btk,btke->ebt", top, chosen)
+    nothing = jnp.zeros(hidden.shape, jnp.float32)
+    total, _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), nothing, (weights["experts"], shares))
+    return total.astype(hidden.dtype)
 
 
 def linear(

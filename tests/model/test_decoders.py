@@ -5,6 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
@@ -203,3 +204,22 @@ def test_bfloat16_is_rounded_where_transformers_rounds_it(name):
         np.testing.assert_array_equal(
             np.asarray(norm(config, weights, "norm", found), np.float32), normed.float().numpy()
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Gemma2", "Qwen3-MoE, renormed"])
+def test_gradients_equal_those_of_torch(name):
+    model = torch_model(*MODELS[name])
+    config, tree = ours(model)
+    tokens = padded()[0]
+    model(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
+    for weight in model.parameters():
+        weight.data = weight.grad
+    wanted = ours(model)[1]
+
+    def loss(tree):
+        logits = forward(config, tree, tokens, remat=True)[:, :-1]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    found = jax.jit(jax.grad(loss))(jax.tree.map(jnp.copy, tree))
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5), found, wanted)
