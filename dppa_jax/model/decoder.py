@@ -57,6 +57,7 @@ class Decoder(nnx.Module):
     Raises:
       ValueError: an array of the tree does not have the shape that the config says.
 
+    >>> from dppa_jax.model import init_tree
     >>> config = DecoderConfig(vocab_size=32, hidden_size=8, intermediate_size=16, num_hidden_layers=2,
     ...                      num_attention_heads=2, num_key_value_heads=1, head_dim=4)
     >>> model = Decoder(config, init_tree(config, jax.random.key(0)))
