@@ -9,13 +9,15 @@ import pytest
 import torch
 import transformers
 from command import launch
-from families import read_json
+from decoders import MODELS
+from families import edit_json, read_json
 from safetensors.numpy import load_file
 
 from dppa_jax.architecture.specs import Role, linears_of, tensor_specs
 from dppa_jax.architecture.table import ARCHITECTURES
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.delta.threshold import index
+from dppa_jax.jobs.evaluated import check_forward
 
 SIZES = {
     "vocab_size": 96,
@@ -174,6 +176,21 @@ def test_what_has_no_forward_pass_says_so_before_work(flag, named, tmp_path, mon
     assert f"{named} needs a forward pass in JAX, and Qwen2ForCausalLM has none" in str(refused.value)
     assert "evaluated with --evaluator=vllm" in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_experts_can_be_evaluated_and_has_no_adamerging(moe_rows, tmp_path):
+    model_type, changes = MODELS["Mixtral"]
+    transformers.AutoConfig.for_model(model_type, **SIZES | changes).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", architectures=["MixtralForCausalLM"])
+    check_forward(tmp_path, "--evaluator=jax")
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: --coefficient=adamerging merges one matrix .* mixture of experts"
+    ):
+        check_forward(tmp_path, "--coefficient=adamerging")
+    edit_json(tmp_path / "config.json", rope_parameters={"rope_type": "mrope"})
+    with pytest.raises(ValueError, match=f"{tmp_path}: --evaluator=jax: config.json: rope type 'mrope'"):
+        check_forward(tmp_path, "--evaluator=jax")
+    check_forward(tmp_path, None)
 
 
 def test_an_expert_of_another_architecture_is_refused(tmp_path):

@@ -163,6 +163,19 @@ def test_every_row_with_a_forward_pass_is_tried():
     assert {row.model_type for row in ARCHITECTURES.values() if row.forward} == tried == FAMILIES.keys()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mlp_only_layers": [1]}, "mlp_only_layers or decoder_sparse_step makes some layers dense"),
+        ({"decoder_sparse_step": 2}, "mlp_only_layers or decoder_sparse_step makes some layers dense"),
+        ({"num_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok 3 is more than the 2 experts"),
+    ],
+)
+def test_a_mixture_that_is_not_computed_is_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        DecoderConfig.from_hf({"model_type": "qwen3_moe", **SIZES, **changes})
+
+
 def test_a_model_without_a_feature_has_no_operation_of_it():
     """Of a LLaMA, neither kinds of layers nor a second mask or table are scanned or chosen."""
     config, tree = ours(torch_model("llama", {}))
