@@ -41,13 +41,13 @@ def merge(
       ValueError: an option is unknown or out of bounds, or the models do not fit together.
 
     >>> import dppa_jax, numpy as np
-    >>> from dppa_jax.model import LlamaConfig, init_tree
+    >>> from dppa_jax.model import DecoderConfig, init_tree
     >>> config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32, "hidden_size": 16,
     ...           "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
     ...           "rms_norm_eps": 1e-5, "max_position_embeddings": 64, "tie_word_embeddings": True}
     >>> import jax
     >>> base, expert = (dppa_jax.Model(config, jax.tree.map(np.asarray, init_tree(
-    ...     LlamaConfig.from_hf(config), jax.random.key(k), "float32"))) for k in (0, 1))
+    ...     DecoderConfig.from_hf(config), jax.random.key(k), "float32"))) for k in (0, 1))
     >>> merged = dppa_jax.merge(base, {"math": expert}, "magnitude", density=0.1, mesh="layer=1,row=1")
     >>> kept = merged.tensors["model.layers.0.mlp.up_proj.weight"] != base.tensors["model.layers.0.mlp.up_proj.weight"]
     >>> int(kept.sum()), kept.size

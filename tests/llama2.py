@@ -18,7 +18,7 @@ from dppa_jax.checkpoint.stacked import tree_tensor
 from dppa_jax.config.evaluation import TaskOptions
 from dppa_jax.evaluate.tasks import TASKS
 from dppa_jax.finetune import Example, TrainConfig, encode, train
-from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.model import DecoderConfig, init_tree
 
 BASE = "meta-llama/Llama-2-7b-hf"
 EXPERTS = {"math": "GAIR/Abel-7B-001", "finance": "AdaptLLM/finance-chat", "law": "AdaptLLM/law-chat"}
@@ -113,7 +113,7 @@ def write_hub(cache: Path, data_dir: Path) -> dict[str, Path]:
         (repository / "refs" / "main").write_text(SNAPSHOT)
     tokenizer = AutoTokenizer.from_pretrained(places["base"])
     # Only the pieces that occur are trained; the other rows are added when the weights are written.
-    config = LlamaConfig.from_hf(hf_config("base") | {"vocab_size": len(vocabulary)})
+    config = DecoderConfig.from_hf(hf_config("base") | {"vocab_size": len(vocabulary)})
     read = encode([Example("", example.prompt) for example in every], tokenizer, LENGTH)
     base, _ = train(config, init_tree(config, jax.random.key(0), stddev=0.1), read, BASE_TRAINING)
     write_model(places["base"], "base", base)

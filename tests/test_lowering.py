@@ -1,6 +1,7 @@
 """Every jitted function lowers for TPUs and for NVIDIA GPUs from a machine that has neither: nothing is run here."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property, partial
 
 import jax
@@ -23,9 +24,12 @@ from dppa_jax.finetune.train import TRAIN_AXES, Trainer, compiled
 from dppa_jax.merging import activations, kernels
 from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.merging.kernels import ZERO, Kernels
-from dppa_jax.model import LlamaConfig, abstract_tree, forward
-from dppa_jax.model.decoder import Cache, init_tree
+from dppa_jax.model import DecoderConfig, abstract_tree, forward, init_tree
+from dppa_jax.model.config import Norms
+from dppa_jax.model.context import LayerKind
+from dppa_jax.model.decoder import Cache
 from dppa_jax.model.generate import decode
+from dppa_jax.model.rope import Rope
 from dppa_jax.runtime.mesh import PerTensor, make_mesh, over_rows
 from dppa_jax.search import adamerging_step
 from dppa_jax.search.entropy import Batch
@@ -35,7 +39,7 @@ PLATFORMS = ("tpu", "cuda")
 MESH = "layer=2,row=4"
 EXPERTS = ("math", "law")
 LAYERS, ROWS, COLUMNS = 2, 16, 70
-LLAMA = LlamaConfig(
+LLAMA = DecoderConfig(
     vocab_size=40,
     hidden_size=16,
     intermediate_size=24,
@@ -189,6 +193,35 @@ def test_model_and_decoding(dtype, backend, monkeypatch):
         assert_lowers(decode, LLAMA, tree, tokens, row, row, array(1, dtype=np.int32), answer_slots=4)
 
 
+MANY = replace(  # what LLaMA lacks
+    LLAMA,
+    activation="gelu_tanh",
+    biases=("q_proj", "o_proj"),
+    norms=Norms("input_layernorm", "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    unit_norms=True,
+    query_key_norm="projection",
+    ropes=(Rope(rope_type="longrope", factor=4.0, short_factor=(1.0, 2.0), long_factor=(3.0, 4.0)), None),
+    rope_of_layer=tuple(layer % 2 for layer in range(LLAMA.num_hidden_layers)),
+    partial_rotary_factor=4 / LLAMA.head_dim,
+    sliding_window=3,
+    windowed_layers=tuple(layer % 2 > 0 for layer in range(LLAMA.num_hidden_layers)),
+    attention_cap=9.0,
+    logit_cap=9.0,
+    scaled_embeddings=True,
+    residual_multiplier=0.3,
+    num_experts=4,
+    num_experts_per_tok=2,
+)
+
+
+@pytest.mark.parametrize("backend", ["tpu", "gpu"])
+def test_model_and_decoding_of_other_families(backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    tree, tokens, row = abstract_tree(MANY, "bfloat16"), array(2, 8, dtype=np.int32), array(2, dtype=np.int32)
+    assert_lowers(forward, MANY, tree, tokens, remat=True)
+    assert_lowers(decode, MANY, tree, tokens, row, row, array(1, dtype=np.int32), answer_slots=4)
+
+
 def test_model_with_a_cache():
     tokens, cache = array(2, 8, dtype=np.int32), jax.eval_shape(lambda: Cache.empty(LLAMA, 2, 16, "bfloat16"))
     assert_lowers(forward, LLAMA, abstract_tree(LLAMA, "bfloat16"), tokens, None, cache)
@@ -201,7 +234,10 @@ def test_first_weights():
 def test_layer_of_a_calibration():
     weights = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), abstract_tree(LLAMA)["layers"])
     assert_lowers(
-        jax.jit(partial(activations._layer, LLAMA)), weights, array(2, 8, LLAMA.hidden_size, dtype=np.float32)
+        jax.jit(partial(activations._layer, LLAMA)),
+        weights,
+        LayerKind(),
+        array(2, 8, LLAMA.hidden_size, dtype=np.float32),
     )
 
 

@@ -119,6 +119,7 @@ class Architecture:
       sparse: says of a layer whether its MLP is a mixture of experts, by `said` and the layer's number.
       defaults: keys of config.json that, left out, do not mean what they mean in most families.
       forward: has it a forward pass in JAX (evaluation in this process, AdaMerging, fine-tuning, activation norms)?
+      vllm: have merges been loaded and asked by vLLM?
     """
 
     classes: tuple[str, ...]
@@ -138,6 +139,12 @@ class Architecture:
     sparse: Callable[[Mapping, int], bool] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     forward: bool = False
+    vllm: bool = False
+
+    @property
+    def adamerging(self) -> bool:
+        """Can coefficients be found by AdaMerging? It has no gradients of mixtures of experts."""
+        return self.forward and not any("{}" in linear.kind for linear in self.linears)
 
     @property
     def required(self) -> tuple[tuple[str, ...], ...]:

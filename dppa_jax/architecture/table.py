@@ -27,6 +27,7 @@ LLAMA = Architecture(
         Linear("mlp.down_proj", "hidden", "inner", "mlp_bias"),
     ),
     forward=True,
+    vllm=True,
 )
 
 
@@ -37,6 +38,14 @@ def with_bias(linears: tuple[Linear, ...], *biased: str) -> tuple[Linear, ...]:
 
 HEAD_NORMS = (Norm("self_attn.q_norm", "head"), Norm("self_attn.k_norm", "head"))
 PROJECTION_NORMS = (Norm("self_attn.q_norm", "queries"), Norm("self_attn.k_norm", "keys"))
+QWEN = {
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 GEMMA2 = replace(
     LLAMA,
     classes=("Gemma2ForCausalLM",),
@@ -51,16 +60,17 @@ GEMMA2 = replace(
         "sliding_window": 4096,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 8192,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
     },
-    forward=False,
 )
 OLMO2 = replace(
     LLAMA,
     classes=("Olmo2ForCausalLM",),
     model_type="olmo2",
     norms=(Norm("post_attention_layernorm"), Norm("post_feedforward_layernorm"), *PROJECTION_NORMS),
-    defaults={"rms_norm_eps": 1e-5},
-    forward=False,
+    defaults={"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279},
 )
 EXPERTS = ("num_local_experts", "num_experts")  # keys of config.json
 FUSED_EXPERTS = (  # transformers 5 can write those of a layer as one array (experts, rows, columns)
@@ -124,24 +134,21 @@ ARCHITECTURES = {
         classes=("MistralForCausalLM",),
         model_type="mistral",
         linears=with_bias(LLAMA.linears),
-        defaults={"sliding_window": 4096},
-        forward=False,
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     ),
     "Qwen2": replace(
         LLAMA,
         classes=("Qwen2ForCausalLM",),
         model_type="qwen2",
         linears=with_bias(LLAMA.linears, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        defaults={"sliding_window": 4096, "use_sliding_window": False},
-        forward=False,
+        defaults=QWEN,
     ),
     "Qwen3": replace(
         LLAMA,
         classes=("Qwen3ForCausalLM",),
         model_type="qwen3",
         norms=(*LLAMA.norms, *HEAD_NORMS),
-        defaults={"head_dim": 128, "sliding_window": 4096, "use_sliding_window": False},
-        forward=False,
+        defaults={**QWEN, "head_dim": 128},
     ),
     "Gemma2": GEMMA2,
     "Gemma3": replace(
@@ -155,6 +162,7 @@ ARCHITECTURES = {
             "rope_local_base_freq": 1e4,
             "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
+            "max_position_embeddings": 131072,
         },
     ),
     "OLMo2": OLMO2,
@@ -162,7 +170,7 @@ ARCHITECTURES = {
         OLMO2,
         classes=("Olmo3ForCausalLM",),
         model_type="olmo3",
-        defaults={**OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096},
+        defaults={**OLMO2.defaults, "rope_theta": 5e5, "rope_local_base_freq": 5e5, "sliding_window": 4096},
     ),
     "SmolLM3": replace(
         LLAMA,
@@ -173,10 +181,12 @@ ARCHITECTURES = {
             "num_key_value_heads": 4,
             "rope_theta": 2e6,
             "use_sliding_window": False,
+            "max_position_embeddings": 32768,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
         },
-        forward=False,
     ),
-    "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite", forward=False),
+    "Granite": replace(LLAMA, classes=("GraniteForCausalLM",), model_type="granite"),
     "Phi3": replace(
         LLAMA,
         classes=("Phi3ForCausalLM",),
@@ -186,8 +196,12 @@ ARCHITECTURES = {
             Fused("self_attn.qkv_proj.weight", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
             Fused("mlp.gate_up_proj.weight", ("mlp.gate_proj", "mlp.up_proj")),
         ),
-        defaults={"rms_norm_eps": 1e-5},
-        forward=False,
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "original_max_position_embeddings": 4096,
+            "max_position_embeddings": 4096,
+            "eos_token_id": 32000,
+        },
     ),
     "Mixtral": replace(
         LLAMA,
@@ -202,8 +216,13 @@ ARCHITECTURES = {
         ),
         fused=FUSED_EXPERTS,
         keys={"experts": EXPERTS},
-        defaults={"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_local_experts": 8},
-        forward=False,
+        defaults={
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "max_position_embeddings": 131072,
+        },
     ),
     "Qwen3-MoE": replace(
         LLAMA,
@@ -228,8 +247,10 @@ ARCHITECTURES = {
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
             "norm_topk_prob": False,
+            "max_position_embeddings": 32768,
+            "bos_token_id": None,
+            "eos_token_id": None,
         },
-        forward=False,
     ),
     "GPT-NeoX": Architecture(
         classes=("GPTNeoXForCausalLM",),
@@ -261,6 +282,20 @@ ARCHITECTURES = {
     "BERT": encoder("Bert", "bert"),
     "RoBERTa": encoder("Roberta", "roberta"),
 }
+
+
+def support_matrix() -> list[str]:
+    """Return the lines of a Markdown table of what works for which rows."""
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for name, row in ARCHITECTURES.items():
+        groups.setdefault((True, row.forward, row.adamerging, row.vllm), []).append(name)
+    lines = [
+        "| architecture | merge | evaluate in JAX, fine-tune | AdaMerging | vLLM checked |",
+        "|---|---|---|---|---|",
+    ]
+    for able, names in groups.items():
+        lines.append(f"| {', '.join(names)} | {' | '.join('yes' if can else 'no' for can in able)} |")
+    return lines
 
 
 def known(config: Mapping) -> Architecture | None:

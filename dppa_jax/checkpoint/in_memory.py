@@ -14,7 +14,7 @@ from dppa_jax.checkpoint.stacked import tree_tensor
 
 @dataclass
 class Model:
-    """A LLaMA in memory, a `Source`.
+    """A model in memory, a `Source`.
 
     Attributes:
       config: the content of config.json.

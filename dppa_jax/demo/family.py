@@ -24,7 +24,7 @@ from dppa_jax.demo.text import TASKS, general_text, stream
 from dppa_jax.demo.tokenizer import Encoder, save_tokenizer
 from dppa_jax.finetune.data import Example, encode
 from dppa_jax.finetune.train import STEPS_PER_REPORT, train
-from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.model import DecoderConfig, init_tree
 from dppa_jax.runtime.directories import empty_directory
 from dppa_jax.runtime.files import cache_directory, kept_directory, sources_digest, write_whole
 from dppa_jax.runtime.progress import steps
@@ -75,7 +75,7 @@ def families(seeds: Sequence[int]) -> list[Path]:
 
 def fingerprint() -> str:
     """Hash what determines the weights: the code that draws texts and trains, and the version of JAX."""
-    training = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/config.py", "model/decoder.py")
+    training = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
     sources = sources_digest("demo/*.py", *training)
     return hashlib.sha256(f"{jax.__version__} {sources}".encode()).hexdigest()[:12]
 
@@ -130,7 +130,7 @@ def _train(aside: dict[int, Path]) -> None:
 
 
 def train_member(
-    member: str, seed: int, tree: dict, config: LlamaConfig, tokenizer, directory: Path, stopped: threading.Event
+    member: str, seed: int, tree: dict, config: DecoderConfig, tokenizer, directory: Path, stopped: threading.Event
 ) -> dict:
     """Train one member of a family, save it in the family's directory, and return its weights.
 
@@ -164,9 +164,9 @@ def train_member(
     return tree
 
 
-def model_config(tokenizer) -> LlamaConfig:
+def model_config(tokenizer) -> DecoderConfig:
     """Return a small LLaMA with grouped queries, and with heads as small as vLLM's kernels allow."""
-    return LlamaConfig(
+    return DecoderConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=192,
@@ -180,7 +180,7 @@ def model_config(tokenizer) -> LlamaConfig:
     )
 
 
-def initial_weights(config: LlamaConfig, seed: int) -> dict:
+def initial_weights(config: DecoderConfig, seed: int) -> dict:
     """Draw the weights from which the base is trained."""
     return init_tree(config, jax.random.key(seed), stddev=INITIAL_STDDEV)
 

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.model import LlamaConfig, generate
+from dppa_jax.model import DecoderConfig, generate
 from dppa_jax.model.generate import bucket, end_tokens
 from dppa_jax.runtime.memory import device_memory
 from dppa_jax.where import load_tree
@@ -34,7 +34,7 @@ class JaxEvaluator:
     def __init__(self, *, dtype: str = "auto", batch_size: int = BATCH_SIZE, max_length: int = 2048):
         self.batch_size, self.max_length = batch_size, max_length
         self._dtype = "float32" if dtype == "auto" and jax.default_backend() == "cpu" else dtype
-        self._config: LlamaConfig | None = None
+        self._config: DecoderConfig | None = None
         self._tree: dict = {}
 
     @property
@@ -55,7 +55,7 @@ class JaxEvaluator:
         else:
             config, tree = load_tree(weights)
             origin = weights
-        parsed = LlamaConfig.from_hf(config)
+        parsed = DecoderConfig.from_hf(config)
         self._end = end_tokens(config, origin)
         dtype = None if self._dtype == "auto" else self._dtype
         self._tree = jax.tree.map(lambda array: jnp.array(array, dtype), tree)
@@ -84,7 +84,7 @@ class JaxEvaluator:
 
 
 def rows_that_fit(
-    config: LlamaConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], itemsize: int, memory: int
+    config: DecoderConfig, prompts: Sequence[Sequence[int]], limits: Sequence[int], itemsize: int, memory: int
 ) -> int:
     """Return how many prompts can be decoded together: a power of two, at least 1.
 

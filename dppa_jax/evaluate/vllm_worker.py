@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 HERE = Path(__file__).resolve().parent
+HEAD = "lm_head.weight"
 FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
@@ -67,7 +68,7 @@ class Engine:
         for _, sums in workers:
             for name, value in sums.items():
                 used[name] = used.get(name, 0) + value
-        in_files = directory_sums(Path(directory), dtype, len(workers))
+        in_files = directory_sums(Path(directory), dtype, len(workers), HEAD in used)
         return {"used": modulo(used), "stored": modulo(in_files)}
 
     def generate(
@@ -106,16 +107,18 @@ def end_with(processes: list) -> None:
     os._exit(1)
 
 
-def directory_sums(directory: Path, dtype: str, shards: int) -> dict[str, int]:
+def directory_sums(directory: Path, dtype: str, shards: int, has_head: bool) -> dict[str, int]:
     """Return the sum over all shards of every parameter, as it should be with the weights of a directory.
 
-    Each shard holds a part of every linear and of the embeddings, and every norm. Where there are more shards than
-    heads of keys and values, several shards hold the same ones. Rows that vLLM adds to a vocabulary are zero.
+    Each shard holds a part of every linear and of the embeddings, and every norm. A bias is divided as the rows of its
+    linear are. Where there are more shards than heads of keys and values, several shards hold the same ones. Rows that
+    vLLM adds to a vocabulary are zero.
 
     Args:
       directory: of the model.
       dtype: to which the weights are cast.
       shards: how many processes of vLLM share the model.
+      has_head: has vLLM's model a head? Some families use a tied one as embeddings only.
     """
     import torch
     from vllm_extension import bit_sum
@@ -125,11 +128,12 @@ def directory_sums(directory: Path, dtype: str, shards: int) -> dict[str, int]:
     sums: dict[str, int] = {}
     for name, tensor in tensors_of(directory):
         module = name.split(".")[-2]
-        copies = shards if tensor.ndim == 1 else key_copies if module in ("k_proj", "v_proj") else 1
+        whole = tensor.ndim == 1 and module not in FUSED
+        copies = shards if whole else key_copies if module in ("k_proj", "v_proj") else 1
         name = name.replace(module, FUSED.get(module, module))
         sums[name] = sums.get(name, 0) + copies * bit_sum(tensor.to(getattr(torch, dtype)))
-    if config.get("tie_word_embeddings"):
-        sums["lm_head.weight"] = sums["model.embed_tokens.weight"]
+    if has_head and (config.get("tie_word_embeddings") or HEAD not in sums):
+        sums[HEAD] = sums["model.embed_tokens.weight"]
     return {name: value for name, value in sums.items() if "rotary_emb" not in name}
 
 

@@ -1,4 +1,4 @@
-"""Full fine-tuning and pre-training of the Flax LLaMA, on a mesh of devices.
+"""Full fine-tuning and pre-training of the Flax decoder, on a mesh of devices.
 
 The mesh has the axes `data` and `fsdp`. Both divide the rows of a batch. `fsdp` also divides every matrix, its gradient
 and its optimiser moments; a layer's weights are gathered when the layer is computed.
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.optimizer import transformation
-from dppa_jax.model import LlamaConfig, abstract_tree, forward
+from dppa_jax.model import DecoderConfig, abstract_tree, forward
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put
 
 STEPS_PER_REPORT = 10  # reading a loss waits for the device's queue to empty, so it is not done at every step
@@ -61,7 +61,7 @@ class Trainer:
       ValueError: the rows that go through the model together cannot be divided over the devices.
     """
 
-    def __init__(self, config: LlamaConfig, options: TrainConfig, mesh: Mesh | None = None):
+    def __init__(self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None):
         self.config, self.options = config, options
         self.mesh = mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), TRAIN_AXES)
         if options.rows_together % self.mesh.size:
@@ -144,7 +144,7 @@ class Trainer:
 
 
 def train(
-    config: LlamaConfig,
+    config: DecoderConfig,
     tree: dict,
     rows: Rows,
     options: TrainConfig,
@@ -176,7 +176,7 @@ def train(
 
 
 @cache  # the learning rate is an argument of the step, so another schedule needs no new compilation
-def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
+def compiled(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
     """Return two jitted functions: the optimiser step, and `loss_sums` of one batch."""
     whole = NamedSharding(mesh, PartitionSpec())
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
@@ -191,7 +191,7 @@ def compiled(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str,
 
 
 @cache
-def compiled_steps(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
+def compiled_steps(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
     """Return a jitted function that takes the first `count` of `STEPS_PER_REPORT` steps.
 
     Its rows and learning rates have a leading axis of that size.
@@ -209,7 +209,7 @@ def compiled_steps(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype
     return _jitted_update(updates, config, optimizer, mesh)
 
 
-def _jitted_update(update: Callable, config: LlamaConfig, optimizer: AdamW, mesh: Mesh):
+def _jitted_update(update: Callable, config: DecoderConfig, optimizer: AdamW, mesh: Mesh):
     """Jit a function of a state, whose memory it reuses, and more; it returns a state and what all devices hold."""
     shardings, whole = state_shardings(config, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
     options = _compiler_options(mesh)
@@ -220,7 +220,9 @@ def _compiler_options(mesh: Mesh) -> dict | None:
     return WIDE_VECTORS if mesh.devices.flat[0].platform == "cpu" else None
 
 
-def _update_of(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh) -> Callable:
+def _update_of(
+    config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh
+) -> Callable:
     """Return the optimiser step: a function of state, learning rate and rows (parts, rows of a part, tokens)."""
     shardings = state_shardings(config, optimizer, mesh)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
@@ -249,7 +251,7 @@ def _update_of(config: LlamaConfig, optimizer: AdamW, accumulate: int, dtype: st
 
 
 def loss_sums(
-    config: LlamaConfig, tree: dict, rows: Rows, *, dtype: str = "float32", remat: bool = False
+    config: DecoderConfig, tree: dict, rows: Rows, *, dtype: str = "float32", remat: bool = False
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the sum of the cross-entropies, in nats, of the learned tokens, and how many there are.
 
@@ -265,7 +267,7 @@ def loss_sums(
 
 
 @cache
-def state_shardings(config: LlamaConfig, optimizer: AdamW, mesh: Mesh) -> State:
+def state_shardings(config: DecoderConfig, optimizer: AdamW, mesh: Mesh) -> State:
     """Return the sharding of every array of a state; moments are divided like their weights."""
     tree = abstract_tree(config)
     tree_shardings = jax.tree.map_with_path(

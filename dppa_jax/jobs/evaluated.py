@@ -8,7 +8,8 @@ from pathlib import Path
 import jax
 from rich.table import Table
 
-from dppa_jax.architecture.table import ARCHITECTURES, architecture_of
+from dppa_jax.architecture.row import WRAPPED
+from dppa_jax.architecture.table import ARCHITECTURES, known
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
@@ -16,13 +17,16 @@ from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 from dppa_jax.evaluate.evaluation import Evaluation, open_evaluation
 from dppa_jax.evaluate.tasks import Task, by_domain, every_task
 from dppa_jax.jobs.models import open_job
+from dppa_jax.model import DecoderConfig
 from dppa_jax.runtime.progress import console
+from dppa_jax.runtime.reading import printable
 from dppa_jax.search.adamerging import adamerge
 from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.where import Looked, locate, look
 
 Domains = Mapping[str, Sequence[Task]]
+ADAMERGING = "--coefficient=adamerging"
 
 
 def find_coefficients(
@@ -84,20 +88,38 @@ def candidates_of(job: JobConfig, evaluation: Evaluation, writes: bool = False) 
         yield candidates
 
 
-def check_forward(model: Looked) -> None:
-    """Refuse a model that cannot be evaluated here, before any work is done."""
-    architecture = architecture_of(model.config)
-    if not architecture.forward:
+def check_forward(looked: Looked, needs: str | None) -> None:
+    """Refuse a model that this program does not compute, before any work is done.
+
+    Args:
+      looked: the model.
+      needs: the flag that needs a forward pass in JAX; None where vLLM computes everything.
+    """
+    if not needs:
+        return
+    directory, architecture = looked.directory, known(looked.config)
+    if not architecture or not architecture.forward or WRAPPED in looked.config:
         able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes)
+        named = printable(str((looked.config.get("architectures") or ["this model"])[0]))
         raise ValueError(
-            f"{model.directory}: {architecture.classes[0]} can be merged, and not yet evaluated, searched or "
-            f"tuned here, as {able} can: leave out --evaluate, and evaluate the output with another program."
+            f"{directory}: {needs} needs a forward pass in JAX, and {named} has none, as {able} "
+            f"have. It can be merged, and evaluated with --evaluator=vllm."
+        )
+    try:
+        model = DecoderConfig.from_hf(looked.config)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {needs}: {error}") from None
+    if model.num_experts and needs == ADAMERGING:
+        raise ValueError(
+            f"{directory}: {needs} merges one matrix of a layer at a time, and this layer is a mixture of experts: "
+            f"give numbers as --coefficient, or search for factors."
         )
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
-    check_forward(look(job.base, job.merge.seed))
+    needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
+    check_forward(look(job.base, job.merge.seed), needs)
     tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed, weights=False), Path(job.workdir))
 

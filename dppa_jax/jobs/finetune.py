@@ -33,7 +33,7 @@ from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
 from dppa_jax.jobs.models import check_code
 from dppa_jax.jobs.places import check_apart
-from dppa_jax.model import LlamaConfig
+from dppa_jax.model import DecoderConfig
 from dppa_jax.model.generate import end_tokens
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
@@ -66,7 +66,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     model = open_checkpoint(source)
     check_code(model)
     tree = stored_tree(model, model.specs)
-    config, tokenizer = LlamaConfig.from_hf(model.config), _tokenizer(model)
+    config, tokenizer = DecoderConfig.from_hf(model.config), _tokenizer(model)
     rows = _rows(job, tokenizer, config, examples)
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
@@ -216,7 +216,7 @@ def fingerprint(
     weights = model.content_digest()
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-    code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/config.py", "model/decoder.py")
+    code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]
     sources = sources_digest(*code)
     return digest([versions, sources, weights, tokens, asdict(options), job.length])
@@ -253,7 +253,7 @@ def _tokenizer(model: Checkpoint):
     return tokenizer
 
 
-def _rows(job: FinetuneConfig, tokenizer, config: LlamaConfig, examples: Sequence[Example]) -> Rows:
+def _rows(job: FinetuneConfig, tokenizer, config: DecoderConfig, examples: Sequence[Example]) -> Rows:
     if job.pack:
         rows = encode_packed(examples, tokenizer, job.length, job.seed)
     else:

@@ -1,6 +1,6 @@
 """Norms of every linear's inputs on calibration text, for calibrated scores; one decoder layer in memory at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float, Int
 
-from dppa_jax.architecture.specs import Role, tree_of
+from dppa_jax.architecture.specs import Role, TensorSpec, by_path, tree_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.tokenizer import encode, load_tokenizer
 from dppa_jax.config.run import JobConfig
-from dppa_jax.model.config import LlamaConfig
-from dppa_jax.model.decoder import attention, decoder_layer, mlp_inner, rms_norm, rotary, visibility
+from dppa_jax.model.config import DecoderConfig
+from dppa_jax.model.context import LayerKind, context_of, layer_kinds
+from dppa_jax.model.decoder import decoder_layer, embed, mlp_inner
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
@@ -40,38 +41,56 @@ def activation_norms(
 
     Source: Sun et al. 2023.
     """
-    config = LlamaConfig.from_hf(model.config)
+    config = DecoderConfig.from_hf(model.config)
     norms: dict[str, np.ndarray] = {}
     [embeddings] = (spec.name for spec in model.specs.values() if spec.kind == "model.embed_tokens")
-    hidden = jnp.asarray(model.read(embeddings)[tokens], jnp.float32)
-    step = jax.jit(partial(_layer, config))
+    hidden = embed(config, jnp.asarray(model.read(embeddings)[tokens], jnp.float32))
+    step, kinds = jax.jit(partial(_layer, config)), layer_kinds(config)
     for layer in range(config.num_hidden_layers):
         specs = [spec for spec in model.specs.values() if spec.layer == layer]
-        weights = tree_of(specs, lambda own: jnp.asarray(model.read(own[0].name), jnp.float32))
-        hidden, of_kind = step(weights["layers"], hidden)
-        norms |= {spec.name: np.asarray(of_kind[spec.kind]) for spec in specs if spec.role is Role.LINEAR}
+        weights = tree_of(specs, partial(_array, model))
+        kind = jax.tree.map(lambda numbers, layer=layer: jnp.asarray(numbers[layer]), kinds)
+        hidden, of_path = step(weights["layers"], kind, hidden)
+        for path, group in by_path(spec for spec in specs if spec.role is Role.LINEAR).items():
+            each = np.asarray(of_path[".".join(path[1:])]).reshape(len(group), -1)  # one of each expert of a mixture
+            norms |= {spec.name: own for spec, own in zip(group, each, strict=True)}
     return norms
 
 
+def _array(model: Checkpoint, group: Sequence[TensorSpec]) -> Float[Array, "..."]:
+    """Read the tensor of a layer at one place of the tree, or stack those of all experts of a mixture."""
+    arrays = [jnp.asarray(model.read(spec.name), jnp.float32) for spec in group]
+    return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
+
+
 def _layer(
-    config: LlamaConfig, weights: dict, hidden: Float[Array, "B T D"]
-) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, " columns"]]]:
-    """Return a decoder layer's output and, by the kind of linear, the norms of its inputs."""
+    config: DecoderConfig, weights: dict, kind: LayerKind, hidden: Float[Array, "B T D"]
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]]]:
+    """Return a decoder layer's output and, by the path of every linear, the norms of its inputs."""
+    norms: dict[str, Array] = {}
+
+    def record(path: str, inputs: Array, picked: Array | None) -> None:
+        if picked is None:
+            norms[path] = jnp.sqrt((inputs * inputs).sum(axis=(0, 1)))
+        else:
+            norms.update(_mixture(config, weights["mlp"]["experts"], inputs, picked))
+
     positions = jnp.arange(hidden.shape[1])[None]
-    rope, visible = rotary(config, positions), visibility(positions, positions, hidden.shape[1])
-    normed = rms_norm(hidden, weights["input_layernorm"], config.rms_norm_eps)
-    queries = weights["self_attn"]["q_proj"].shape[0]
-    mixed, _ = attention(
-        config, {**weights["self_attn"], "o_proj": jnp.eye(queries)}, normed, None, rope, visible, 0
-    )  # an identity in place of o_proj leaves its input
-    attended = hidden + jnp.einsum("bti,oi->bto", mixed, weights["self_attn"]["o_proj"])
-    normed_again = rms_norm(attended, weights["post_attention_layernorm"], config.rms_norm_eps)
-    inner = mlp_inner(weights["mlp"], normed_again)
-    inputs = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), normed)
-    inputs |= {"self_attn.o_proj": mixed, "mlp.gate_proj": normed_again, "mlp.up_proj": normed_again}
-    inputs["mlp.down_proj"] = inner
-    norms = {kind: jnp.sqrt((x * x).sum(axis=(0, 1))) for kind, x in inputs.items()}
-    return decoder_layer(config, weights, hidden, None, rope, visible)[0], norms
+    context = context_of(config, positions, positions).of(kind)
+    return decoder_layer(config, weights, hidden, None, context, record=record)[0], norms
+
+
+def _mixture(
+    config: DecoderConfig, experts: dict, hidden: Float[Array, "B T D"], picked: Float[Array, "B T E"]
+) -> dict[str, Float[Array, "E columns"]]:
+    """Return the norms of every expert's inputs, over the tokens that the router sends to it; one expert at a time."""
+
+    def norms(expert):
+        weights, own = expert
+        inputs = {"gate_proj": hidden, "up_proj": hidden, "down_proj": mlp_inner(config, weights, hidden)}
+        return {f"mlp.experts.{name}": jnp.sqrt(jnp.einsum("bt,btj->j", own, x * x)) for name, x in inputs.items()}
+
+    return jax.lax.map(norms, (experts, jnp.moveaxis(picked, -1, 0)))
 
 
 def norms_of_experts(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict[str, dict[str, np.ndarray]]:

@@ -12,8 +12,9 @@ from absl import logging
 from jaxtyping import Array, Int
 
 from dppa_jax.checkpoint.inside import inside
-from dppa_jax.model.config import LlamaConfig, end_ids
-from dppa_jax.model.decoder import Cache, Llama, Tree, hidden_states, unembed
+from dppa_jax.model.config import DecoderConfig, end_ids, ends_of, said_by
+from dppa_jax.model.decoder import Cache, Decoder, hidden_states, unembed
+from dppa_jax.model.tree import Tree
 from dppa_jax.runtime.reading import read_json
 
 GENERATION = "generation_config.json"
@@ -21,7 +22,7 @@ SMALLEST_BUCKET = 16  # tokens; for shorter lengths a compilation costs more tha
 
 
 def generate(
-    model: Llama | tuple[LlamaConfig, Tree],
+    model: Decoder | tuple[DecoderConfig, Tree],
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | Sequence[int],
     eos_token_id: int | Sequence[int] | None = None,
@@ -34,7 +35,7 @@ def generate(
     are equal up to rounding.
 
     Args:
-      model: a `Llama`, or its config and stacked tree; new weights of the same shapes need no new compilation.
+      model: a `Decoder`, or its config and stacked tree; new weights of the same shapes need no new compilation.
       prompts: token ids, at least one for each prompt.
       max_new_tokens: where an answer is cut off, for all prompts or for each.
       eos_token_id: one or several ids that end an answer; None takes the config's, () never ends one early.
@@ -47,7 +48,7 @@ def generate(
     Raises:
       ValueError: a prompt is empty, or has tokens that the model does not know.
     """
-    config, tree = (model.config, model.tree) if isinstance(model, Llama) else model
+    config, tree = (model.config, model.tree) if isinstance(model, Decoder) else model
     check_prompts(prompts, config.vocab_size)
     limits = [int(limit) for limit in np.broadcast_to(max_new_tokens, len(prompts))]
     needed = max((len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)), default=0)
@@ -80,7 +81,7 @@ def end_tokens(config: Mapping[str, Any], directory: Path | None) -> tuple[int, 
     Raises:
       ValueError: generation_config.json is no JSON object, or names something else than ids.
     """
-    ids = LlamaConfig.from_hf(config).eos_token_id
+    ids = ends_of(said_by(config))
     if directory and (directory / GENERATION).exists():
         file = inside(directory, GENERATION)
         ids = end_ids(read_json(file).get("eos_token_id"), f"{file}: eos_token_id") or ids
@@ -88,7 +89,7 @@ def end_tokens(config: Mapping[str, Any], directory: Path | None) -> tuple[int, 
 
 
 def generate_batch(
-    config: LlamaConfig,
+    config: DecoderConfig,
     tree: Tree,
     prompts: Sequence[Sequence[int]],
     limits: Sequence[int],
@@ -145,7 +146,7 @@ def bucket(size: int, smallest: int = SMALLEST_BUCKET) -> int:
 
 @partial(jax.jit, static_argnames=("config", "answer_slots"))
 def decode(
-    config: LlamaConfig,
+    config: DecoderConfig,
     tree: Tree,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
@@ -160,10 +161,7 @@ def decode(
     constant of the compiled program, so another model of the same shapes reuses the program.
     """
     batch, time = tokens.shape
-
-    def predict(tokens, positions, cache):
-        hidden, cache = hidden_states(config, tree, tokens, positions, cache)
-        return jnp.argmax(unembed(tree, hidden[:, -1]), axis=-1).astype(jnp.int32), cache
+    switches = [rope.original_max_position_embeddings for rope in config.ropes if rope and rope.switches]
 
     def unfinished(state):
         step, _, done, *_ = state
@@ -173,11 +171,46 @@ def decode(
         step, token, done, new, cache = state
         new = new.at[:, step].set(token)
         done |= jnp.isin(token, eos) | (step + 1 >= limit)
-        token, cache = predict(token[:, None], (lengths + step)[:, None], cache)
+        following = lambda: predict(config, tree, token[:, None], (lengths + step)[:, None], cache)  # noqa: E731
+        if switches:
+            anew = partial(predict_anew, config, tree, tokens, lengths, new, step)
+            token, cache = jax.lax.cond(jnp.any(lengths + step == switches[0]), anew, following)
+        else:
+            token, cache = following()
         return step + 1, token, done, new, cache
 
     positions = jnp.arange(time) - (time - lengths)[:, None]
     cache = Cache.empty(config, batch, time + answer_slots, tree["embed_tokens"].dtype)
-    token, cache = predict(tokens, positions, cache)
+    token, cache = predict(config, tree, tokens, positions, cache)
     state = (0, token, (lengths == 0) | (limit <= 0), jnp.zeros((batch, answer_slots), jnp.int32), cache)
     return jax.lax.while_loop(unfinished, advance, state)[3]
+
+
+def predict(
+    config: DecoderConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    cache: Cache,
+    last: Int[Array, ""] | int = -1,
+) -> tuple[Int[Array, "B"], Cache]:
+    """Return the most likely token after the one in column `last`, and the cache with these tokens added."""
+    hidden, cache = hidden_states(config, tree, tokens, positions, cache)
+    return jnp.argmax(unembed(config, tree, hidden[:, last]), axis=-1).astype(jnp.int32), cache
+
+
+def predict_anew(
+    config: DecoderConfig,
+    tree: Tree,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+    new: Int[Array, "B N"],
+    step: Int[Array, ""],
+) -> tuple[Int[Array, "B"], Cache]:
+    """Predict from all tokens up to new token `step`, because the cache has the frequencies of a shorter text."""
+    batch, time = tokens.shape
+    slots = time + new.shape[1]
+    positions = jnp.minimum(jnp.arange(slots) - time, step) + lengths[:, None]  # what follows makes no text longer
+    empty = Cache.empty(config, batch, slots, tree["embed_tokens"].dtype)
+    token, cache = predict(config, tree, jnp.concatenate([tokens, new], axis=1), positions, empty, time + step)
+    return token, cache._replace(length=time + step + 1)

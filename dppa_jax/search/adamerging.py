@@ -48,7 +48,7 @@ LOG_STEPS = 50
 
 FILES = ("adamerging", "adamerging_step", "adamerging_state", "coefficients", "entropy", "mixture", "prompts")
 CODE = sources_digest(*(f"search/{name}.py" for name in FILES))
-FORWARD = sources_digest("model/decoder.py", "model/generate.py")
+FORWARD = sources_digest("model/*.py")
 
 
 def adamerge(

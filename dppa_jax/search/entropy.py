@@ -19,7 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dppa_jax.delta.tied import Placed
-from dppa_jax.model.decoder import decoder_layer, rms_norm, rotary, unembed, visibility
+from dppa_jax.model.config import DecoderConfig
+from dppa_jax.model.context import context_of, layer_kinds
+from dppa_jax.model.decoder import decoder_layer, embed, norm, unembed
 from dppa_jax.runtime.mesh import PerTensor
 from dppa_jax.search.mixture import Arithmetic, Tensor, chunks_of, decoded, is_tensor, some_rows
 
@@ -47,33 +49,36 @@ def row_entropies(
       tree: of a `Mixture`.
       zero: the int32 number 0, unknown to the compiler; see `delta.combine.rounded`.
     """
-    llama, embedding = arithmetic.llama, tree["embed_tokens"]
+    model, embedding = arithmetic.model, tree["embed_tokens"]
     merge = lambda tensor: merged(arithmetic, coefficients[tensor.place], decoded(tensor), zero)  # noqa: E731
     rows, time = batch.tokens.shape
     looked_up = some_rows(embedding, lambda table: table[batch.tokens.reshape(-1)])
-    hidden = merge(looked_up).reshape(rows, time, -1)
+    hidden = embed(model, merge(looked_up).reshape(rows, time, -1))
     slots = jnp.arange(time)[None]
-    rope, visible = rotary(llama, slots), visibility(slots, slots, time)
+    context = context_of(model, slots, slots)
 
-    def step(hidden, layer):
+    def step(hidden, scanned):
+        layer, kind = scanned
         weights = jax.tree.map(merge, layer, is_leaf=is_tensor)
-        return decoder_layer(llama, weights, hidden, None, rope, visible)[0], None
+        return decoder_layer(model, weights, hidden, None, context.of(kind))[0], None
 
     # In a scan the backward pass cannot share work with the forward pass, so nothing need keep them apart.
-    hidden, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), hidden, tree["layers"])
+    scanned = tree["layers"], layer_kinds(model)
+    hidden, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), hidden, scanned)
     hidden = jnp.take_along_axis(hidden, batch.chosen[..., None], axis=1)
-    hidden = rms_norm(hidden, merge(tree["norm"]), llama.rms_norm_eps)
-    entropies = head_entropies(tree.get("lm_head", embedding), merge, hidden, llama.vocab_size)
+    hidden = norm(model, {"norm": merge(tree["norm"])}, "norm", hidden)
+    entropies = head_entropies(model, tree.get("lm_head", embedding), merge, hidden)
     return (entropies * batch.weights).sum(axis=1)
 
 
 def head_entropies(
-    head: Tensor, merge: Callable[[Tensor], Array], hidden: Float[Array, "B M D"], vocabulary: int
+    model: DecoderConfig, head: Tensor, merge: Callable[[Tensor], Array], hidden: Float[Array, "B M D"]
 ) -> Float[Array, "B M"]:
     """H = log Σ e^z − Σ z e^z / Σ e^z, with the largest z of the vocabulary seen so far taken off.
 
     Chunk c holds the rows c, c + chunks, c + 2·chunks, … of the head, so that each is spread over all devices.
     """
+    vocabulary = model.vocab_size
     chunks = chunks_of(vocabulary)
     split = some_rows(head, lambda table: table.reshape(-1, chunks, table.shape[-1]))
     rows = split.base.shape[0]
@@ -81,7 +86,7 @@ def head_entropies(
     def step(carry, chunk):
         largest, total, moment = carry
         part = some_rows(split, lambda table: lax.dynamic_index_in_dim(table, chunk, axis=1, keepdims=False))
-        logits = unembed({"lm_head": merge(part)}, hidden)
+        logits = unembed(model, {"lm_head": merge(part)}, hidden)
         if rows * chunks > vocabulary:
             logits = jnp.where(jnp.arange(rows) * chunks + chunk < vocabulary, logits, LEAST)
         new = lax.stop_gradient(jnp.maximum(largest, logits.max(axis=-1)))

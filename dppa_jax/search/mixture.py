@@ -33,7 +33,7 @@ from dppa_jax.merging.merger import kernels_of, output_tensors
 from dppa_jax.merging.rows import DeviceMatrix, Matrix, RowRange
 from dppa_jax.merging.stream import Stream
 from dppa_jax.merging.survey import surveyed
-from dppa_jax.model.config import LlamaConfig
+from dppa_jax.model.config import DecoderConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import AXES, REPLICATED, PerTensor, across_processes, put
 
@@ -84,7 +84,7 @@ class Arithmetic:
       activations: their dtype.
     """
 
-    llama: LlamaConfig
+    model: DecoderConfig
     linear: Elementwise
     dense: Elementwise
     mesh: Mesh
@@ -127,14 +127,14 @@ class Mixture:
         specs = check_compatible(base, experts, quiet=True)
         check_patterns(config.tensor_rates, specs, "--tensor_rate")
         self.mesh, self.names, self.bytes_read = across_processes(mesh), tuple(specs), 0
-        self._sources, llama = (base, *experts.values()), LlamaConfig.from_hf(base.config)
+        self._sources, model = (base, *experts.values()), DecoderConfig.from_hf(base.config)
         self._pruner = Pruner(kernels_of(mesh, config)[0], config, linears_of(specs), norms)
         self._known = self._thresholds(specs, mesh) if config.score else {}
         self._dtypes = {name: dtype for name, (_, dtype) in output_tensors(base, config).items()}
         self.tree = tree_of(specs.values(), self._tensor)
         on_cpu = jax.default_backend() == "cpu"  # where bfloat16 is slower than float32
         activations = "float32" if on_cpu else self.tree["norm"].dtype
-        self.arithmetic = Arithmetic(llama, *elementwise_of(config), self.mesh, activations)
+        self.arithmetic = Arithmetic(model, *elementwise_of(config), self.mesh, activations)
         weights = [(t.base, t.experts) for t in jax.tree.leaves(self.tree, is_leaf=is_tensor)]
         self.model_bytes = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(weights))
 

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from merge_oracle import dppa, elected, joined, split, trimmed
 from small_models import FACTORS, FAMILIES, ROWS, linears_of, load, model_of, save, tensors, tune
 
 from dppa_jax.architecture.specs import Role
-from dppa_jax.architecture.table import ARCHITECTURES
+from dppa_jax.architecture.table import ARCHITECTURES, support_matrix
 from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax.jobs.evaluated import check_forward
 
 EXPERTS = ("math", "law")
 
@@ -61,14 +63,11 @@ def test_every_row_is_tried():
     assert set(ROWS.values()) == ARCHITECTURES.keys()
 
 
-def test_the_readmes_name_every_row_and_what_it_can_do():
+def test_the_readmes_say_what_every_row_can_do():
     root = Path(__file__).parent.parent.parent
-    lines = (root / "README.md").read_text(encoding="utf-8").splitlines()
-    matrix = [line.split("|") for line in lines if line.count("|") == 5]
-    said = {re.sub(r" \(.*", "", name).strip(): cells for _, names, *cells in matrix for name in names.split(",")}
+    assert "\n".join(support_matrix()) in (root / "README.md").read_text(encoding="utf-8")
     own = (root / "dppa_jax" / "architecture" / "README.md").read_text(encoding="utf-8")
     for name, row in ARCHITECTURES.items():
-        assert [cell.strip() for cell in said[name][:2]] == ["yes", "yes" if row.forward else "no"], name
         assert f"| `{name}` | `{row.classes[0]}`" in own
 
 
@@ -146,14 +145,29 @@ def test_dare_rescales_what_it_keeps_of_linears_alone(read):
     assert_close(tensors(output), rest | sums)
 
 
-def test_what_has_no_forward_pass_says_so_before_work(family, tmp_path):
-    name, root = family
-    if ARCHITECTURES[ROWS[name]].forward:
-        return
-    flags = [f"--base={root / 'base'}", f"--expert=math={root / 'math'}", "--method=dare", "--evaluate=addition"]
-    with pytest.raises(SystemExit, match="can be merged, and not yet evaluated"):
-        launch(*flags, f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}")
+@pytest.mark.parametrize("flag", ["--evaluator=jax", "--coefficient=adamerging"])
+def test_what_has_no_forward_pass_says_so_before_work(flag, tmp_path):
+    for name in ("base", "math"):
+        save("GPT-NeoX", model_of("GPT-NeoX", 0), tmp_path / name)
+    flags = [f"--base={tmp_path / 'base'}", f"--expert=math={tmp_path / 'math'}", "--method=dare", flag]
+    with pytest.raises(SystemExit) as refused:
+        launch(*flags, "--evaluate=addition", f"--output={tmp_path / 'out'}", f"--workdir={tmp_path / 'work'}")
+    assert f"{flag} needs a forward pass in JAX, and GPTNeoXForCausalLM has none" in str(refused.value)
+    assert "evaluated with --evaluator=vllm" in str(refused.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_experts_can_be_evaluated_and_has_no_adamerging(tmp_path):
+    looked = SimpleNamespace(directory=tmp_path, config=model_of("Mixtral", 0).config.to_dict())
+    check_forward(looked, "--evaluator=jax")
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: --coefficient=adamerging merges one matrix .* mixture of experts"
+    ):
+        check_forward(looked, "--coefficient=adamerging")
+    looked.config |= {"rope_parameters": {"rope_type": "mrope"}}
+    with pytest.raises(ValueError, match=f"{tmp_path}: --evaluator=jax: config.json: rope type 'mrope'"):
+        check_forward(looked, "--evaluator=jax")
+    check_forward(looked, None)
 
 
 def test_an_expert_of_another_architecture_is_refused(tmp_path):

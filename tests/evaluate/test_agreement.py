@@ -13,7 +13,7 @@ from vllm_python import vllm_python
 import dppa_jax
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.vllm import VllmEvaluator
-from dppa_jax.model import LlamaConfig, forward
+from dppa_jax.model import DecoderConfig, forward
 
 NEW_TOKENS = 24
 ROUNDING = 1e-3  # of logits of about 20 that float32 products of 576 to 49152 terms add up to in another order
@@ -56,7 +56,7 @@ def test_both_evaluators_give_the_same_answers(shared, tmp_path):
     ours = local.generate(prompts, NEW_TOKENS)
     print({what: [round(s, 2) for s in found] for what, found in vllm.seconds.items()}, sum(map(len, theirs)), "tokens")
     different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
-    config, tree = LlamaConfig.from_hf(model.config), jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.tree)
+    config, tree = DecoderConfig.from_hf(model.config), jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), model.tree)
     gaps = [gap_where_they_part(config, tree, prompts[i], ours[i], theirs[i]) for i in different]
     print(f"{len(prompts) - len(different)} of {len(prompts)} answers are the same, gaps {gaps}")
     assert len(prompts) == 50

@@ -8,7 +8,7 @@ from families import fine_tuned, llama_config, random_weights, write_model
 
 import dppa_jax
 from dppa_jax.evaluate.local import JaxEvaluator
-from dppa_jax.model import LlamaConfig, generate
+from dppa_jax.model import DecoderConfig, generate
 from dppa_jax.model.generate import decode, end_tokens
 
 CONFIG = llama_config()
@@ -41,7 +41,7 @@ def test_answers_are_the_models_in_float32(evaluator, family):
         else np.asarray(part, np.float32)
         for name, part in model.tree["layers"].items()
     }
-    assert evaluator.generate(PROMPTS, 8) == generate((LlamaConfig.from_hf(CONFIG), tree), PROMPTS, 8)
+    assert evaluator.generate(PROMPTS, 8) == generate((DecoderConfig.from_hf(CONFIG), tree), PROMPTS, 8)
 
 
 def test_answers_follow_the_weights_without_a_new_compilation(evaluator, family):
@@ -111,7 +111,7 @@ def test_an_end_token_that_is_no_id_is_named_with_its_file(tmp_path, end):
     with pytest.raises(ValueError, match=rf"{file}: eos_token_id: .* Give the number of the token"):
         end_tokens(CONFIG, tmp_path)
     with pytest.raises(ValueError, match=r"config\.json: eos_token_id: "):
-        LlamaConfig.from_hf(CONFIG | {"eos_token_id": end})
+        DecoderConfig.from_hf(CONFIG | {"eos_token_id": end})
 
 
 @pytest.mark.parametrize("content", [b"[2]", b"\xe4", b"[" * 100_000])

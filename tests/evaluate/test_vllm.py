@@ -7,11 +7,13 @@ import time
 import numpy as np
 import psutil
 import pytest
+from decoders import MODELS, torch_model
 from families import edit_json, fine_tuned, llama_config, random_weights, read_json, write_model
 from safetensors.numpy import save_file
 from vllm_python import vllm_python
 
 import dppa_jax
+from dppa_jax.architecture.table import ARCHITECTURES
 from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.vllm import Done, VllmEvaluator
 from dppa_jax.evaluate.worker import Worker
@@ -137,6 +139,20 @@ def test_a_model_of_another_shape_gets_another_engine(vllm, tmp_path):
     vllm.use(model)
     assert read_json(model / "config.json")["tie_word_embeddings"] is False
     assert [len(answer) > 0 for answer in vllm.generate(PROMPTS, 5)] == [True] * len(PROMPTS)
+
+
+WIDE = {"hidden_size": 128, "head_dim": 32, "max_position_embeddings": 128, "dtype": "float32", "eos_token_id": 2}
+WIDE |= {"attention_bias": False}  # vLLM's Qwen3 has no bias of o_proj, which the check of its weights tells
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, row in ARCHITECTURES.items() if row.vllm and row.forward and name != "Llama"]
+)
+def test_models_of_other_families_answer_as_in_this_process(name, vllm, tmp_path):
+    model_type, changes = MODELS[name]
+    torch_model(model_type, changes | WIDE).save_pretrained(tmp_path)
+    vllm.use(tmp_path)
+    assert vllm.generate(PROMPTS, 10) == in_process(tmp_path)
 
 
 def test_close_leaves_no_process_and_no_weights(vllm, workdir):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from dppa_jax.demo.tokenizer import save_tokenizer
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
 from dppa_jax.finetune.train import loss_sums
-from dppa_jax.model import LlamaConfig, forward, init_tree
+from dppa_jax.model import DecoderConfig, forward, init_tree
 
 LENGTH = 40
 EXAMPLES = [Example(f"What is {n} plus {n * 7}? Sum:", f" {n * 8}") for n in range(1, 60)] + [
@@ -29,8 +29,8 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def config(tokenizer) -> LlamaConfig:
-    return LlamaConfig(
+def config(tokenizer) -> DecoderConfig:
+    return DecoderConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
         intermediate_size=24,

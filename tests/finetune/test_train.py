@@ -11,9 +11,9 @@ import pytest
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.train import STEPS_PER_REPORT, Trainer, compiled, learning_rates, loss_sums, train
-from dppa_jax.model import LlamaConfig, forward, init_tree
+from dppa_jax.model import DecoderConfig, forward, init_tree
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=40,
     hidden_size=16,
     intermediate_size=24,

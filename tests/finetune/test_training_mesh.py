@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.train import TRAIN_AXES, State, Trainer
-from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.model import DecoderConfig, init_tree
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=40,
     hidden_size=32,
     intermediate_size=48,

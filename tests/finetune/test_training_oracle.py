@@ -1,4 +1,4 @@
-"""Full fine-tuning against PyTorch: transformers' LLaMA, torch's AdamW, torch's clipping."""
+"""Full fine-tuning against PyTorch: transformers' models, torch's AdamW, torch's clipping."""
 
 from pathlib import Path
 
@@ -10,18 +10,27 @@ from dppa_jax.checkpoint import save_tree
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.train import learning_rates, train
-from dppa_jax.model import LlamaConfig, init_tree
+from dppa_jax.model import DecoderConfig, init_tree
 from dppa_jax.where import load_tree
 
-CONFIG = LlamaConfig(
-    vocab_size=48,
-    hidden_size=32,
-    intermediate_size=40,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,  # torch learns no embedding of it
+}
+FAMILIES = {
+    "Llama": LLAMA,
+    "Gemma2": LLAMA | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 4},
+    "Qwen2": LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+}
 OPTIONS = TrainConfig(
     steps=5,
     learning_rate=3e-3,
@@ -31,25 +40,26 @@ OPTIONS = TrainConfig(
 )
 
 
-@pytest.fixture
-def start(tmp_path) -> Path:
-    tree = jax.tree.map(np.asarray, init_tree(CONFIG, jax.random.key(3), stddev=0.15))
-    save_tree(tmp_path / "start", tree, CONFIG.to_hf())
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "Qwen2")) for name in FAMILIES])
+def start(request, tmp_path) -> Path:
+    config = FAMILIES[request.param]
+    tree = init_tree(DecoderConfig.from_hf(config), jax.random.key(3), stddev=0.15)
+    save_tree(tmp_path / "start", jax.tree.map(np.asarray, tree), config)
     return tmp_path / "start"
 
 
 @pytest.fixture
 def rows() -> Rows:
     generator = np.random.default_rng(0)
-    tokens = generator.integers(0, CONFIG.vocab_size, (12, 10)).astype(np.int32)
+    tokens = generator.integers(0, LLAMA["vocab_size"], (12, 10)).astype(np.int32)
     return Rows(tokens, np.arange(10) >= generator.integers(2, 8, 12)[:, None])
 
 
 def by_torch(directory: Path, rows: Rows) -> tuple[dict[str, np.ndarray], list[float]]:
     import torch
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.999), weight_decay=0.1)
     losses = []
     order = batches(rows.count, OPTIONS.batch_size, OPTIONS.steps, OPTIONS.seed)
@@ -72,7 +82,7 @@ def test_five_steps_are_those_of_pytorch(start, rows, tmp_path):
     hf_config, tree = load_tree(start)
     before = jax.tree.map(np.copy, tree)
     with jax.default_matmul_precision("highest"):
-        trained, losses = train(CONFIG, tree, rows, OPTIONS)
+        trained, losses = train(DecoderConfig.from_hf(hf_config), tree, rows, OPTIONS)
     np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
     assert losses[-1] < losses[0]
     save_tree(tmp_path / "found", jax.tree.map(np.asarray, trained), hf_config)

@@ -1,26 +1,57 @@
 """Activation norms, against hooks on transformers' model."""
 
+from functools import partial
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
-from families import write_family
-from transformers import LlamaForCausalLM
+from decoders import MODELS, ours, torch_model
 
 from dppa_jax.checkpoint import SafetensorsDirectory
-from dppa_jax.merging.activations import activation_norms
+from dppa_jax.merging.activations import _layer, activation_norms
+from dppa_jax.model.context import LayerKind
+
+FAST = ("Llama", "Gemma2")
+SLOW = ("Qwen2", "Gemma3", "OLMo2", "SmolLM3", "Granite")
 
 
-def test_norms_are_those_that_hooks_on_transformers_see(tmp_path):
-    directory = write_family(tmp_path, experts=(), dtype="float32") / "base"
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_norms_are_those_that_hooks_on_transformers_see(name, tmp_path):
+    model = torch_model(*MODELS[name])
+    model.save_pretrained(tmp_path)
     tokens = np.random.default_rng(0).integers(0, 60, (3, 11))
-    norms = activation_norms(SafetensorsDirectory(directory), tokens)
+    norms = activation_norms(SafetensorsDirectory(tmp_path), tokens)
 
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     seen = {}
-    for name, module in model.model.layers.named_modules():
+    for path, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda _, inputs, __, name=name: seen.update({name: inputs[0].detach()}))
+            module.register_forward_hook(lambda _, inputs, __, path=path: seen.update({path: inputs[0].detach()}))
     model(torch.tensor(tokens))
-    assert norms.keys() == {f"model.layers.{name}.weight" for name in seen}
-    for name, inputs in seen.items():
+    assert norms.keys() == {f"model.layers.{path}.weight" for path in seen}
+    for path, inputs in seen.items():
         expected = inputs.square().sum((0, 1)).sqrt().numpy()
-        np.testing.assert_allclose(norms[f"model.layers.{name}.weight"], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(norms[f"model.layers.{path}.weight"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Mixtral"])
+def test_an_expert_of_a_mixture_has_the_norms_of_the_tokens_that_it_sees(name):
+    model = torch_model(*MODELS[name])
+    config, tree = ours(model)
+    tokens = np.random.default_rng(0).integers(0, 60, (3, 11))
+    seen = []
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_hook(lambda _, inputs, __: seen.extend(inputs))
+    with torch.no_grad():
+        model(torch.tensor(tokens))
+    hidden, picked, _ = seen
+    layer = jax.tree.map(lambda array: jnp.asarray(array[0]), tree["layers"])
+    _, norms = jax.jit(partial(_layer, config))(layer, LayerKind(), jnp.asarray(tree["embed_tokens"])[tokens])
+    for expert in range(config.num_experts):
+        own = hidden[(picked == expert).any(-1)]
+        gate, up = (experts.gate_up_proj[expert] @ own.T).detach().chunk(2)
+        inner = torch.nn.functional.silu(gate) * up
+        for path, inputs in {"gate_proj": own.T, "up_proj": own.T, "down_proj": inner}.items():
+            wanted = inputs.square().sum(1).sqrt()
+            np.testing.assert_allclose(norms[f"mlp.experts.{path}"][expert], wanted, rtol=1e-4, atol=1e-5)

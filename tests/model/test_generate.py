@@ -11,11 +11,11 @@ import torch
 import transformers
 from smollm import smollm_directory
 
-from dppa_jax.model import Llama, LlamaConfig, forward, generate, init_tree
+from dppa_jax.model import Decoder, DecoderConfig, forward, generate, init_tree
 from dppa_jax.model.generate import decode
 from dppa_jax.where import load_tree
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab_size=96,
     hidden_size=32,
     intermediate_size=80,
@@ -70,7 +70,7 @@ def test_answers_equal_transformers_on_the_golden_family(golden, precision, memb
     config, tree = load_tree(directory)
     reference = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     prompts = random_prompts([1, 5, 17, 60], config["vocab_size"])
-    answers = generate(Llama(LlamaConfig.from_hf(config), tree, dtype=jnp.float32), prompts, 40)
+    answers = generate(Decoder(DecoderConfig.from_hf(config), tree, dtype=jnp.float32), prompts, 40)
     assert answers == [torch_answer(reference, prompt, 40) for prompt in prompts]
 
 
@@ -81,7 +81,7 @@ def test_answers_equal_transformers_on_smollm2():
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     reference = transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     prompts = [tokenizer(text)["input_ids"] for text in ("The capital of France is", "def fibonacci(n):\n")]
-    answers = generate(Llama(LlamaConfig.from_hf(config), tree, dtype=jnp.float32), prompts, 12)
+    answers = generate(Decoder(DecoderConfig.from_hf(config), tree, dtype=jnp.float32), prompts, 12)
     assert answers == [torch_answer(reference, prompt, 12) for prompt in prompts]
     assert tokenizer.decode(answers[0]).startswith(" Paris")
 
@@ -166,7 +166,7 @@ def test_new_weights_and_lengths_of_one_bucket_need_no_new_compilation(tree):
 
 @pytest.mark.slow
 def test_two_runs_in_bfloat16_agree(tree):
-    model = Llama(CONFIG, tree, dtype=jnp.bfloat16)
+    model = Decoder(CONFIG, tree, dtype=jnp.bfloat16)
     prompts = random_prompts([3, 30, 7])
     assert generate(model, prompts, 20, ()) == generate(model, prompts, 20, ())
 

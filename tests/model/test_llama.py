@@ -13,8 +13,9 @@ import transformers
 from flax import nnx
 from smollm import smollm_directory
 
-from dppa_jax.model import Llama, LlamaConfig, decoder_layer, forward, init_tree
-from dppa_jax.model.decoder import rms_norm, rotary, unembed, visibility
+from dppa_jax.model import Decoder, DecoderConfig, decoder_layer, forward, init_tree
+from dppa_jax.model.context import context_of, layer_kinds
+from dppa_jax.model.decoder import norm, rms_norm, unembed
 from dppa_jax.where import load_tree
 
 TOLERANCE = 1e-4  # on every logit, in float32
@@ -100,7 +101,7 @@ loss_gradients = jax.jit(jax.grad(next_token_loss, argnums=1), static_argnums=0,
 
 @pytest.fixture(scope="module")
 def tiny():
-    config = LlamaConfig.from_hf(TINY)
+    config = DecoderConfig.from_hf(TINY)
     return config, init_tree(config, jax.random.key(0), stddev=0.3)
 
 
@@ -115,7 +116,7 @@ def test_logits_equal_transformers_on_the_golden_family(golden, precision, membe
     directory = golden / "family" / precision / member
     config, tree = load_tree(directory)
     tokens = random_tokens(config["vocab_size"], (4, 100))
-    logits = Llama(LlamaConfig.from_hf(config), tree, dtype=jnp.float32)(tokens)
+    logits = Decoder(DecoderConfig.from_hf(config), tree, dtype=jnp.float32)(tokens)
     np.testing.assert_allclose(logits, torch_logits(torch_model(directory), tokens), rtol=0, atol=TOLERANCE)
 
 
@@ -128,7 +129,7 @@ def test_logits_equal_transformers_for_every_kind_of_llama(tmp_path, variant):
     reference.save_pretrained(tmp_path)
     _, tree = load_tree(tmp_path)
     tokens = random_tokens(config["vocab_size"], (2, 300))
-    logits = forward(LlamaConfig.from_hf(config), tree, tokens)
+    logits = forward(DecoderConfig.from_hf(config), tree, tokens)
     np.testing.assert_allclose(logits, torch_logits(reference, tokens), rtol=0, atol=TOLERANCE)
 
 
@@ -138,7 +139,7 @@ def test_logits_equal_transformers_on_smollm2():
     config, tree = load_tree(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     reference = torch_model(directory)
-    model = Llama(LlamaConfig.from_hf(config), tree, dtype=jnp.float32)
+    model = Decoder(DecoderConfig.from_hf(config), tree, dtype=jnp.float32)
     for text in ["The capital of France is", "def fibonacci(n):\n    if n < 2:\n        return n\n"]:
         tokens = np.asarray([tokenizer(text)["input_ids"]], np.int32)
         with jax.default_matmul_precision("highest"):
@@ -155,7 +156,7 @@ def test_gradients_equal_those_of_torch(tmp_path):
     reference(
         torch.from_numpy(tokens.astype(np.int64)), labels=torch.from_numpy(tokens.astype(np.int64))
     ).loss.backward()
-    gradients = loss_gradients(LlamaConfig.from_hf(config), tree, tokens)
+    gradients = loss_gradients(DecoderConfig.from_hf(config), tree, tokens)
     for layer, theirs in enumerate(reference.model.layers):
         ours = jax.tree.map(lambda gradient, layer=layer: gradient[layer], gradients["layers"])
         np.testing.assert_allclose(
@@ -178,7 +179,7 @@ def test_remat_changes_no_gradient(tiny):
 
 
 def test_a_flax_optimizer_trains_the_module(tiny):
-    model = Llama(*tiny)
+    model = Decoder(*tiny)
     tokens = random_tokens(model.config.vocab_size, (4, 16))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -194,13 +195,13 @@ def test_a_flax_optimizer_trains_the_module(tiny):
 
 def test_the_state_of_the_module_is_the_tree(tiny):
     config, tree = tiny
-    state = nnx.to_pure_dict(nnx.state(Llama(config, tree), nnx.Param))
+    state = nnx.to_pure_dict(nnx.state(Decoder(config, tree), nnx.Param))
     assert jax.tree.structure(state) == jax.tree.structure(tree)
     jax.tree.map(np.testing.assert_array_equal, state, tree)
 
 
 def test_dtype_casts_the_weights_and_logits_stay_float32(tiny):
-    model = Llama(*tiny, dtype=jnp.bfloat16)
+    model = Decoder(*tiny, dtype=jnp.bfloat16)
     assert {array.dtype for array in jax.tree.leaves(model.tree)} == {jnp.dtype(jnp.bfloat16)}
     assert model(random_tokens(96, (1, 8))).dtype == jnp.float32
 
@@ -209,12 +210,12 @@ def test_decoder_layers_called_one_by_one_are_the_model(tiny):
     config, tree = tiny
     tokens = random_tokens(config.vocab_size, (2, 10))
     positions = jnp.arange(10)[None]
-    rope, visible = rotary(config, positions), visibility(positions, positions, 10)
+    context = context_of(config, positions, positions).of(layer_kinds(config))
     hidden, of_one = tree["embed_tokens"][tokens], jax.jit(decoder_layer, static_argnums=0)
     for index in range(config.num_hidden_layers):
         layer = jax.tree.map(lambda array, index=index: array[index], tree["layers"])
-        hidden, _ = of_one(config, layer, hidden, None, rope, visible)
-    logits = unembed(tree, rms_norm(hidden, tree["norm"], config.rms_norm_eps))
+        hidden, _ = of_one(config, layer, hidden, None, context)
+    logits = unembed(config, tree, norm(config, tree, "norm", hidden))
     np.testing.assert_allclose(logits, forward(config, tree, tokens), rtol=1e-4, atol=1e-4)
 
 
@@ -249,7 +250,7 @@ def test_rms_norm_of_bfloat16_is_computed_in_float32():
 
 
 def test_init_is_what_transformers_initialises_with():
-    config = LlamaConfig.from_hf(TINY | {"hidden_size": 256, "vocab_size": 512})
+    config = DecoderConfig.from_hf(TINY | {"hidden_size": 256, "vocab_size": 512})
     tree = init_tree(config, jax.random.key(0))
     np.testing.assert_array_equal(tree["layers"]["input_layernorm"], 1)
     np.testing.assert_array_equal(tree["norm"], 1)
@@ -262,54 +263,71 @@ class TestConfig:
     NEW = TINY | {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "bfloat16"}
 
     def test_transformers_4_and_5_say_the_same(self):
-        config = LlamaConfig.from_hf(self.OLD)
-        assert config == LlamaConfig.from_hf(self.NEW)
-        assert (config.rope_theta, config.rope_scaling.factor) == (5e5, 8.0)
+        config = DecoderConfig.from_hf(self.OLD)
+        assert config == DecoderConfig.from_hf(self.NEW)
+        assert [(rope.rope_theta, rope.factor) for rope in config.ropes] == [(5e5, 8.0)]
 
     @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
     def test_what_is_written_is_read_back(self, changes):
-        config = LlamaConfig.from_hf(TINY | changes)
-        assert LlamaConfig.from_hf(config.to_hf()) == config
-        assert LlamaConfig.from_hf(torch_config(config.to_hf()).to_dict()) == config
+        config = DecoderConfig.from_hf(TINY | changes)
+        assert DecoderConfig.from_hf(config.to_hf()) == config
+        assert DecoderConfig.from_hf(torch_config(config.to_hf()).to_dict()) == config
 
     @pytest.mark.parametrize(("given", "expected"), [(2, (2,)), ([2, 7], (2, 7)), (None, ())])
     def test_end_of_sequence_may_be_one_token_several_or_none(self, given, expected):
-        config = LlamaConfig.from_hf(TINY | {"eos_token_id": given})
+        config = DecoderConfig.from_hf(TINY | {"eos_token_id": given})
         assert config.eos_token_id == expected
         assert config.to_hf()["eos_token_id"] == given
 
     def test_absent_keys_take_the_defaults_of_transformers(self):
         sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3}
-        given = sizes | {"num_attention_heads": 4}
-        assert LlamaConfig.from_hf(given) == LlamaConfig.from_hf(transformers.LlamaConfig(**given).to_dict())
+        given = sizes | {"num_attention_heads": 4, "model_type": "llama"}
+        assert DecoderConfig.from_hf(given) == DecoderConfig.from_hf(torch_config(given).to_dict())
 
     def test_an_unknown_rope_type_is_refused_with_those_that_are_supported(self):
-        with pytest.raises(ValueError, match="'yarn' is not supported; supported are default, linear, llama3"):
-            LlamaConfig.from_hf(TINY | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+        with pytest.raises(
+            ValueError, match="'mrope' is not supported; supported are default, linear, dynamic, llama3"
+        ):
+            DecoderConfig.from_hf(TINY | {"rope_scaling": {"rope_type": "mrope", "factor": 4.0}})
 
     def test_incomplete_rope_scaling_is_refused_with_what_is_missing(self):
         with pytest.raises(ValueError, match="'llama3' needs low_freq_factor, high_freq_factor"):
-            LlamaConfig.from_hf(
+            DecoderConfig.from_hf(
                 TINY | {"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 64}}
             )
 
     @pytest.mark.parametrize(
-        "changes", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}, {"model_type": "qwen2"}]
+        ("changes", "said"),
+        [
+            ({"hidden_act": "relu"}, "activation 'relu' is not computed"),
+            ({"model_type": "falcon"}, "'falcon' is not supported"),
+            ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+            ({"model_type": "qwen3", "layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
+            ({"model_type": "qwen3", "layer_types": ["full_attention"] * 2}, "2 layer_types for 3 layers"),
+            ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "2 no_rope_layers for 3 layers"),
+            ({"model_type": "qwen3", "sliding_window": 0}, "Expected `int` >= 1 - at `\\$.sliding_window`"),
+            ({"model_type": "gemma2", "query_pre_attn_scalar": "256"}, "Expected `float`, got `str`"),
+            ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "rope: Expected `float`, got `str`"),
+            ({"rope_scaling": {"rope_type": ["linear"]}}, "is not supported"),
+        ],
     )
-    def test_what_the_model_does_not_compute_is_refused(self, changes):
-        (name,) = changes
-        with pytest.raises(ValueError, match=f"config.json has {name}="):
-            LlamaConfig.from_hf(TINY | changes)
+    def test_what_the_model_does_not_compute_is_refused(self, changes, said):
+        with pytest.raises(ValueError, match=said):
+            DecoderConfig.from_hf(TINY | changes)
+
+    def test_only_a_llama_is_written(self):
+        with pytest.raises(ValueError, match="keep the one that the model came with"):
+            DecoderConfig.from_hf(TINY | {"model_type": "qwen2"}).to_hf()
 
     def test_heads_that_cannot_be_grouped_are_refused(self):
         with pytest.raises(ValueError, match="4 attention heads cannot share 3 key/value heads"):
-            LlamaConfig.from_hf(TINY | {"num_key_value_heads": 3})
+            DecoderConfig.from_hf(TINY | {"num_key_value_heads": 3})
 
 
 def test_weights_that_do_not_fit_the_config_are_refused_by_name(tiny):
     config, tree = tiny
     tree = tree | {"layers": tree["layers"] | {"input_layernorm": np.ones((2, 32))}}
     with pytest.raises(ValueError, match=r"layers.input_layernorm: .* shape \(2, 32\), the config calls for \(3, 32\)"):
-        Llama(config, tree)
+        Decoder(config, tree)
     with pytest.raises(ValueError, match=r"lm_head: .* shape \(absent\), the config calls for \(96, 32\)"):
-        Llama(config, {name: part for name, part in tiny[1].items() if name != "lm_head"})
+        Decoder(config, {name: part for name, part in tiny[1].items() if name != "lm_head"})

@@ -25,7 +25,7 @@ from dppa_jax.evaluate.sources import Item
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.merge import run_merge
 from dppa_jax.jobs.models import open_job
-from dppa_jax.model import LlamaConfig, forward, generate
+from dppa_jax.model import DecoderConfig, forward, generate
 from dppa_jax.report.coefficient_figures import draw_adamerging
 from dppa_jax.report.styles import svg
 from dppa_jax.runtime.mesh import make_mesh
@@ -75,7 +75,7 @@ def entropies(config: dict, tree: dict, prompts) -> list[float]:
     found = []
     tree = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), tree)
     for prompt in prompts:
-        logs = jax.nn.log_softmax(forward(LlamaConfig.from_hf(config), tree, np.array([prompt.tokens])), axis=-1)
+        logs = jax.nn.log_softmax(forward(DecoderConfig.from_hf(config), tree, np.array([prompt.tokens])), axis=-1)
         found.append(float(-(jnp.exp(logs) * logs).sum(axis=-1)[0, prompt.first :].sum()))
     return found
 
@@ -106,8 +106,25 @@ FAST = ("random", "rules")  # and "magnitude" below, where ties are told apart
 )
 def test_the_merge_written_with_the_coefficients_is_the_model_whose_entropy_is_measured(name, dtype):
     sizes = AWKWARD | {"head_dim": 30, "vocab_size": 4500, "tie_word_embeddings": name == "random"}
+    check_entropies(dtype, sizes, MergeConfig(EXPERTS, **(MERGES | OTHERS)[name]))
+
+
+FAMILIES = {
+    "Gemma2": {"architectures": ["Gemma2ForCausalLM"], "tie_word_embeddings": True, "query_pre_attn_scalar": 9},
+    "Qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "max_window_layers": 1},
+    "SmolLM3": {"architectures": ["SmolLM3ForCausalLM"], "num_hidden_layers": 4},
+    "Granite": {"architectures": ["GraniteForCausalLM"], "logits_scaling": 3.0, "embedding_multiplier": 2.0},
+}
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=[pytest.mark.slow] * (f != "Gemma2")) for f in FAMILIES])
+def test_so_is_that_of_other_families(family):
+    sizes = {"head_dim": 8, "sliding_window": 4, "vocab_size": 4500, **FAMILIES[family]}
+    check_entropies("float32", sizes, MergeConfig(EXPERTS, **MERGES["random"]))
+
+
+def check_entropies(dtype: str, sizes: dict, merge: MergeConfig):
     base, experts = make_family(EXPERTS, dtype, **sizes)
-    merge = MergeConfig(EXPERTS, **(MERGES | OTHERS)[name])
     step, groups = step_of(base, experts, merge)
     raw = np.random.default_rng(1).uniform(0.1, 0.9, (len(groups), len(EXPERTS))).astype(np.float32)
     prompts = prompts_of(tokens(4500), "all")
@@ -347,7 +364,7 @@ def test_generated_positions_are_those_of_the_first_merge_s_answers(run, root, t
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
     for domain, (of_domain,) in DOMAINS.items():
         asked = [tokenizer(item.prompt)["input_ids"] for item in of_domain.items(TaskOptions(), "validation")]
-        assert kept[domain] == generate((LlamaConfig.from_hf(config), tree), asked, 4)
+        assert kept[domain] == generate((DecoderConfig.from_hf(config), tree), asked, 4)
 
 
 def test_a_bad_granularity_is_refused():
