@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import queue
+import re
 import runpy
 import sys
 import threading
@@ -23,6 +24,11 @@ HEAD = "lm_head.weight"
 FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj") | dict.fromkeys(
     ("gate_proj", "up_proj"), "gate_up_proj"
 )
+EXPERT = re.compile(r"experts\.\d+\.(\w+)\.weight$")
+FUSED_EXPERTS = {  # vLLM's names for the linears of all experts of a layer
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "w13_weight"),
+    **dict.fromkeys(("down_proj", "w2"), "w2_weight"),
+}
 
 
 class Engine:
@@ -130,7 +136,11 @@ def directory_sums(directory: Path, dtype: str, shards: int, has_head: bool) -> 
         module = name.split(".")[-2]
         whole = tensor.ndim == 1 and module not in FUSED
         copies = shards if whole else key_copies if module in ("k_proj", "v_proj") else 1
-        name = name.replace(module, FUSED.get(module, module))
+        expert = EXPERT.search(name)
+        if expert:
+            name = f"{name[: expert.start()]}experts.{FUSED_EXPERTS[expert[1]]}"
+        else:
+            name = name.replace(module, FUSED.get(module, module))
         sums[name] = sums.get(name, 0) + copies * bit_sum(tensor.to(getattr(torch, dtype)))
     if has_head and (config.get("tie_word_embeddings") or HEAD not in sums):
         sums[HEAD] = sums["model.embed_tokens.weight"]

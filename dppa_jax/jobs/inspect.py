@@ -30,7 +30,7 @@ def run_inspect(job: JobConfig) -> dict[str, Inspection]:
     """
     with open_job(job) as opened:
         plan, base = opened.plan(job.merge), opened.base
-        blocks = make_blocks(base.specs, plan.block_layers, plan.experts_elements)
+        blocks = make_blocks(base.specs, plan.block_layers)
         experts, refuse_zeros = list(opened.experts.values()), not job.allow_other_base
         stream = Stream(base, experts, blocks, opened.mesh, plan.resident, refuse_zeros)
         found = inspect_deltas(stream, job.merge)

@@ -1,8 +1,7 @@
 """Which rows are worked on together, and which process has them.
 
 A block is a few consecutive decoder layers, or a chunk of rows of the embeddings. Its matrices are one kind of linear
-of all the block's layers, their norms, a chunk. A layer that is very large, as one with a hundred experts is, makes
-several blocks.
+of all the block's layers, their norms, a chunk. A layer of a mixture of experts makes several blocks on a CPU.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +12,8 @@ from dppa_jax.merging.rows import Matrix, RowRange
 from dppa_jax.runtime.processes import share
 
 CHUNK = 1 << 24  # elements of embeddings at a time, in a process that has no layers
-MOST = 1 << 26  # elements of a block of one layer, unless a matrix alone has more; a layer of LLaMA-2-7B has fewer
-CACHED = 1 << 23  # elements of a matrix of experts on a CPU, which is three times as slow on larger ones
+MOST = 1 << 26  # elements of a block of a mixture's layer; three experts of Qwen3-30B-A3B take 1.6 GB so, and 12 whole
+CACHED = 1 << 23  # elements of a matrix of a mixture's experts; on a CPU, larger ones take up to three times as long
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,13 @@ def shares(specs: Mapping[str, TensorSpec], processes: int) -> list[dict[str, Te
     return [{name: spec for name, spec in specs.items() if owner[name] == process} for process in range(processes)]
 
 
-def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, experts_elements: int = 0) -> list[Block]:
+def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, small: bool = False) -> list[Block]:
     """Layers in blocks of `block_layers`, then embeddings and head in chunks no larger than a matrix, then the norm.
 
     Args:
       specs: the tensors of a process.
-      block_layers: a layer of more than MOST elements is a few blocks of its own, if this is 1.
-      experts_elements: elements of a matrix of experts at most, unless one alone has more; 0 for all of a kind.
+      small: cut a layer with many linears of one kind into matrices of at most CACHED elements, and these into blocks
+        of at most MOST.
     """
     of_layer: dict[int, list[TensorSpec]] = {}
     for spec in specs.values():
@@ -76,9 +75,9 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, experts_elem
         alike: dict[tuple, list[TensorSpec]] = {}
         for spec in (spec for layer in chosen for spec in of_layer[layer]):
             alike.setdefault((spec.kind, spec.shape), []).append(spec)
-        most = {key: experts_elements if len(group) > len(chosen) else 0 for key, group in alike.items()}
-        matrices = [whole_matrix(part) for key, group in alike.items() for part in _parts(group, most[key])]
-        blocks += [Block(part, chosen) for part in _packed(matrices, MOST if len(chosen) == 1 else 0)]
+        is_mixture = small and any(len(group) > len(chosen) for group in alike.values())
+        parts = [part for group in alike.values() for part in _parts(group, small and len(group) > len(chosen))]
+        blocks += _packed(Block(tuple(map(whole_matrix, parts)), chosen), MOST if is_mixture else 0)
     largest = max((matrix.elements for block in blocks for matrix in block.matrices), default=CHUNK)
     for spec in specs.values():
         if spec.layer is None:
@@ -89,22 +88,22 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, experts_elem
     return blocks
 
 
-def _parts(group: Sequence[TensorSpec], most: int) -> list[Sequence[TensorSpec]]:
-    """Cut tensors of one shape into parts of at most so many elements, of equally many tensors where that works."""
-    count = max(1, most // (group[0].rows * group[0].columns)) if most else len(group)
+def _parts(group: Sequence[TensorSpec], small: bool) -> list[Sequence[TensorSpec]]:
+    """Cut tensors of one shape into parts of at most CACHED elements, of equally many tensors where that works."""
+    count = max(1, min(CACHED // (group[0].rows * group[0].columns), len(group))) if small else len(group)
     equal = max(size for size in range(1, count + 1) if len(group) % size == 0)
     count = equal if 2 * equal >= count else count
     return [group[start : start + count] for start in range(0, len(group), count)]
 
 
-def _packed(matrices: Sequence[Matrix], most: int) -> list[tuple[Matrix, ...]]:
-    """Pack matrices, in their order, into blocks of at most so many elements; 0 for one block."""
+def _packed(block: Block, most: int) -> list[Block]:
+    """Cut a block into blocks of at most so many elements, unless a matrix alone has more; 0 for no limit."""
     packed: list[list[Matrix]] = [[]]
-    for matrix in matrices:
+    for matrix in block.matrices:
         if most and packed[-1] and sum(m.elements for m in (*packed[-1], matrix)) > most:
             packed.append([])
         packed[-1].append(matrix)
-    return [tuple(block) for block in packed]
+    return [Block(tuple(matrices), block.layers) for matrices in packed]
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,8 @@ class Step:
 def survey_steps(blocks: Sequence[Block]) -> list[Step]:
     """The blocks of layers as a survey reads them: those of a layer that makes several twice, one after the other."""
     of_layers: dict[tuple[int, ...], list[Block]] = {}
-    for block in blocks:
-        if block.layers:
-            of_layers.setdefault(block.layers, []).append(block)
+    for block in (block for block in blocks if block.layers):
+        of_layers.setdefault(block.layers, []).append(block)
     steps = []
     for parts in of_layers.values():
         whole = tuple(place for part in parts for place in part.linears)

@@ -41,7 +41,7 @@ class Layout:
     """How the work is cut and placed: this `process` of several has the tensors that `blocks.owners` gives it.
 
     Attributes:
-      experts_elements: see `make_blocks`.
+      small_blocks: see `make_blocks`.
       refuse_zeros: stop at rows that are zeros in one model only; see `zeros.check_zeros`.
     """
 
@@ -50,7 +50,7 @@ class Layout:
     processes: int = 1
     process: int = 0
     refuse_zeros: bool = True
-    experts_elements: int = 0
+    small_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Merger:
         check_named(config, specs)
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
         own = shares(specs, layout.processes)[layout.process]
-        blocks = make_blocks(own, layout.block_layers, layout.experts_elements)
+        blocks = make_blocks(own, layout.block_layers, layout.small_blocks)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident, layout.refuse_zeros)
         self._kernels, self._dense = kernels_of(mesh, config)
         self._linears = linears_of(specs)

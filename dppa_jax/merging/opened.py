@@ -74,7 +74,7 @@ class Opened:
         """Cut the work of this process as the plan says."""
         place = processes.count(), processes.index()
         refuse_zeros = not self.job.allow_other_base
-        return Layout(plan.block_layers, plan.resident, *place, refuse_zeros, plan.experts_elements)
+        return Layout(plan.block_layers, plan.resident, *place, refuse_zeros, plan.small_blocks)
 
     def norms(self, merge: MergeConfig) -> Norms | None:
         """Compute activation norms on --calibration text, where the score of a merge needs them."""

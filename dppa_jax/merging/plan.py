@@ -10,7 +10,7 @@ from dppa_jax.architecture.specs import CheckpointError, TensorSpec
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.fold import WAYS
-from dppa_jax.merging.blocks import CACHED, Block, make_blocks, shares, survey_steps
+from dppa_jax.merging.blocks import Block, make_blocks, shares, survey_steps
 from dppa_jax.merging.merger import SEARCHES, WRITES_BEHIND
 from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
@@ -98,7 +98,7 @@ class Plan:
     mesh: tuple[int, int]  # of each process
     platform: str
     block_layers: int
-    experts_elements: int  # see `make_blocks`
+    small_blocks: bool  # see `make_blocks`
     blocks: int  # of a process
     resident: bool
     passes: int  # over the inputs
@@ -183,7 +183,7 @@ def make_plan(
     processes: int = 1,
     save_delta: bool = False,
     host_memory: int = 0,
-    experts_elements: int = 0,
+    small_blocks: bool = False,
 ) -> Plan:
     """Plan a merge of base and experts, given the base's tensors and the dtype of each model, base first.
 
@@ -193,13 +193,12 @@ def make_plan(
     """
     work = make_work(dtypes, config, math.prod(mesh), save_delta)
     room = DEVICE_SHARE * device_memory * work.devices
-    cuts = _Cuts(shares(specs, processes), work, mesh[0], room, experts_elements)
+    cuts = _Cuts(shares(specs, processes), work, mesh[0], room, small_blocks)
     resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))
     block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
-    blocks, on_devices = cuts.blocks(block_layers), cuts.peak(block_layers, resident)
-    elements = list(map(_elements, cuts.shares))
-    surveyed = [_surveyed(own) if work.survey and not resident else 0 for own in blocks]
-    all_surveyed = _surveyed(make_blocks(specs, block_layers)) if work.survey and not resident else 0
+    blocks, on_devices = cuts.blocks(block_layers, resident), cuts.peak(block_layers, resident)
+    elements, again = list(map(_elements, cuts.shares)), work.survey and not resident
+    surveyed = [again * cuts.surveyed(own, block_layers) for own in (specs, *cuts.shares)]
     return Plan(
         parameters=_elements(specs),
         models=len(dtypes),
@@ -207,14 +206,14 @@ def make_plan(
         mesh=mesh,
         platform=platform,
         block_layers=min(block_layers, cuts.layers),
-        experts_elements=experts_elements,
+        small_blocks=small_blocks and not resident,
         blocks=max(map(len, blocks)),
         resident=resident,
         passes=1 + work.survey,
-        bytes_read=(_elements(specs) + all_surveyed) * work.read,
+        bytes_read=(_elements(specs) + surveyed[0]) * work.read,
         bytes_written=_elements(specs) * work.written,
         process_parameters=max(elements),
-        process_read=max(a + b for a, b in zip(elements, surveyed, strict=True)) * work.read,
+        process_read=max(a + b for a, b in zip(elements, surveyed[1:], strict=True)) * work.read,
         process_written=max(elements) * work.written,
         device_bytes=on_devices // work.devices,
         device_memory=device_memory,
@@ -237,24 +236,27 @@ class _Cuts:
       shares: the tensors of each process; of processes whose tensors are alike, one is looked at.
       axis: the size of the mesh's layer axis, of which a block has a multiple of layers.
       room: bytes of the devices of a process that may be filled.
-      experts_elements: see `make_blocks`.
+      small: see `make_blocks`; not for weights that stay on the devices.
     """
 
-    def __init__(
-        self, shares: Sequence[Mapping[str, TensorSpec]], work: Work, axis: int, room: float, experts_elements: int
-    ):
+    def __init__(self, shares: Sequence[Mapping[str, TensorSpec]], work: Work, axis: int, room: float, small: bool):
         self.shares = list({tuple(spec.shape for spec in own.values()): own for own in shares if own}.values())
         self.layers = max(len({spec.layer for spec in own.values()} - {None}) for own in self.shares)
-        self._work, self._axis, self._room, self._experts_elements = work, axis, room, experts_elements
+        self._work, self._axis, self._room, self._small = work, axis, room, small
 
-    def blocks(self, layers: int) -> list[list[Block]]:
+    def blocks(self, layers: int, resident: bool) -> list[list[Block]]:
         """The blocks of each process, of so many layers."""
-        return [make_blocks(own, min(layers, self.layers), self._experts_elements) for own in self.shares]
+        small = self._small and not resident
+        return [make_blocks(own, min(layers, self.layers), small) for own in self.shares]
+
+    def surveyed(self, specs: Mapping[str, TensorSpec], layers: int) -> int:
+        """Elements of a model that a survey of these tensors reads."""
+        return sum(step.block.elements for step in survey_steps(make_blocks(specs, layers, self._small)))
 
     def peak(self, layers: int, resident: bool) -> int:
         """Most bytes on the devices of a process."""
         work = self._work
-        return max(work.weights(own, resident) + work.results(own) for own in self.blocks(layers))
+        return max(work.weights(own, resident) + work.results(own) for own in self.blocks(layers, resident))
 
     def fits(self, layers: int, resident: bool) -> bool:
         """Is there room on the devices for blocks of so many layers?"""
@@ -262,7 +264,7 @@ class _Cuts:
 
     def most_layers_that_fit(self, resident: bool) -> int:
         """The most layers of a block that fit on the devices and in BLOCK, a multiple of the axis."""
-        layer = max(block.elements for own in self.blocks(1) for block in own) * self._work.read
+        layer = max(block.elements for own in self.blocks(1, True) for block in own) * self._work.read
         most = min(-(-self.layers // self._axis), BLOCK // (layer * self._axis))
         larger = range(most * self._axis, self._axis, -self._axis)
         return next((layers for layers in larger if self.fits(layers, resident)), self._axis)
@@ -286,11 +288,6 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
 def _elements(specs: Mapping[str, TensorSpec]) -> int:
     """Count the elements of tensors."""
     return sum(math.prod(spec.shape) for spec in specs.values())
-
-
-def _surveyed(blocks: Sequence[Block]) -> int:
-    """Count the elements of a model that a survey reads."""
-    return sum(step.block.elements for step in survey_steps(blocks))
 
 
 def dtype_name(config: Mapping) -> str:
@@ -318,7 +315,7 @@ def plan_of(
     A further merge of SmolLM2-135M with one expert takes 0.13 s so, and 0.65 s streamed a layer at a time.
     """
     memory, platform = device_memory(job.device_memory)
-    experts_elements = CACHED if platform == "cpu" and not job.device_memory else 0
+    small_blocks = platform == "cpu" and not job.device_memory
     if job.device_memory:
         platform = "accelerator"  # an imagined device: plan for its memory, not for this machine's page cache
     elif platform != "cpu" and job.evaluation.tasks and job.evaluation.evaluator == "vllm":
@@ -328,4 +325,4 @@ def plan_of(
     free = 0 if job.device_memory else psutil.virtual_memory().available
     several = job.num_processes or processes.count()
     cut = (job.block_layers, job.residency, memory, platform, several)
-    return make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free, experts_elements)
+    return make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free, small_blocks)

@@ -55,11 +55,11 @@ class Stream:
                     pending.append(reader.submit(self._read, blocks[i + 1], i + 1, readers))
                 yield block, self._put(block, pending.pop(0).result())
 
-    def pass_bytes(self, blocks: Sequence[Block] | None = None) -> int:
-        """The bytes that one pass over these blocks reads, by default over all."""
+    def pass_bytes(self) -> int:
+        """The bytes that one pass over all blocks reads."""
         return sum(
             matrix.elements * _dtype(source, matrix).itemsize
-            for block in (self.blocks if blocks is None else blocks)
+            for block in self.blocks
             for matrix in block.matrices
             for source in self.sources
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from dppa_jax.architecture.specs import CheckpointError, Linears
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.delta.allocate import ALLOCATIONS, Allocation, Statistics
+from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.score import LAST_BOUND, bound_above
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.merging.blocks import Block, Step, layer_owners, survey_steps
@@ -34,7 +34,7 @@ def surveyed(
     """Find the statistics of every expert in a pass over the weights; None where the allocation needs none."""
     if not config.is_surveyed:
         return None
-    with stage("survey", stream.pass_bytes([s.block for s in survey_steps(stream.blocks)]), quiet=quiet) as progress:
+    with stage("survey", stream.pass_bytes(), quiet=quiet) as progress:
         return survey(stream, linears, dense, config, progress, journal)
 
 
@@ -54,47 +54,70 @@ def survey(
       kernels: rank by magnitude.
       journal: keeps what is done.
     """
-    allocation, journal = ALLOCATIONS[config.allocate], journal or Journal()
-    experts = range(len(config.experts))
-    linear = np.zeros((len(experts), len(linears)))
-    layer = np.zeros((len(experts), linears.layers))
-    sums = np.zeros(linear.shape)
-    steps = []
+    journal, experts = journal or Journal(), range(len(config.experts))
+    found, steps = _Found(linears, kernels, config), []
     for step in survey_steps(stream.blocks):
         if (known := journal.get(_key(step.block))) is None:
             steps.append(step)
         else:
-            linear[:, step.whole], layer[:, list(step.block.layers)] = known["linear"], known["layer"]
+            found.restore(step, known)
+    last = {step.block.layers: step for step in steps}
+    with ThreadPoolExecutor(SURVEYS, "survey") as pool:
+        for step, (block, loaded) in zip(steps, stream([step.block for step in steps]), strict=True):
+            matrices = [x for x in loaded if x.matrix.linears]
+            for done in [pool.submit(found.survey, e, step, matrices) for e in experts if matrices]:
+                done.result()
+            if step is last[block.layers]:
+                journal.add(_key(block), found.of(step))
+            progress.advance(stream.bytes_read)
+    return found.joined()
 
-    def survey_expert(e: int, step: Step, matrices: list[DeviceMatrix]) -> None:
-        places, whole = step.block.linears, list(step.whole)
+
+class _Found:
+    """What is found of the linears and layers of this process.
+
+    Attributes:
+      sums: of |δ|, (experts, linears).
+      linear, layer: outliers, (experts, linears) and (experts, layers).
+    """
+
+    def __init__(self, linears: Linears, kernels: Kernels, config: MergeConfig):
+        self.linears, self.kernels, self.config = linears, kernels, config
+        self.sums, self.linear = np.zeros((2, len(config.experts), len(linears)))
+        self.layer = np.zeros((len(config.experts), linears.layers))
+
+    def survey(self, e: int, step: Step, matrices: list[DeviceMatrix]) -> None:
+        """Do a step for expert e."""
+        places, whole, config, kernels = step.block.linears, list(step.whole), self.config, self.kernels
         if step.adds_up:
             folded = [kernels.row_sums("absolute", x.base, x.experts[e]) for x in matrices]
             rows = (host_sums(f, x.matrix.rows) for x, f in zip(matrices, folded, strict=True))
-            sums[e, places] = np.concatenate([x.matrix.range_sums(r) for x, r in zip(matrices, rows, strict=True)])
-            _check_finite(sums[e, places], places, linears, config.experts[e])
+            self.sums[e, places] = np.concatenate([x.matrix.range_sums(r) for x, r in zip(matrices, rows, strict=True)])
+            _check_finite(self.sums[e, places], places, self.linears, config.experts[e])
         if step.compares:
-            thresholds = _thresholds(sums[e, whole], linears, whole, step.block.layers[0], config, allocation)
+            thresholds = _thresholds(self.sums[e, whole], self.linears, whole, step.block.layers[0], config)
             chosen = [whole.index(place) for place in places] if len(places) < len(whole) else slice(None)
             of_linear, of_layer = (each[chosen] for each in thresholds)
-            own, beyond = _outliers(kernels, matrices, e, of_linear, of_layer, allocation.outliers)
-            linear[e][places] = own
-            np.add.at(layer[e], linears.layer[places], beyond)
+            kind = ALLOCATIONS[config.allocate].outliers
+            self.linear[e][places], beyond = _outliers(kernels, matrices, e, of_linear, of_layer, kind)
+            np.add.at(self.layer[e], self.linears.layer[places], beyond)
 
-    with ThreadPoolExecutor(SURVEYS, "survey") as pool:
-        last = {step.block.layers: step for step in steps}
-        for step, (block, loaded) in zip(steps, stream([step.block for step in steps]), strict=True):
-            matrices, layers = [x for x in loaded if x.matrix.linears], list(block.layers)
-            for done in [pool.submit(survey_expert, e, step, matrices) for e in experts if matrices]:
-                done.result()
-            if step is last[block.layers]:
-                found = {"linear": linear[:, step.whole].tolist(), "layer": layer[:, layers].tolist()}
-                journal.add(_key(block), found)
-            progress.advance(stream.bytes_read)
-    owners = np.array(layer_owners(linears.layers, processes.count()))
-    layer = processes.joined("survey of layers", layer, 1, owners)
-    linear = processes.joined("survey of linears", linear, 1, owners[linears.layer])
-    return [Statistics(linears.layer, linears.numel, linear[e], layer[e]) for e in experts]
+    def of(self, step: Step) -> dict[str, list]:
+        """What is found of the layers of a step, for a journal."""
+        layers = list(step.block.layers)
+        return {"linear": self.linear[:, step.whole].tolist(), "layer": self.layer[:, layers].tolist()}
+
+    def restore(self, step: Step, known: dict[str, list]) -> None:
+        """Take what is found of the layers of a step from a journal."""
+        self.linear[:, step.whole], self.layer[:, list(step.block.layers)] = known["linear"], known["layer"]
+
+    def joined(self) -> list[Statistics]:
+        """The statistics of each expert, of the layers of all processes."""
+        linears, owners = self.linears, np.array(layer_owners(self.linears.layers, processes.count()))
+        layer = processes.joined("survey of layers", self.layer, 1, owners)
+        linear = processes.joined("survey of linears", self.linear, 1, owners[linears.layer])
+        of_experts = zip(linear, layer, strict=True)
+        return [Statistics(linears.layer, linears.numel, *each) for each in of_experts]
 
 
 def _key(block: Block) -> str:
@@ -107,12 +130,12 @@ def _thresholds(
     places: list[int],
     first_layer: int,
     config: MergeConfig,
-    allocation: Allocation,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Above what |δ| is an outlier: for each linear at `places`, and for the layer of each, float32.
 
     Means and products are rounded to the delta's dtype, as the authors' code does in working precision.
     """
+    allocation = ALLOCATIONS[config.allocate]
     dtype = np.dtype(ml_dtypes.bfloat16 if config.delta_dtype == "bfloat16" else config.delta_dtype)
     numel, layer = linears.numel[places], linears.layer[places] - first_layer
     own = (sums / numel).astype(dtype) * np.asarray(config.significance_multiple, dtype)

@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,7 +157,8 @@ def test_what_has_no_forward_pass_says_so_before_work(flag, tmp_path):
 
 
 def test_a_mixture_of_experts_can_be_evaluated_and_has_no_adamerging(tmp_path):
-    looked = SimpleNamespace(directory=tmp_path, config=model_of("Mixtral", 0).config.to_dict())
+    save("Mixtral", model_of("Mixtral", 0), tmp_path)
+    looked = SafetensorsDirectory(tmp_path)
     check_forward(looked, "--evaluator=jax")
     with pytest.raises(
         ValueError, match=f"{tmp_path}: --coefficient=adamerging merges one matrix .* mixture of experts"
