@@ -23,15 +23,19 @@ class Sums:
         """Return the dtype of the linears, and the `bit_sum` of every parameter in this worker's shard."""
         parameters = dict(self.model_runner.get_model().named_parameters(remove_duplicate=False))
         dtype = next(parameter.dtype for name, parameter in parameters.items() if "o_proj" in name)
-        return str(dtype).removeprefix("torch."), {name: bit_sum(tensor) for name, tensor in parameters.items()}
+        sums = {name: bit_sum(tensor, "experts" in name) for name, tensor in parameters.items()}
+        return str(dtype).removeprefix("torch."), sums
 
 
-def bit_sum(tensor: torch.Tensor) -> int:
+def bit_sum(tensor: torch.Tensor, permuted: bool = False) -> int:
     """Add up a tensor's bytes as 64-bit integers, modulo 2⁶⁴: exact in any order, and additive over parts of rows.
 
     Where the bytes of a row do not divide into 64-bit integers, narrower ones are taken: a part of the rows then has
     the same words as in the whole tensor.
+
+    Args:
+      permuted: add up elements, as vLLM keeps the linears of experts in an order that its kernels like.
     """
-    row = tensor.shape[-1] * tensor.element_size()
+    row = tensor.element_size() if permuted else tensor.shape[-1] * tensor.element_size()
     words = torch.int64 if row % 8 == 0 else torch.int32 if row % 4 == 0 else torch.int16
     return int(tensor.detach().contiguous().view(words).sum(dtype=torch.int64))

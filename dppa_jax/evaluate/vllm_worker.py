@@ -73,7 +73,9 @@ class Engine:
         used: dict[str, int] = {}
         for _, sums in workers:
             for name, value in sums.items():
-                used[name] = used.get(name, 0) + value
+                if "experts.gate." not in name:  # the router, which has its own name as well
+                    name = name.replace("routed_experts.", "")
+                    used[name] = used.get(name, 0) + value
         in_files = directory_sums(Path(directory), dtype, len(workers), HEAD in used)
         return {"used": modulo(used), "stored": modulo(in_files)}
 
@@ -141,7 +143,7 @@ def directory_sums(directory: Path, dtype: str, shards: int, has_head: bool) -> 
             name = f"{name[: expert.start()]}experts.{FUSED_EXPERTS[expert[1]]}"
         else:
             name = name.replace(module, FUSED.get(module, module))
-        sums[name] = sums.get(name, 0) + copies * bit_sum(tensor.to(getattr(torch, dtype)))
+        sums[name] = sums.get(name, 0) + copies * bit_sum(tensor.to(getattr(torch, dtype)), bool(expert))
     if has_head and (config.get("tie_word_embeddings") or HEAD not in sums):
         sums[HEAD] = sums["model.embed_tokens.weight"]
     return {name: value for name, value in sums.items() if "rotary_emb" not in name}
