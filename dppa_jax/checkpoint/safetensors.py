@@ -78,6 +78,12 @@ class SafetensorsHeaders:
         return self._promised.layout
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """The names in the files of tensors that have another here, but for those that share one."""
+        names = {name: place.stored for name, place in self.layout.places.items() if place.whole and name in self.specs}
+        return {name: stored for name, stored in names.items() if stored not in (name, self.specs[name].stored)}
+
+    @property
     def stated(self) -> Stated | None:
         """What the tensors are, if no row of the table of architectures promises them."""
         return self._promised.stated

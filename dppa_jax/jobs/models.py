@@ -135,6 +135,13 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
         job.workdir if works else "",
     )
     tell_recognised(models["base"])
+    for name, model in models.items():
+        if renamed := getattr(model, "renamed", None):
+            own, stored = next(iter(renamed.items()))
+            logging.info(
+                "%r: %d tensors are called otherwise in its files, as %s is there %s; a merge has the base's names",
+                *(name, len(renamed), own, printable(stored)),
+            )
     prepared = prepare(job, models)
     base = prepared.base
     check_compatible(base, prepared.experts)

@@ -51,7 +51,8 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("respelt", ["base", "law"])
-def test_names_with_a_wrapper_are_those_without_and_stay_as_the_base_has_them(spelling, respelt, tmp_path):
+def test_names_with_a_wrapper_are_those_without_and_stay_as_the_base_has_them(spelling, respelt, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "absl")
     root, new = family(tmp_path, "Qwen2"), SPELLINGS[spelling]
     launch(*flags(root))
     plain = tensors(root / "out")
@@ -59,6 +60,10 @@ def test_names_with_a_wrapper_are_those_without_and_stay_as_the_base_has_them(sp
     launch(*flags(root, "--overwrite"))
     wanted = {new(name): array for name, array in plain.items()} if respelt == "base" else plain
     assert_same_bits(tensors(root / "out"), wanted)
+    told = [record.getMessage() for record in caplog.records if "are called otherwise" in record.getMessage()]
+    assert [repr(respelt) in line for line in told] == [True]
+    if spelling != "torch.compile of the layers" and spelling != "FSDP":
+        assert new("model.embed_tokens.weight") in told[0]
 
 
 @pytest.mark.parametrize("base", ["Mixtral", "Mixtral in three axes"])
@@ -102,6 +107,23 @@ def test_a_resumed_run_takes_up_heads_that_take_turns(tmp_path, monkeypatch):
     launch(*flags(root, "--overwrite"))
     assert_same_bits(tensors(root / "out"), wanted)
     assert 0 < len(again) < len(SafetensorsDirectory(root / "base").specs)
+
+
+def test_a_mixture_that_is_cut_into_blocks_and_matrices_has_the_same_bits(tmp_path, monkeypatch):
+    """The survey adds up a whole layer before it compares, and the plan knows what it reads."""
+    root = family(tmp_path, "Qwen3-MoE in three axes")
+    dppa = "--method=dppa", "--rate=0.7", "--partitions=0.9,0.7", "--factors=1.5,1.2", "--significance_multiple=2"
+    cost = {}
+    for cached, most in ((1 << 23, 1 << 26), (24 * 32 * 2, 1 << 12)):
+        monkeypatch.setattr("dppa_jax.merging.blocks.CACHED", cached)
+        monkeypatch.setattr("dppa_jax.merging.blocks.MOST", most)
+        models = [f"--base={root / 'base'}", f"--expert=law={root / 'law'}"]
+        launch(*models, *dppa, f"--output={root / str(most)}")
+        launch("--job=plan", *models, *dppa, f"--workdir={root}")
+        cost[most] = read_json(root / str(most) / "recipe.json")["cost"]["bytes_read"]
+        assert cost[most] == read_json(root / "plan.json")["bytes_read"]
+    assert_same_bits(tensors(root / str(1 << 12)), tensors(root / str(1 << 26)))
+    assert cost[1 << 12] > cost[1 << 26]
 
 
 def test_the_usual_layout_is_that_of_files(tmp_path):
