@@ -46,6 +46,7 @@ FAMILIES = {  # the row, transformers' name of the config, what differs from SIZ
     "OLMo3": ("olmo3", {"sliding_window": 8}),
     "SmolLM3": ("smollm3", {}),
     "Granite": ("granite", {"embedding_multiplier": 2.0, "logits_scaling": 3.0}),
+    "GLM-4": ("glm4", {"head_dim": 16}),
     "Phi3": ("phi3", {}),
     "Mixtral": ("mixtral", {"num_local_experts": 4}),
     "Mixtral in three axes": ("mixtral", {"num_local_experts": 4}),

@@ -252,6 +252,17 @@ ARCHITECTURES = {
             "eos_token_id": None,
         },
     ),
+    "GLM-4": replace(
+        LLAMA,
+        classes=("Glm4ForCausalLM",),
+        model_type="glm4",
+        linears=(*LLAMA.linears[:3], *with_bias(LLAMA.linears[3:])),
+        norms=(*LLAMA.norms, Norm("post_self_attn_layernorm"), Norm("post_mlp_layernorm")),
+        fused=(Fused("mlp.gate_up_proj.weight", ("mlp.gate_proj", "mlp.up_proj")),),
+        defaults={"attention_bias": True, "num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1.5625e-7},
+        forward=False,
+        vllm=False,
+    ),
     "GPT-NeoX": Architecture(
         classes=("GPTNeoXForCausalLM",),
         model_type="gpt_neox",
