@@ -11,12 +11,14 @@ import transformers
 from command import launch
 from families import read_json
 from safetensors.numpy import load_file, save_file
-from small_models import FAMILIES, SIZES, model_of, save, tensors, tune
+from small_models import FAMILIES, SIZES, load, model_of, save, tensors, tune
 from support import assert_same_bits
 
+import dppa_jax
 from dppa_jax.architecture.layout import Place
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.laid_out import layout_of, stored_tensors
+from dppa_jax.model import Decoder, DecoderConfig
 
 FLAGS = ("--method=ties", "--density=0.4")
 
@@ -234,3 +236,27 @@ def test_two_classifiers_are_refused_with_the_reason(encoders):
     with pytest.raises(SystemExit, match=r"2 experts have heads that the base has not .* a model has one head"):
         launch(*both)
     assert not (encoders / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["Phi3", pytest.param("Qwen3-MoE", marks=pytest.mark.slow)])
+def test_a_model_in_memory_is_computed_and_saved_as_transformers_has_it(name, tmp_path):
+    """Fused linears arrive split and leave fused; experts arrive stacked and leave one by one."""
+    model = model_of(name, 0)
+    save(name, model, tmp_path / "model")
+    ours, tokens = dppa_jax.load(tmp_path / "model"), np.arange(3, 15).reshape(2, 6)
+    with torch.no_grad():
+        wanted = model(torch.tensor(tokens)).logits
+        logits = Decoder(DecoderConfig.from_hf(ours.config), ours.tree)(tokens)
+        np.testing.assert_allclose(logits, wanted.numpy(), rtol=0, atol=1e-4)
+        dppa_jax.save(ours, tmp_path / "again")
+        assert torch.equal(load(name, tmp_path / "again")(torch.tensor(tokens)).logits, wanted)
+
+
+@pytest.mark.parametrize("name", ["Mixtral in three axes", pytest.param("GPT-NeoX", marks=pytest.mark.slow)])
+def test_a_conversion_to_orbax_and_back_keeps_every_bit(name, tmp_path):
+    model = model_of(name, 0)
+    save(name, model, tmp_path / "model")
+    launch("--job=convert", f"--base={tmp_path / 'model'}", f"--output=orbax:{tmp_path / 'orbax'}")
+    launch("--job=convert", f"--base=orbax:{tmp_path / 'orbax'}", f"--output={tmp_path / 'back'}")
+    loaded = load(name, tmp_path / "back").state_dict()
+    assert all(torch.equal(loaded[tensor], weight) for tensor, weight in model.state_dict().items())
