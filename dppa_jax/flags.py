@@ -39,7 +39,7 @@ TITLES = (  # of the groups of --help, in their order
     *("work", "models", "method", "devices", "several processes", "evaluation", "search of factors", "AdaMerging"),
     *("fine-tuning", "report, validate and benchmark"),
 )
-EXPLAINED = ("work", "models", "method", "devices")  # by --helpshort; the flags of other groups are named there
+EXPLAINED = ("work", "models", "method")  # by --helpshort; the flags of other groups are named there
 SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?)\s*(?:([KMGT])(I)?)?B?", re.IGNORECASE)
 WIDTH, COLUMN = 120, 32  # of a line, and of the flags' names in it
 LARGEST = 10**18  # of whole numbers; a larger one fits into no counter of a library
