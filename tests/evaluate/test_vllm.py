@@ -7,6 +7,8 @@ import time
 import numpy as np
 import psutil
 import pytest
+import torch
+from command import launch
 from decoders import MODELS, torch_model
 from families import edit_json, fine_tuned, llama_config, random_weights, read_json, write_model
 from safetensors.numpy import save_file
@@ -148,11 +150,17 @@ WIDE |= {"attention_bias": False}  # vLLM's Qwen3 has no bias of o_proj, which t
 @pytest.mark.parametrize(
     "name", [name for name, row in ARCHITECTURES.items() if row.vllm and row.forward and name != "Llama"]
 )
-def test_models_of_other_families_answer_as_in_this_process(name, vllm, tmp_path):
+def test_merges_of_other_families_answer_as_in_this_process(name, vllm, tmp_path):
     model_type, changes = MODELS[name]
-    torch_model(model_type, changes | WIDE).save_pretrained(tmp_path)
-    vllm.use(tmp_path)
-    assert vllm.generate(PROMPTS, 10) == in_process(tmp_path)
+    model = torch_model(model_type, changes | WIDE)
+    model.save_pretrained(tmp_path / "base")
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "math")
+    models = f"--base={tmp_path / 'base'}", f"--expert=math={tmp_path / 'math'}"
+    launch(*models, "--method=ties", "--density=0.5", f"--output={tmp_path / 'merged'}")
+    vllm.use(tmp_path / "merged")
+    assert vllm.generate(PROMPTS, 10) == in_process(tmp_path / "merged")
 
 
 def test_close_leaves_no_process_and_no_weights(vllm, workdir):
