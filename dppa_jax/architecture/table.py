@@ -11,7 +11,7 @@ from dataclasses import replace
 from dppa_jax.architecture.row import WRAPPED, Architecture, Fused, Linear, Norm, Other, Role
 
 IGNORED = re.compile(  # buffers that older exports carry, and no loader reads
-    r".*rotary_emb\.inv_freq$|.*\.attention\.(masked_)?bias$|.*embeddings\.position_ids$"
+    r".*rotary_emb\.inv_freq$|.*gpt_neox\.layers\.\d+\.attention\.(masked_)?bias$|.*embeddings\.position_ids$"
 )
 
 LLAMA = Architecture(
