@@ -94,7 +94,7 @@ class OrbaxDirectory:
             if array := self._arrays.get(path):
                 dtype = np.dtype(array.dtype.numpy_dtype)
                 self.tensors[head] = StackedTensor(self.directory, path, (), dtype, array.shape)
-        drop_tied_heads(self)
+        drop_tied_heads(self, tied_heads(self.config), self.specs)
 
     @property
     def dtype(self) -> np.dtype:

@@ -73,7 +73,8 @@ class Promised:
         """
         missing = [name for name in self.specs if name not in self.layout.places]
         extra = [] if self._may_have_more else list(self.layout.rest)
-        for name, wanted in self.layout.unfit.items():
+        if self.layout.unfit:
+            name, wanted = next(iter(self.layout.unfit.items()))
             tensor = self._stored[name]
             raise UnfitError(
                 f"{tensor.file}: {name} has shape {tensor.shape}, config.json says {wanted}; config.json does not "
@@ -94,6 +95,18 @@ class Promised:
                 )
 
     @property
+    def tied(self) -> dict[str, str]:
+        """Heads that config.json calls the embeddings, with the names of these; files may have such a head."""
+        if self._row:
+            return tied_heads(self.config)
+        inner = self.config.get(WRAPPED)
+        said = {**(inner if isinstance(inner, Mapping) else {}), **self.config}
+        tokens = [spec for spec in self.specs.values() if spec.role is Role.VOCABULARY]
+        if not said.get("tie_word_embeddings") or len(tokens) != 2 or tokens[0].shape != tokens[1].shape:
+            return {}
+        return {tokens[1].name: tokens[0].name}
+
+    @property
     def _may_have_more(self) -> bool:
         """May the files have tensors that are no part of what is merged: those of a model of images and text?"""
         return not self._row or isinstance(self.config.get(WRAPPED), Mapping)
@@ -111,13 +124,18 @@ class Promised:
         layout.rest = ()
 
 
-def drop_tied_heads(source: Any) -> None:
+def drop_tied_heads(source: Any, tied: Mapping[str, str], specs: dict[str, TensorSpec]) -> None:
     """Drop heads that are copies of the embeddings from the tensors of a source, which can read them.
+
+    Args:
+      source: a model.
+      tied: the names of heads that should be copies, with those of the embeddings.
+      specs: of the source; such a head is taken out.
 
     Raises:
       CheckpointError: a head is another matrix, although config.json says that it is the embeddings.
     """
-    for head, embeddings in tied_heads(source.config).items():
+    for head, embeddings in tied.items():
         if head not in source.tensors or embeddings not in source.tensors:
             continue
         if not same_bits((source, head), (source, embeddings)):
@@ -127,6 +145,7 @@ def drop_tied_heads(source: Any) -> None:
                 f"the model without {head}."
             )
         del source.tensors[head]
+        specs.pop(head, None)
         if layout := getattr(source, "layout", None):
             del layout.shapes[layout.places.pop(head).stored]
 

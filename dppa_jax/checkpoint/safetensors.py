@@ -117,7 +117,7 @@ class SafetensorsDirectory(SafetensorsHeaders):
           CheckpointError: a tensor is missing, too many or of another shape; a head is wrongly called the embeddings.
         """
         self._promised.check(self.directory)
-        drop_tied_heads(self)
+        drop_tied_heads(self, self._promised.tied, self._promised.specs)
         return self._promised.specs
 
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:

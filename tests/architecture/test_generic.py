@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from command import launch
-from families import read_json
+from families import edit_json, read_json
 from merge_oracle import kept
 from safetensors.numpy import load_file, save_file
 from small_models import tensors
@@ -153,6 +153,8 @@ def test_a_tensor_that_one_model_lacks_is_refused_both_ways(lacks, tmp_path):
 
 
 def test_a_head_that_only_one_file_has_is_dropped_if_it_is_a_copy_and_refused_if_not(falcon):
+    for name in ("base", "math"):
+        edit_json(falcon / name / "config.json", tie_word_embeddings=False)
     shards = (falcon / "math").glob("*.safetensors")
     shard = next(file for file in shards if "transformer.word_embeddings.weight" in load_file(file))
     held, index = load_file(shard), falcon / "math" / "model.safetensors.index.json"
@@ -167,6 +169,14 @@ def test_a_head_that_only_one_file_has_is_dropped_if_it_is_a_copy_and_refused_if
     save_file({name: array.copy() for name, array in held.items()}, shard)
     with pytest.raises(SystemExit, match=r"the base has no lm_head\.weight"):
         launch(*flags(falcon, "--overwrite"))
+
+
+def test_two_matrices_that_config_calls_one_are_compared(tmp_path):
+    root = make("deepseek_v3", tmp_path)
+    for name in ("base", "math"):
+        edit_json(root / name / "config.json", tie_word_embeddings=True)
+    with pytest.raises(SystemExit, match=r"lm_head\.weight is not model\.embed_tokens\.weight.*tie_word_embeddings"):
+        launch(*flags(root))
 
 
 def test_buffers_are_copied_and_a_model_needs_no_config(falcon, caplog):
