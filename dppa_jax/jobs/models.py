@@ -135,13 +135,7 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
         job.workdir if works else "",
     )
     tell_recognised(models["base"])
-    for name, model in models.items():
-        if renamed := getattr(model, "renamed", None):
-            own, stored = next(iter(renamed.items()))
-            logging.info(
-                "%r: %d tensors are called otherwise in its files, as %s is there %s; a merge has the base's names",
-                *(name, len(renamed), own, printable(stored)),
-            )
+    tell_renamed(models)
     prepared = prepare(job, models)
     base = prepared.base
     check_compatible(base, prepared.experts)
@@ -157,6 +151,19 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
     room = {where: total_bytes(tensors[name] | copied.get(name, {})) for name, where in outputs.items()}
     check_room(models.values(), room)
     return prepared
+
+
+def tell_renamed(models: Mapping[str, Looked]) -> None:
+    """Say how models call their tensors, where they call them differently."""
+    renamed = {name: getattr(model, "renamed", {}) for name, model in models.items()}
+    if all(names == renamed["base"] for names in renamed.values()):
+        return
+    for name, names in renamed.items():
+        for own, stored in list(names.items())[:1]:
+            logging.info(
+                "%r: %d tensors are called otherwise in its files, as %s is there %s; a merge has the base's names",
+                *(name, len(names), own, printable(stored)),
+            )
 
 
 def tell_recognised(base: Looked) -> None:
