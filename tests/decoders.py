@@ -24,6 +24,10 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
 MODELS = {  # model_type, and what differs from SIZES; every row with a forward pass at least once
     "Llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 16}),
+    "Ministral": (
+        "ministral",
+        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
     "Qwen2": ("qwen2", {}),
     "Qwen2 with windows": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}),
     "Qwen3": ("qwen3", {"head_dim": 16, "attention_bias": True}),

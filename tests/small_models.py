@@ -37,6 +37,8 @@ FAMILIES = {  # the row, transformers' name of the config, what differs from SIZ
     "Llama": ("llama", {}),
     "Llama with biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "Mistral": ("mistral", {"head_dim": 16, "sliding_window": None}),
+    "Ministral": ("ministral", {"head_dim": 16}),
+    "Ministral3": ("ministral3", {"head_dim": 16}),
     "Qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "Qwen3": ("qwen3", {"head_dim": 16}),
     "Gemma2": ("gemma2", GEMMA),

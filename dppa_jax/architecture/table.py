@@ -127,15 +127,18 @@ def encoder(family: str, name: str) -> Architecture:
     )
 
 
+MISTRAL = replace(
+    LLAMA,
+    classes=("MistralForCausalLM",),
+    model_type="mistral",
+    linears=with_bias(LLAMA.linears),
+    defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+)
+
 ARCHITECTURES = {
     "Llama": LLAMA,
-    "Mistral": replace(
-        LLAMA,
-        classes=("MistralForCausalLM",),
-        model_type="mistral",
-        linears=with_bias(LLAMA.linears),
-        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
-    ),
+    "Mistral": MISTRAL,
+    "Ministral": replace(MISTRAL, classes=("MinistralForCausalLM",), model_type="ministral"),
     "Qwen2": replace(
         LLAMA,
         classes=("Qwen2ForCausalLM",),
@@ -251,6 +254,14 @@ ARCHITECTURES = {
             "bos_token_id": None,
             "eos_token_id": None,
         },
+    ),
+    "Ministral3": replace(
+        MISTRAL,
+        classes=("Ministral3ForCausalLM",),
+        model_type="ministral3",
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 262144},
+        forward=False,
+        vllm=False,
     ),
     "GLM-4": replace(
         LLAMA,

@@ -88,6 +88,11 @@ def window(said: Said, windowed: tuple[bool, ...] = ()) -> Fields:
     return {"sliding_window": said.sliding_window, "windowed_layers": windowed}
 
 
+def typed_windows(said: Said) -> Fields:
+    """Layers have a window as layer_types says, by default all."""
+    return window(said, layer_types(said, lambda layer: True))
+
+
 def late_windows(said: Said) -> Fields:
     """Layers from max_window_layers on have a window, if use_sliding_window says so."""
     return window(said, layer_types(said, lambda layer: layer >= said.max_window_layers))
@@ -191,6 +196,7 @@ def experts(count: int, picked: int, normed: bool) -> Fields:
 FAMILIES: dict[str, tuple[Trait, ...]] = {  # by model_type
     "llama": (),
     "mistral": (window,),
+    "ministral": (typed_windows,),
     "qwen2": (late_windows,),
     "qwen3": (late_windows,),
     "gemma2": (gemma, attention_cap, full_every(2)),
