@@ -11,20 +11,31 @@ from dppa_jax.config.option import REQUIRED, check, option, same
 from dppa_jax.config.run import JobConfig
 
 GROUP = "fine-tuning"
+TOWARDS = ("zero", "base")  # what weights decay to
 OR_NEVER = "--{flag}={value}: a number of steps, or 0 for never."
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with decay of all weights; its learning rate, which changes from step to step, is elsewhere."""
+    """AdamW with decay of all weights; its learning rate, which changes from step to step, is elsewhere.
+
+    Decay goes toward 0 (AdamW) or, in its place, toward the weights that training starts from (AdamR, of DAREx).
+    `weight_decay` is the strength of whichever it is; the two are never added.
+
+    Attributes:
+      decay_toward: "zero", or "base".
+      decay_norm: of the decay toward the base; "l1" pulls all weights alike.
+    """
 
     HELP_GROUP: ClassVar[str] = GROUP
 
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = option(
-        0.0, "weight decay of AdamW", least=0, message="--{flag}={value}: it must be a number of 0 or more."
+        0.0, "strength of the decay", least=0, message="--{flag}={value}: it must be a number of 0 or more."
     )
+    decay_toward: str = option("zero", "where weights decay to: zero as in AdamW, base as in AdamR", choices=TOWARDS)
+    decay_norm: str = option("l2", "with --decay_toward=base: the norm of the delta that decays", choices=("l2", "l1"))
     max_gradient_norm: float = option(
         1.0,
         "longer gradients are shortened to it",
@@ -35,6 +46,16 @@ class AdamW:
 
     def __post_init__(self):
         check(self)
+        if self.decay_norm != "l2" and not self.decays_toward_base:
+            raise ValueError(
+                f"--decay_norm={self.decay_norm}: weights decay to zero, as in AdamW; give --decay_toward=base, or "
+                f"leave it out."
+            )
+
+    @property
+    def decays_toward_base(self) -> bool:
+        """Whether the optimiser is AdamR."""
+        return self.decay_toward == "base"
 
 
 @dataclass(frozen=True)
