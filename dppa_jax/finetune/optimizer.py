@@ -126,7 +126,16 @@ def ordered_sum(array: jax.Array) -> Float[Array, ""]:
     array, comes last, when the other axes are gone and little is left to move.
     """
     for axis in sorted(range(array.ndim), key=lambda axis: (array.shape[axis], -axis)):
-        while (size := array.shape[axis]) > 1:
-            missing = [(0, -size % WAYS if other == axis else 0) for other in range(array.ndim)]
-            array = reduce(add, jnp.split(jnp.pad(array, missing), WAYS, axis))
+        while array.shape[axis] > 1:
+            array = _folded(array, axis)
     return array.reshape(())
+
+
+def _folded(array: jax.Array, axis: int) -> jax.Array:
+    """Return the sum of eight slices of an axis, first to last. The last slices may be short or missing."""
+    size, width = array.shape[axis], -(-array.shape[axis] // WAYS)
+    total, *others = (jax.lax.slice_in_dim(array, at, min(at + width, size), axis=axis) for at in range(0, size, width))
+    for part in others:
+        short = [(0, total.shape[other] - part.shape[other]) for other in range(array.ndim)]
+        total = total + (jnp.pad(part, short) if short[axis][1] else part)
+    return total

@@ -70,15 +70,16 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     rows = _rows(job, tokenizer, config, examples)
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
-    trainer = Trainer(config, options, mesh)
+    trainer = Trainer(config, options, mesh, tree)
     dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, tree)
     _check_space(job, tree, dtypes)
     logging.info(
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
         len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
     )  # fmt: skip
-    key = processes.of_first("fingerprint", lambda: fingerprint(job, options, model, rows, eval_rows))
-    with checkpoints(Path(job.workdir) / f"finetune-{key[:12]}", job.checkpoint_every, job.resume) as kept:
+    weights = processes.of_first("base digest", model.content_digest)
+    directory = Path(job.workdir) / f"finetune-{fingerprint(job, options, weights, rows, eval_rows)[:12]}"
+    with checkpoints(directory, job.checkpoint_every, job.resume, weights) as kept:
         state, log = kept.restore(trainer) or (trainer.start(tree), [])
         model.close()
         state, log = _trained(job, trainer, state, log, rows, eval_rows, kept)
@@ -119,7 +120,7 @@ def _trained(
                 last, due = done == options.steps, _is_due(done, job.checkpoint_every)
                 evaluated = eval_rows is not None and (last or _is_due(done, job.eval_every))
                 if evaluated or last or due or _is_due(done, STEPS_PER_REPORT):
-                    entry = {"step": done, "loss": _finite(float(loss), done), **pace.entry()}
+                    entry = {"step": done, "loss": _finite(float(loss), done), **trainer.pull(state), **pace.entry()}
                     if evaluated:
                         entry["eval_loss"] = trainer.loss(state, eval_rows)
                     log.append(entry)
@@ -199,6 +200,8 @@ class Pace:
     def tell(self, entry: Mapping) -> None:
         """Log an entry, and start measuring anew."""
         evaluated = f", eval loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else ""
+        if "vbar" in entry:
+            evaluated += f", vbar {entry['vbar']:.3g}, largest pull {entry['largest_pull']:.3g}"
         minutes = (self.steps - entry["step"]) * entry["seconds_per_step"] / 60
         values = entry["step"], self.steps, entry["loss"], evaluated, entry["tokens_per_second"], minutes
         if processes.index() == 0:
@@ -210,10 +213,12 @@ class Pace:
 
 
 def fingerprint(
-    job: FinetuneConfig, options: TrainConfig, model: Checkpoint, rows: Rows, eval_rows: Rows | None
+    job: FinetuneConfig, options: TrainConfig, weights: str, rows: Rows, eval_rows: Rows | None
 ) -> str:
-    """Return the fingerprint of everything that decides what is learned and logged, apart from the devices."""
-    weights = model.content_digest()
+    """Return the fingerprint of everything that decides what is learned and logged, apart from the devices.
+
+    `weights` is that of the base.
+    """
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
     code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
