@@ -55,9 +55,7 @@ class Checkpoints:
         if state.steps in self._manager.all_steps():
             return
         kept = {"entries": list(log), "base": self._base}
-        content = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), log=ocp.args.JsonSave(kept)
-        )
+        content = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), log=ocp.args.JsonSave(kept))
         self._manager.save(state.steps, args=content, force=True)
 
     def finished(self) -> None:

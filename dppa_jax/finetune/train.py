@@ -62,9 +62,7 @@ class Trainer:
       ValueError: the rows that go through the model together cannot be divided over the devices, or AdamR has no base.
     """
 
-    def __init__(
-        self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None, base: dict | None = None
-    ):
+    def __init__(self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None, base: dict | None = None):
         self.config, self.options = config, options
         self.mesh = mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), TRAIN_AXES)
         if options.rows_together % self.mesh.size:

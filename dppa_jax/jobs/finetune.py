@@ -29,6 +29,7 @@ from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
 from dppa_jax.evaluate.reader import listed
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
+from dppa_jax.finetune.optimizer import PullError
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
 from dppa_jax.jobs.models import check_code
@@ -73,12 +74,15 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     trainer = Trainer(config, options, mesh, tree)
     dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, tree)
     _check_space(job, tree, dtypes)
+    if options.optimizer.decays_toward_base and not options.optimizer.weight_decay:
+        logging.warning("--decay_toward=base: --weight_decay is 0, so nothing pulls; give it, or --decay_search")
     logging.info(
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
         len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
     )  # fmt: skip
     weights = processes.of_first("base digest", model.content_digest)
-    directory = Path(job.workdir) / f"finetune-{fingerprint(job, options, weights, rows, eval_rows)[:12]}"
+    key = processes.of_first("fingerprint", lambda: fingerprint(job, options, weights, rows, eval_rows))
+    directory = Path(job.workdir) / f"finetune-{key[:12]}"
     with checkpoints(directory, job.checkpoint_every, job.resume, weights) as kept:
         state, log = kept.restore(trainer) or (trainer.start(tree), [])
         model.close()
@@ -128,6 +132,9 @@ def _trained(
                 if due and not last:
                     kept.save(state, log)
                 advance()
+    except PullError:
+        kept.finished()  # whatever goes on from these states ends here again
+        raise
     except (KeyboardInterrupt, SystemExit):
         alone = processes.count() == 1
         if alone and job.checkpoint_every and not _given_away(state) and 0 < state.steps < options.steps:
@@ -212,9 +219,7 @@ class Pace:
         self._taken, self._tokens, self._since = 0, 0, time.perf_counter()
 
 
-def fingerprint(
-    job: FinetuneConfig, options: TrainConfig, weights: str, rows: Rows, eval_rows: Rows | None
-) -> str:
+def fingerprint(job: FinetuneConfig, options: TrainConfig, weights: str, rows: Rows, eval_rows: Rows | None) -> str:
     """Return the fingerprint of everything that decides what is learned and logged, apart from the devices.
 
     `weights` is that of the base.
