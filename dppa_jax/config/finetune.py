@@ -127,6 +127,10 @@ class FinetuneConfig:
       checkpoint_every, eval_every: steps; 0 for never.
       resume: go on from what is kept; else it is removed.
       held_out: the tasks whose items must not be learned.
+      decay_search: train with AdamR, again and again, for the largest weight decay that costs little.
+      decay_tolerance: what the found decay may cost, in points of the score without decay. The score is the mean
+        accuracy in % on the validation items of `held_out`; without tasks it is 100 · exp(−loss on eval_data), the
+        geometric mean of a token's probability in %.
     """
 
     HELP_GROUP: ClassVar[str] = GROUP
@@ -155,6 +159,13 @@ class FinetuneConfig:
         100, "steps between checkpoints in --workdir, to go on from; 0: none", least=0, message=OR_NEVER
     )
     eval_every: int = option(0, "steps between losses on --eval_data; 0: at the end", least=0, message=OR_NEVER)
+    decay_search: bool = option(False, "find the largest decay toward base that keeps the score")
+    decay_tolerance: float = option(
+        0.5,
+        "points of accuracy on --evaluate, or of token probability on --eval_data, that it may cost",
+        least=0,
+        message="--{flag}={value}: it must be a number of 0 or more.",
+    )
     mesh: str = same(JobConfig, "mesh")
     workdir: str = same(JobConfig, "workdir")
     output_dtype: str = same(MergeConfig, "output_dtype", default="")
@@ -174,6 +185,11 @@ class FinetuneConfig:
             raise ValueError("--train_data is empty: give files of examples, JSON lines of prompt and completion.")
         if self.steps < 0 or (self.steps == 0 and not 0 < self.epochs < math.inf):
             raise ValueError(f"--epochs={self.epochs:g}, --train_steps={self.steps}: one of them must be above 0.")
+        if self.decay_search and not (self.held_out.tasks or self.eval_data):
+            raise ValueError(
+                "--decay_search: nothing says how good an expert is: give tasks with validation items as --evaluate, "
+                "or files of examples as --eval_data."
+            )
         check(self)
         self.training(rows=1)  # checks how what it is given fits together
 

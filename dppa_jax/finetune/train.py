@@ -236,7 +236,7 @@ def _compiler_options(mesh: Mesh) -> dict | None:
 def _update_of(
     config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh
 ) -> Callable:
-    """Return the optimiser step: a function of state, learning rate, rows (parts, rows of a part, tokens) and anchor."""
+    """Return the optimiser step: a function of state, learning rate, rows (parts, rows of a part, tokens), anchor."""
     shardings = state_shardings(config, optimizer, mesh)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 

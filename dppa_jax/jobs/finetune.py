@@ -55,6 +55,10 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
 
     Several processes share one mesh. Each reads the same batches and holds the slices of its own devices.
     """
+    if job.decay_search:
+        from dppa_jax.jobs.decay_search import run_decay_search
+
+        return run_decay_search(job)
     started = time.perf_counter()
     with processes.first_alone("output"):
         output_directory(job.output, job.overwrite)

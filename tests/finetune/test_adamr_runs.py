@@ -164,7 +164,9 @@ def test_7_states_of_another_base_are_refused(material, tmp_path, monkeypatch):
 
 
 def test_a_pull_of_one_is_refused_and_leaves_nothing(material, tmp_path):
-    with pytest.raises(SystemExit, match="weight decay / vbar has reached .* --weight_decay or --learning_rate is too"):
+    with pytest.raises(
+        SystemExit, match=r"weight decay / vbar has reached .* --weight_decay or --learning_rate is too"
+    ):
         launch(*flags(material, tmp_path, *PULLED, "--weight_decay=100"))
     assert not (tmp_path / "out").exists()
     assert not kept(tmp_path)
