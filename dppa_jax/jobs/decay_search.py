@@ -39,7 +39,7 @@ ScoreOf = Callable[[Path], float]  # of an expert's directory; in points
 
 
 def run_decay_search(job: FinetuneConfig) -> list[dict]:
-    """Find the decay, write the expert that it makes, and return the log of its training.
+    """Find the decay, write the expert that it makes, and return the log of its training. The search is ours.
 
     The first expert is trained without decay; the score of each other one is compared with it. What was tried is in
     `decay_search.json` beside the expert. A search that was killed goes on where it was.

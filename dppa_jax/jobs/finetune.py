@@ -78,12 +78,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     trainer = Trainer(config, options, mesh, tree)
     dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, tree)
     _check_space(job, tree, dtypes)
-    if options.optimizer.decays_toward_base and not options.optimizer.weight_decay:
-        logging.warning("--decay_toward=base: --weight_decay is 0, so nothing pulls; give it, or --decay_search")
-    logging.info(
-        "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
-        len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
-    )  # fmt: skip
+    _tell(options, len(examples), rows)
     weights = processes.of_first("base digest", model.content_digest)
     key = processes.of_first("fingerprint", lambda: fingerprint(job, options, weights, rows, eval_rows))
     directory = Path(job.workdir) / f"finetune-{key[:12]}"
@@ -286,6 +281,16 @@ def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
     written = sum(size * dtype.itemsize for size, dtype in zip(sizes, jax.tree.leaves(dtypes), strict=True))
     kept = (KEPT + 1) * STATE_BYTES * sum(sizes) if job.checkpoint_every else 0
     check_space({Path(job.output).resolve(): written, Path(job.workdir).resolve(): kept})
+
+
+def _tell(options: TrainConfig, examples: int, rows: Rows) -> None:
+    """Log what is learned in how many steps, and warn of a decay that does nothing."""
+    logging.info(
+        "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
+        examples, rows.count, rows.tokens.shape[1], 100 * _present(rows).mean(), options.steps, options.batch_size,
+    )  # fmt: skip
+    if options.optimizer.decays_toward_base and not options.optimizer.weight_decay:
+        logging.warning("--decay_toward=base: --weight_decay is 0, so nothing pulls; give it, or --decay_search")
 
 
 def _present(rows: Rows) -> np.ndarray:
