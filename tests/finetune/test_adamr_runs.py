@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -80,6 +81,13 @@ def test_weights_stay_nearer_to_the_base_than_adams_and_a_base_in_bfloat16_is_he
     assert distance(pulled, coarse) < 0.9 * distance(free, coarse)
     anchor = Trainer(CONFIG, OPTIONS, base=coarse)._anchor
     assert {leaf.dtype.name for leaf in jax.tree.leaves(anchor)} == {"bfloat16"}
+
+
+def test_7_a_decay_of_zero_trains_the_bits_of_adam(rows, tree):
+    plain = replace(OPTIONS, optimizer=AdamW(max_gradient_norm=float("inf")))
+    toward = replace(OPTIONS, optimizer=replace(ADAMR, weight_decay=0.0))
+    found, wanted = (jax.tree.leaves(train(CONFIG, tree, rows, options)[0]) for options in (toward, plain))
+    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_pull_of_one_ends_training_and_a_trainer_without_a_base_is_refused(rows, tree):
