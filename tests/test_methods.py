@@ -15,6 +15,7 @@ from support import (
     linear_names,
     make_family,
     merge_to_arrays,
+    random_norms,
     same_bits,
 )
 
@@ -55,7 +56,11 @@ def configure(method: str, rate: float = 0.8, **more) -> MergeConfig:
 @cache
 def merged(method: str, rate: float = 0.8, seed: int = 0) -> Merge:
     base, experts = family()
-    return merge_to_arrays(base, experts, configure(method, rate, seed=seed), layout=Layout(1), deltas=True)
+    return merge_family(configure(method, rate, seed=seed), base, experts, deltas=True)
+
+
+def merge_family(config: MergeConfig, base: MemorySource, experts: dict[str, MemorySource], **more) -> Merge:
+    return merge_to_arrays(base, experts, config, layout=Layout(1), norms=random_norms(base, experts), **more)
 
 
 def linears() -> list[str]:
@@ -100,18 +105,18 @@ class TestEveryMethod:
     def test_output_dtype_is_that_of_all_tensors_and_delta_dtype_that_of_the_deltas(self, method):
         base, experts = family()
         config = configure(method, output_dtype="float16", delta_dtype="bfloat16")
-        merge = merge_to_arrays(base, experts, config, deltas=True)
+        merge = merge_family(config, base, experts, deltas=True)
         assert {array.dtype for array in merge.tensors.values()} == {np.dtype(np.float16)}
         assert {a.dtype for d in merge.deltas.values() for a in d.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
     def test_nothing_is_compiled_again_for_another_block_number_or_model(self, method, compilations):
         """One compilation per shape of a matrix serves more layers, other weights, rates, coefficients and seeds."""
         base, experts = family(2)
-        merge_to_arrays(base, experts, configure(method), layout=Layout(1))
+        merge_family(configure(method), base, experts)
         compilations.clear()
         base, experts = family(5, seed=1)
         other = configure(method, 0.75, coefficients={"math": 0.3}, seed=9, **partitions(method, (0.9, 0.75)))
-        merge_to_arrays(base, experts, other, layout=Layout(1))
+        merge_family(other, base, experts)
         assert compilations == []
 
     def test_rate_0_prunes_nothing(self, method):
@@ -133,7 +138,7 @@ class TestEveryMethod:
         """No delta, no outliers, no fluctuation: nothing is divided by zero."""
         base, _ = family()
         same = MemorySource(base.config, {name: array.astype(np.float32) for name, array in base.tensors.items()})
-        merge = merge_to_arrays(base, dict.fromkeys(EXPERTS, same), configure(method, max_fluctuation=0.08))
+        merge = merge_family(configure(method, max_fluctuation=0.08), base, dict.fromkeys(EXPERTS, same))
         assert_same_bits(merge.tensors, base.tensors, method)
         if method in PRUNING:
             assert (merge.outcome.rates == np.reshape(configure(method).rates, (1, -1, 1))).all()
@@ -141,7 +146,7 @@ class TestEveryMethod:
     @pytest.mark.parametrize("rate", [0.0, 1.0])
     def test_with_fluctuation_rates_stay_in_0_to_1_and_weights_finite(self, method, rate):
         base, experts = family()
-        outcome = merge_to_arrays(base, experts, configure(method, rate, max_fluctuation=0.3)).outcome
+        outcome = merge_family(configure(method, rate, max_fluctuation=0.3), base, experts).outcome
         assert ((outcome.rates >= 0) & (outcome.rates <= 1)).all()
         assert np.isfinite(outcome.weights).all()
         assert np.isfinite(outcome.thresholds).all()

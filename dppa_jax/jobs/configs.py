@@ -9,8 +9,9 @@ from typing import Any
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig
-from dppa_jax.config.merge import MergeConfig, read_coefficients
+from dppa_jax.config.merge import Coefficient, MergeConfig, read_coefficients
 from dppa_jax.config.option import per_expert
+from dppa_jax.config.q import LABELLED, WAYS, QConfig, read_q
 from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
@@ -38,7 +39,7 @@ def job_config(values: Values) -> JobConfig:
         experts=names,
         factors={} if searches(values) else _factors(values, names),
         coefficients=_coefficients(values, names),
-        q=per_expert("--q", values["q"], names, float),
+        q=_q(values, names),
         method_options=_method_options(values),
     )
     return make(
@@ -50,6 +51,7 @@ def job_config(values: Values) -> JobConfig:
         evaluation=evaluation(values),
         search=factor_search(values),
         adamerging=_adamerging(values, granularity) if granularity else None,
+        q=q_config(values, merge),
         flags=values,
         command=command(values),
     )
@@ -127,7 +129,9 @@ def evaluation(values: Values) -> EvaluationConfig:
         by_domain(values["evaluate"])
     share = values["validation_share"]
     if share == UNSET:
-        splits = [values["search_split"]] * searches(values) + [values["adamerging_split"]] * adamerges(values)
+        splits = [values["search_split"]] * (searches(values) or _q_way(values) == LABELLED) + [
+            values["adamerging_split"]
+        ] * adamerges(values)
         share = VALIDATION_SHARE if "validation" in splits else 0.0
     return make(EvaluationConfig, values, options=make(TaskOptions, values, validation_share=share))
 
@@ -178,6 +182,32 @@ def _factors(values: Values, names: tuple[str, ...]) -> Mapping[str, tuple[float
     last = max((i for i, text in enumerate(values["factors"]) if text == "search"), default=-1)
     given = [text for text in values["factors"][last + 1 :] if "=" in text or not searches(values)]
     return per_expert("--factors", given, names, lambda text: read_numbers("--factors", text.split(",")))
+
+
+def _q_way(values: Values) -> str:
+    """Return the way to find q, "" where it is given: of the --q that are for all experts, the last one counts."""
+    last = [text for text in values["q"] if "=" not in text][-1:]
+    return last[0] if last and last[0] in WAYS else ""
+
+
+def _q(values: Values, names: tuple[str, ...]) -> dict[str, Coefficient]:
+    """Return the q that is given; of experts whose q is to be found, that of DARE: the density."""
+    given = values["q"]
+    if files := [text for text in given if text.endswith(".json")]:
+        return read_q(read_path("--q", files[-1]), names)
+    if not _q_way(values):
+        return per_expert("--q", given, names, float)
+    last = max(i for i, text in enumerate(given) if text in WAYS)
+    return dict.fromkeys(names, (1.0 - values["rate"]) or 1.0) | per_expert("--q", given[last + 1 :], names, float)
+
+
+def q_config(values: Values, merge: MergeConfig) -> QConfig | None:
+    """Make what says how q is found; None where it is given."""
+    if not (way := _q_way(values)):
+        return None
+    last = max(i for i, text in enumerate(values["q"]) if text in WAYS)
+    given = per_expert("--q", values["q"][last + 1 :], merge.experts, float)
+    return make(QConfig, values, way=way, given=tuple(given))
 
 
 def _method_options(values: Values) -> dict[str, float]:

@@ -279,7 +279,7 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(dtypes) - 1,
         survey=config.is_surveyed,
-        counts=bool(config.score) and not config.has_random_score,
+        counts=config.is_counted,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,
     )
