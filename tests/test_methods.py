@@ -29,6 +29,7 @@ EXPERTS = ("math", "law")
 PRUNING = [method for method in METHODS if METHODS[method].score]
 SUMMING = [method for method in METHODS if METHODS[method].combine == "sum"]
 RANDOM = [method for method in PRUNING if SCORES[METHODS[method].score].random]
+ELEMENTWISE = [method for method in RANDOM if SCORES[METHODS[method].score].draws is None]  # each has its own number
 FAST = ("task_arithmetic", "dppa", "dare_ties")  # between them: no score, a ranked and a random one, both combinations
 
 
@@ -202,7 +203,7 @@ def test_masks_nest_and_grow_with_the_density(method):
     kept = None
     for rate in (0.97, 0.9, 0.7, 0.4):
         single = partitions(method, (rate,), factors=dict.fromkeys(EXPERTS, (1.0,)))
-        merge = merge_to_arrays(base, experts, configure(method, rate, max_fluctuation=0.08, **single), deltas=True)
+        merge = merge_family(configure(method, rate, max_fluctuation=0.08, **single), base, experts, deltas=True)
         masks = {(e, name): merge.deltas[e][name] != 0 for e in EXPERTS for name in linears()}
         densities = np.array([mask.mean() for mask in masks.values()])
         assert densities.mean() == pytest.approx(kept_share(merge), abs=0.01)
@@ -236,7 +237,7 @@ def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
 
 
 @pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
-@pytest.mark.parametrize("method", some_slow([m for m in RANDOM if METHODS[m].combine == "sum"], ("darex_q",)))
+@pytest.mark.parametrize("method", some_slow([m for m in ELEMENTWISE if m in SUMMING], ("darex_q",)))
 def test_expected_delta_is_the_delta(method, rate):
     """Over 16 seeds, within 5 sigma for every linear, rescaled by 1/(1−p), by its factors, or by 1/q with q = 1−p."""
     base, experts = family()
@@ -263,6 +264,13 @@ WRONG = {
     "partitions in rising order": ({"method": "dppa", "rate": 0.9, "partitions": (0.8, 0.9)}, "highest first"),
     "the same partition twice": ({"method": "dppa", "rate": 0.9, "partitions": (0.9, 0.9)}, "highest first"),
     "q for one of two experts": ({"method": "darex_q", "q": {"math": 0.2}}, "each of them"),
+    "q of a linear above 1": ({"method": "darex_q", "q": {"math": {"a": 1.5}, "law": 0.1}}, "math a=1.5: outside"),
+    "rows that are rescaled": (
+        {"method": "darex_q", "score": "random_row", "q": {"math": 1, "law": 1}},
+        "whole outputs",
+    ),
+    "random numbers ranked by row": ({"method": "dare", "compare": "row"}, "ranks nothing"),
+    "ties within rows": ({"method": "wanda", "compare": "row", "ties": "keep"}, "the first ones of equal score"),
     "q of zero": ({"method": "darex_q", "q": {"math": 0.0, "law": 0.1}}, "outside"),
     "a scale without a score": ({"method": "task_arithmetic", "scale": "dare"}, "--score"),
     "an allocation without a score": ({"method": "task_arithmetic", "allocate": "dp"}, "--score"),

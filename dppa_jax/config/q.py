@@ -10,7 +10,7 @@ import msgspec
 from dppa_jax.config.evaluation import Split
 from dppa_jax.config.merge import Coefficient, of_experts
 from dppa_jax.config.option import check, option, same
-from dppa_jax.config.search import FactorSearch, SearchConfig
+from dppa_jax.config.search import FactorSearch
 from dppa_jax.delta.q_rules import Q_RULES
 from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
@@ -66,10 +66,14 @@ class QConfig:
         choices=("parabola", "darex"),
     )
     walk: tuple[float, ...] = option((), "HIGH,STEP of --q_rule=darex; default 10 and 5 times 1-rate")
-    max_evaluations: int = same(SearchConfig, "max_evaluations")
     split: Split = same(FactorSearch, "split")
     limit: int | None = same(FactorSearch, "limit")
     given: tuple[str, ...] = ()
+
+    @property
+    def is_rule(self) -> bool:
+        """Whether each linear has its own q, by a rule."""
+        return self.way in Q_RULES
 
     def __post_init__(self):
         check(self)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 GAMMA = 0.05  # a bound holds with probability 1 − γ: prob = 0.95 in the authors' code
 LARGEST = 1.0  # of q: then nothing is rescaled
@@ -69,7 +70,7 @@ def kearns_saul(rate: float) -> float:
     return away / float(np.arctanh(2 * away)) if away else 0.5
 
 
-def tail_bound(sums: np.ndarray, squares: np.ndarray, rate: float, q: float, gamma: float = GAMMA) -> np.ndarray:
+def tail_bound(sums: ArrayLike, squares: ArrayLike, rate: float, q: float, gamma: float = GAMMA) -> ArrayLike:
     """Bound |h|: with probability 1 − γ it is at most |bias| + sqrt(Φ·Q·ln(2/γ))/q.
 
     Source: at q = 1−p the appendix of Deng et al. 2024 (E.1, equation 8), as a co-author's formal statements have it;
@@ -149,6 +150,11 @@ def _reference_objective(sums: np.ndarray, squares: np.ndarray, rate: float, eta
     spread = (spread.astype(np.float32) / np.float32(4 * q * q)).astype(np.float16)
     constant = np.float16(np.log(2 / GAMMA))
     return np.abs(bias + (spread + constant))
+
+
+def q_of_linear(rule: str, moments: Moments, rate: float, eta: float) -> float:
+    """Return the q of a linear by a rule of `Q_RULES`; 1 at rate 1, where nothing is kept."""
+    return Q_RULES[rule].q(moments, rate, eta) if rate < 1 else LARGEST
 
 
 Q_RULES: Mapping[str, QRule] = {

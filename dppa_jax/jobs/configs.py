@@ -26,7 +26,7 @@ UNSET = -1.0
 def job_config(values: Values) -> JobConfig:
     """Make the config of a job that merges, or looks at what would be merged."""
     _check_directory(values)
-    if values["job"] != "merge" or values["evaluate"]:  # a merge alone writes nothing there
+    if values["job"] != "merge" or values["evaluate"] or _q_way(values):  # a merge alone writes nothing there
         _check_workdir(values)
     experts = _experts(values)
     if not values["base"]:

@@ -196,6 +196,13 @@ class Merger:
             check_named(config, self.base.specs)
         return config
 
+    @property
+    def rates(self) -> np.ndarray:
+        """The rates of every linear, (experts, partitions, linears), for which the survey is made if it was not yet."""
+        if not self._surveyed:
+            self._survey()
+        return self._pruner.rates
+
     def _undone(self, sinks: Sequence[Sink]) -> list[Block]:
         """The blocks without the matrices that an earlier run has merged and that are whole in all sinks."""
         blocks = []
