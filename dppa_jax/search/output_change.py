@@ -30,7 +30,8 @@ LOGITS = 2**25  # of one batch at most: 128 MiB in float32
 
 def top_logits(logits: Float[Array, "B T V"]) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
     """Return the largest logits of every position and the tokens that have them."""
-    return jax.lax.top_k(logits, TOP)
+    values, places = jax.lax.top_k(logits, TOP)
+    return values, places
 
 
 def top_logits_change(

@@ -79,7 +79,7 @@ def search_q(score: Score, density: float, config: QConfig) -> QResult:
     Raises:
       ValueError: nothing is kept, so that nothing can be rescaled.
 
-    >>> search_q(lambda q: -((q - 0.237) ** 2), 0.1, QConfig("auto", rule="darex", walk=(1.0, 0.05))).q
+    >>> round(search_q(lambda q: -((q - 0.237) ** 2), 0.1, QConfig("auto", rule="darex", walk=(1.0, 0.05))).q, 9)
     0.235
     """
     if density <= 0:
