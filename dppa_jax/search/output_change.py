@@ -149,7 +149,7 @@ def searched_by_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig
             return found
 
         result = search_q(lambda value: -max(measured(value), np.finfo(float).tiny), 1.0 - merge.rate, q)
-    beside = {"of the base": base, "at q = 1 − rate": measured(1.0 - merge.rate)}
+        beside = {"of the base": base, "at q = 1 − rate": measured(1.0 - merge.rate)}
     return QSearched(name, merge.rate, OBJECTIVES[q.objective].measured, result, beside)
 
 
