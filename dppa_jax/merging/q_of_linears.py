@@ -1,6 +1,6 @@
 """DAREx's q of every linear by a rule of `delta.q_rules`: a pass over base and expert, on calibration text."""
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -45,7 +45,7 @@ def q_of_linears(
 
     def delta(name: str, weights: np.ndarray) -> Array:
         of_base[name] = base.read(name)
-        return dense.elementwise.delta(of_base[name], weights)
+        return dense.elementwise.delta(*map(jnp.asarray, (of_base[name], weights)))
 
     found = {}
     for seen in layers_seen(expert, tokens, moments, delta if rule.sees_change else None):
@@ -63,5 +63,5 @@ def _moments(kernels: Kernels, base: np.ndarray, expert: np.ndarray, inputs: Inp
     separate = host_sums(kernels.product_sums(base_rows, expert_rows, inputs.norms), len(base)).imag.sum()
     products = None
     if whole:
-        products = np.asarray(kernels.elementwise.delta(jax.numpy.asarray(base), expert)) * inputs.means
+        products = np.asarray(kernels.elementwise.delta(jnp.asarray(base), jnp.asarray(expert))) * inputs.means
     return Moments(totals.real, totals.imag, float(inputs.change), float(separate), products)
