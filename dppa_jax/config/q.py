@@ -1,6 +1,6 @@
 """How DAREx's q is found: by a rule for each linear, by the change of outputs, or by a validation score."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,12 +11,22 @@ from dppa_jax.config.evaluation import Split
 from dppa_jax.config.merge import Coefficient, of_experts
 from dppa_jax.config.option import check, option, same
 from dppa_jax.config.search import FactorSearch
-from dppa_jax.delta.q_rules import Q_RULES
 from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
 UNLABELLED, LABELLED = "auto", "search"  # ways that measure a whole model
-WAYS = (*Q_RULES, UNLABELLED, LABELLED)
 FIX = 'Give --q a file with {"q": {"NAME": 0.2}}, or with a number for each linear in place of 0.2.'
+
+
+def ways() -> tuple[str, ...]:
+    """Return the values of --q that ask for it to be found: the rules for linears, and what measures a whole model."""
+    return (*rules(), UNLABELLED, LABELLED)
+
+
+def rules() -> Collection[str]:
+    """Return the names of the rules for linears."""
+    from dppa_jax.delta.q_rules import Q_RULES  # here, as --help does without NumPy
+
+    return Q_RULES
 
 
 class QFile(msgspec.Struct):
@@ -41,7 +51,8 @@ class QConfig:
     Attributes:
       way: a rule of `delta.q_rules.Q_RULES`; "auto", by the change of outputs on --calibration text; or "search", by
         the score on validation items.
-      eta: the parameter η of the bound, whose unit is that of 1/h: deltas that are twice as large need half of it.
+      eta: the parameter η of the bound, whose unit is that of 1/h: deltas that are twice as large need half of it. Of
+        several the one is taken whose q changes the outputs least.
       objective: the change of outputs that "auto" makes small.
       rule: how "auto" and "search" walk q.
       walk: HIGH and STEP of the authors' walk; by default those of their example at rate 0.99, in proportion to the
@@ -54,7 +65,9 @@ class QConfig:
     HELP_GROUP: ClassVar[str] = "DAREx-q"
 
     way: str
-    eta: float = option(0.45, "bound, reference: the parameter of the bound, in units of 1 / output", above=0)
+    eta: tuple[float, ...] = option(
+        (0.45,), "bound, reference: the bound's parameter; of several the one that changes outputs least", above=0
+    )
     objective: str = option(
         "top_logits",
         "auto: what is to change least: top_logits, squares of the 5 largest; hidden, sizes of the last states",
@@ -73,7 +86,7 @@ class QConfig:
     @property
     def is_rule(self) -> bool:
         """Whether each linear has its own q, by a rule."""
-        return self.way in Q_RULES
+        return self.way in rules()
 
     def __post_init__(self):
         check(self)

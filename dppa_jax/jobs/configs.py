@@ -11,7 +11,7 @@ from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig
 from dppa_jax.config.merge import Coefficient, MergeConfig, read_coefficients
 from dppa_jax.config.option import per_expert
-from dppa_jax.config.q import LABELLED, WAYS, QConfig, read_q
+from dppa_jax.config.q import LABELLED, QConfig, read_q, ways
 from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
@@ -187,7 +187,7 @@ def _factors(values: Values, names: tuple[str, ...]) -> Mapping[str, tuple[float
 def _q_way(values: Values) -> str:
     """Return the way to find q, "" where it is given: of the --q that are for all experts, the last one counts."""
     last = [text for text in values["q"] if "=" not in text][-1:]
-    return last[0] if last and last[0] in WAYS else ""
+    return last[0] if last and last[0] in ways() else ""
 
 
 def _q(values: Values, names: tuple[str, ...]) -> dict[str, Coefficient]:
@@ -197,17 +197,20 @@ def _q(values: Values, names: tuple[str, ...]) -> dict[str, Coefficient]:
         return read_q(read_path("--q", files[-1]), names)
     if not _q_way(values):
         return per_expert("--q", given, names, float)
-    last = max(i for i, text in enumerate(given) if text in WAYS)
-    return dict.fromkeys(names, (1.0 - values["rate"]) or 1.0) | per_expert("--q", given[last + 1 :], names, float)
+    return dict.fromkeys(names, (1.0 - values["rate"]) or 1.0) | _q_beside_a_way(values, names)
 
 
 def q_config(values: Values, merge: MergeConfig) -> QConfig | None:
     """Make what says how q is found; None where it is given."""
     if not (way := _q_way(values)):
         return None
-    last = max(i for i, text in enumerate(values["q"]) if text in WAYS)
-    given = per_expert("--q", values["q"][last + 1 :], merge.experts, float)
-    return make(QConfig, values, way=way, given=tuple(given))
+    return make(QConfig, values, way=way, given=tuple(_q_beside_a_way(values, merge.experts)))
+
+
+def _q_beside_a_way(values: Values, names: tuple[str, ...]) -> dict[str, float]:
+    """Return the q of experts that is given after the way in which the others are found."""
+    last = max(i for i, text in enumerate(values["q"]) if text in ways())
+    return per_expert("--q", values["q"][last + 1 :], names, float)
 
 
 def _method_options(values: Values) -> dict[str, float]:

@@ -18,7 +18,7 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import console
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.search.output_change import searched_by_change
+from dppa_jax.search.output_change import least_change, searched_by_change
 from dppa_jax.search.q import QSearched, searched_by_score
 from dppa_jax.where import look
 
@@ -62,7 +62,9 @@ def find_q(
             continue
         started = time.perf_counter()
         if q.is_rule:
-            found[name] = opened.q_of_linears(merge, q, name)
+            of_eta = opened.q_of_linears(merge, q, name)
+            best = 0 if len(of_eta) == 1 else least_change(opened, name, q, merge, of_eta)
+            found[name] = of_eta[best]
         elif q.way == LABELLED:
             searches[name] = searched_by_score(candidates, name, domains[name], q, merge)
         else:

@@ -86,8 +86,8 @@ class Opened:
         experts = {name: opened_model(expert) for name, expert in self.chosen(merge).items()}
         return norms_of_experts(replace(self.job, merge=merge), experts)
 
-    def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> dict[str, float]:
-        """Find the q of every linear of an expert by a rule, on --calibration text."""
+    def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> list[dict[str, float]]:
+        """Find the q of every linear of an expert by a rule, on --calibration text, with each of its numbers."""
         from dppa_jax.merging.activations import tokens_of  # here, as Flax takes a third of a second
         from dppa_jax.merging.q_of_linears import q_of_linears
 

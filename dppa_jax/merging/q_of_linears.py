@@ -24,8 +24,8 @@ def q_of_linears(
     tokens: Int[np.ndarray, "rows tokens"],
     rates: Float[np.ndarray, " linears"],
     mesh: Mesh,
-) -> dict[str, float]:
-    """Find the q of every linear of an expert, by the linears' names.
+) -> list[dict[str, float]]:
+    """Find the q of every linear of an expert, by the linears' names, with each η that the rule is given.
 
     Base and expert are read once, a decoder layer at a time. S and Q are sums of float32 products that are folded and
     added in float64, as a survey's are, so that they have the same bits on any mesh. Biases are not pruned here, and
@@ -47,13 +47,14 @@ def q_of_linears(
         of_base[name] = base.read(name)
         return dense.elementwise.delta(*map(jnp.asarray, (of_base[name], weights)))
 
-    found = {}
+    etas = q.eta if rule.takes_eta else q.eta[:1]
+    found: dict[str, list[float]] = {}
     for seen in layers_seen(expert, tokens, moments, delta if rule.sees_change else None):
         for name, weights in seen.linears.items():
             start = of_base.pop(name) if rule.sees_change else base.read(name)
             own = _moments(dense, start, weights, seen.measured[name], rule.sees_products)
-            found[name] = q_of_linear(q.way, own, rate_of[name], q.eta)
-    return {name: found[name] for name in rate_of}
+            found[name] = [q_of_linear(q.way, own, rate_of[name], eta) for eta in etas]
+    return [{name: found[name][i] for name in rate_of} for i in range(len(etas))]
 
 
 def _moments(kernels: Kernels, base: np.ndarray, expert: np.ndarray, inputs: InputMoments, whole: bool) -> Moments:

@@ -1,6 +1,6 @@
 """How much pruning changes an expert's outputs on text, and the q of DAREx for which it is least: no labels needed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.config.q import QConfig
 from dppa_jax.merging.activations import calibration_tokens
 from dppa_jax.merging.in_memory import merged_model
@@ -128,29 +129,57 @@ class OutputChange:
             yield slice(start, start + many), self._tokens[start : start + many]
 
 
+class PrunedChange:
+    """The change of an expert's outputs by pruning with q, one number or one for each linear; the same mask for all q.
+
+    Attributes:
+      base: the change if nothing is kept at all, not even outside the linears.
+    """
+
+    def __init__(self, opened: Opened, name: str, q: QConfig, merge: MergeConfig):
+        alone = alone_of(merge, name)
+        self._name, self._directory = name, opened.tokenizer.directory
+        tokens = probe(calibration_tokens(self._directory, Path(opened.job.calibration)))
+        layout = opened.layout(opened.plan(alone))
+        dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, layout, quiet=True)
+        self._change = OutputChange(merged_model(dense, self._directory), tokens, q.objective)
+        self.base = self._change(merged_model(dense, self._directory, coefficients={name: 0.0}))
+        self._merger = opened.merger(alone)
+
+    def __call__(self, q: Coefficient) -> float:
+        """Return the mean change with this q."""
+        return self._change(merged_model(self._merger, self._directory, q={self._name: q}))
+
+
 def searched_by_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig) -> QSearched:
     """Search the q of an expert for which pruning changes its outputs least, on --calibration text.
 
-    Deng et al. 2024 call it q_e. All candidates have the same mask, of --seed. Beside the answer are the change at
-    q = 1−p, and of the base: where that is the smallest, nothing kept is better than what is kept.
+    Deng et al. 2024 call it q_e. Beside the answer are the change at q = 1−p, and that of the base: where it is the
+    smallest, nothing kept is better than what is kept.
     """
-    alone = alone_of(merge, name)
-    tokens = probe(calibration_tokens(opened.tokenizer.directory, Path(opened.job.calibration)))
-    directory = opened.tokenizer.directory
-    dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, _streamed(opened, alone), quiet=True)
-    change = OutputChange(merged_model(dense, directory), tokens, q.objective)
-    base = change(merged_model(dense, directory, coefficients={name: 0.0}))
-    merger = opened.merger(alone)
     with steps(f"search the q of {name}", None, "candidates") as advance:
+        change = PrunedChange(opened, name, q, merge)
 
-        def measured(value: float) -> float:
-            found = change(merged_model(merger, directory, q={name: value}))
+        def score(value: float) -> float:
+            found = -max(change(value), np.finfo(float).tiny)
             advance()
             return found
 
-        result = search_q(lambda value: -max(measured(value), np.finfo(float).tiny), 1.0 - merge.rate, q)
-        beside = {"of the base": base, "at q = 1 − rate": measured(1.0 - merge.rate)}
+        result = search_q(score, 1.0 - merge.rate, q)
+        beside = {"of the base": change.base, "at q = 1 − rate": change(1.0 - merge.rate)}
     return QSearched(name, merge.rate, OBJECTIVES[q.objective].measured, result, beside)
+
+
+def least_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig, of_eta: Sequence[Mapping]) -> int:
+    """Return which of several q of the linears, one for each η, changes the outputs of an expert least."""
+    with steps(f"search the eta of {name}", len(of_eta), "candidates") as advance:
+        change = PrunedChange(opened, name, q, merge)
+        changes = []
+        for eta, own in zip(q.eta, of_eta, strict=True):
+            changes.append(change(own))
+            logging.info("%s: eta %g: %s %.4g", name, eta, OBJECTIVES[q.objective].measured, changes[-1])
+            advance()
+    return int(np.argmin(changes))
 
 
 def probe(tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "windows window"]:
@@ -164,10 +193,6 @@ def _dense(alone: MergeConfig) -> MergeConfig:
     """Return the merge that gives the expert itself, rounded as its pruned versions are."""
     kept = {name: getattr(alone, name) for name in ("seed", "delta_dtype", "output_dtype", "allow_nonfinite")}
     return MergeConfig(alone.experts, "task_arithmetic", **kept)
-
-
-def _streamed(opened: Opened, merge: MergeConfig) -> Any:
-    return opened.layout(opened.plan(merge))
 
 
 def _on_device(model: Model) -> dict:

@@ -32,7 +32,8 @@ def tokens(models) -> np.ndarray:
 def found(models, tokens, way: str, mesh: str = ONE_DEVICE, **numbers) -> dict[str, float]:
     rates = np.full(len(linear_names(models[0].config)), 0.9)
     rates[0] = 0.0
-    return q_of_linears(*models, MERGE, QConfig(way, **numbers), tokens, rates, make_mesh(mesh))
+    (one,) = q_of_linears(*models, MERGE, QConfig(way, **numbers), tokens, rates, make_mesh(mesh))
+    return one
 
 
 @pytest.mark.parametrize("way", Q_RULES)
@@ -54,7 +55,7 @@ def test_5_q_is_that_of_sums_in_float64(way, models, tokens):
                 own.sums, own.squares, own.change, own.separate, c.astype(np.float32)
             )  # fmt: skip
             wanted[name] = q_of_linear(way, own, 0.0 if name == names[0] else 0.9, 3.0)
-    q = found(models, tokens, way, eta=3.0)
+    q = found(models, tokens, way, eta=(3.0,))
     assert list(q) == names
     assert q[names[0]] == pytest.approx(1.0)  # nothing is removed of it
     assert len({round(value, 6) for value in q.values()}) > 5
@@ -71,7 +72,7 @@ def test_5_the_bits_are_the_same_on_1_and_8_devices(way, models, tokens):
 
 
 def test_eta_has_the_unit_of_1_over_the_output(models, tokens):
-    small, large = (found(models, tokens, "bound", eta=eta) for eta in (0.01, 100.0))
+    small, large = (found(models, tokens, "bound", eta=(eta,)) for eta in (0.01, 100.0))
     assert np.mean(list(small.values())) < np.mean(list(large.values()))
 
 
@@ -89,6 +90,19 @@ def test_a_merge_takes_the_q_that_was_found_and_a_file_gives_it_again(way, merge
     assert isinstance(stored["q"]["math"], dict if way in Q_RULES else float)
     merge("--method=darex_q", "--rate=0.9", f"--q={work / 'q.json'}", "--overwrite")
     assert (output / "model.safetensors").read_bytes() == first
+
+
+def test_of_several_eta_the_one_is_taken_that_changes_outputs_least(merge: Merge, tmp_path):
+    """Each alone leaves its q in q.json; what `auto` would measure of them decides."""
+    words = tmp_path / "words.txt"
+    words.write_text(" ".join(WORDS * 3))
+    flags, found = ("--method=darex_q", "--rate=0.95", f"--calibration={words}", "--overwrite", "--q=bound"), {}
+    for etas in ("1", "1000", "1,1000", "1000,1"):
+        merge(*flags, f"--workdir={tmp_path / etas}", f"--q_eta={etas}")
+        found[etas] = read_json(tmp_path / etas / "q.json")["q"]
+    assert found["1"]["math"] != found["1000"]["math"]
+    assert found["1,1000"] == found["1000,1"]
+    assert found["1,1000"]["math"] in (found["1"]["math"], found["1000"]["math"])
 
 
 def test_a_rule_is_one_more_pass_in_the_plan(merge: Merge, tmp_path):
