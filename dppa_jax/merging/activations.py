@@ -22,6 +22,7 @@ from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
 ROWS = 128  # at most: 65,536 tokens
+WINDOW, WINDOWS = 256, 32  # of q: tokens of a row, and rows at most; DAREx's authors take 50 × 128 or 100 × 256
 
 Measure = Callable[[Array, Array | None, Array | None], Any]  # from inputs, which of them count, and the delta
 
@@ -56,6 +57,13 @@ def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tok
         raise ValueError(f"--calibration={text}: no tokens in it.")
     rows = min(ROWS, len(tokens) // width)
     return tokens[: rows * width].reshape(rows, width)
+
+
+def probe(tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "windows window"]:
+    """Cut rows into windows, of which the first ones are taken: q needs less text than norms of single inputs."""
+    width = min(WINDOW, tokens.shape[1])
+    per_row = tokens.shape[1] // width
+    return tokens[:, : per_row * width].reshape(-1, width)[:WINDOWS]
 
 
 def activation_norms(

@@ -138,7 +138,7 @@ class Merger:
         self,
         sink: Sink,
         delta_sinks: Mapping[str, Sink] | None = None,
-        **overrides: Mapping,
+        **overrides: Mapping | None,
     ) -> Outcome:
         """Merge once.
 

@@ -88,14 +88,14 @@ class Opened:
 
     def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> list[dict[str, float]]:
         """Find the q of every linear of an expert by a rule, on --calibration text, with each of its numbers."""
-        from dppa_jax.merging.activations import tokens_of  # here, as Flax takes a third of a second
+        from dppa_jax.merging.activations import probe, tokens_of  # here, as Flax takes a third of a second
         from dppa_jax.merging.q_of_linears import q_of_linears
 
         alone = replace(merge, experts=(name,), factors={}, coefficients={}, q={name: merge.q[name]})
         layout = self.layout(self.plan(alone))
         rates = Merger(self.base, self.chosen(alone), alone, self.mesh, layout, quiet=True).rates[0, -1]
         base, expert = opened_model(self.base), opened_model(self.experts[name])
-        tokens = tokens_of(self.job, expert, f"--q={q.way}")
+        tokens = probe(tokens_of(self.job, expert, f"--q={q.way}"))
         return q_of_linears(base, expert, alone, q, tokens, rates, self.mesh)
 
     def merger(self, merge: MergeConfig) -> Merger:

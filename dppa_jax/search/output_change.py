@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.config.merge import Coefficient, MergeConfig
 from dppa_jax.config.q import QConfig
-from dppa_jax.merging.activations import calibration_tokens
+from dppa_jax.merging.activations import calibration_tokens, probe
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Merger
 from dppa_jax.merging.opened import Opened
@@ -25,7 +25,6 @@ from dppa_jax.runtime.progress import steps
 from dppa_jax.search.q import QSearched, alone_of, search_q
 
 TOP = 5  # logits of the expert that are looked at, at each position
-WINDOW, WINDOWS = 256, 32  # tokens of a row, and rows at most: 8,192 tokens; the authors take 100 rows
 LOGITS = 2**25  # of one batch at most: 128 MiB in float32
 
 
@@ -180,13 +179,6 @@ def least_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig, of_e
             logging.info("%s: eta %g: %s %.4g", name, eta, OBJECTIVES[q.objective].measured, changes[-1])
             advance()
     return int(np.argmin(changes))
-
-
-def probe(tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "windows window"]:
-    """Cut rows into windows, of which the first ones are taken."""
-    width = min(WINDOW, tokens.shape[1])
-    per_row = tokens.shape[1] // width
-    return tokens[:, : per_row * width].reshape(-1, width)[:WINDOWS]
 
 
 def _dense(alone: MergeConfig) -> MergeConfig:
