@@ -1,5 +1,7 @@
 """DAREx's q of every linear of a model: the sums of a whole pass, on any mesh, and a merge that takes the answer."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
@@ -69,6 +71,22 @@ def test_5_the_bits_are_the_same_on_1_and_8_devices(way, models, tokens):
     one = found(models, tokens, way)
     assert found(models, tokens, way, "layer=1,row=8") == one
     assert found(models, tokens, way, "layer=2,row=4") == one
+
+
+@pytest.mark.parametrize("way", Q_RULES)
+def test_5_every_tensor_is_read_once(way, pristine, tokens, monkeypatch):
+    """With the merge, which reads them again, the weights are passed over twice."""
+    read: Counter[str] = Counter()
+    whole = SafetensorsDirectory.read
+    monkeypatch.setattr(
+        SafetensorsDirectory,
+        "read",
+        lambda self, name: read.update([f"{self.directory.name} {name}"]) or whole(self, name),
+    )
+    models = SafetensorsDirectory(pristine / "base"), SafetensorsDirectory(pristine / "math")
+    found(models, tokens, way)
+    assert set(read.values()) == {1}
+    assert {f"{model} {name}" for model in ("base", "math") for name in linear_names(models[0].config)} <= set(read)
 
 
 def test_eta_has_the_unit_of_1_over_the_output(models, tokens):
