@@ -23,6 +23,7 @@ from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig
 from dppa_jax.config.merge import MergeConfig, method_option, rate_of_density
 from dppa_jax.config.option import Option, options
+from dppa_jax.config.q import QConfig
 from dppa_jax.config.report import Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, StartConfig, ValidateConfig
 from dppa_jax.config.search import AdaMergingConfig, FactorSearch
@@ -32,11 +33,21 @@ FLAGS = flags.FLAGS
 Values = Mapping[str, Any]  # of all flags, by their names
 
 CONFIGS = (
-    *(StartConfig, JobConfig, MergeConfig, EvaluationConfig, TaskOptions, FactorSearch, AdaMergingConfig),
+    *(StartConfig, JobConfig, MergeConfig, EvaluationConfig, TaskOptions, FactorSearch, QConfig, AdaMergingConfig),
     *(FinetuneConfig, AdamW, Sweep, ValidateConfig, BenchmarkConfig, ConvertConfig, EvaluateConfig),
 )
 TITLES = (  # of the groups of --help, in their order
-    *("work", "models", "method", "devices", "several processes", "evaluation", "search of factors", "AdaMerging"),
+    *(
+        "work",
+        "models",
+        "method",
+        "devices",
+        "several processes",
+        "evaluation",
+        "search of factors",
+        "DAREx-q",
+        "AdaMerging",
+    ),
     *("fine-tuning", "report, validate and benchmark"),
 )
 EXPLAINED = ("work", "models", "method")  # by --helpshort; the flags of other groups are named there

@@ -215,6 +215,14 @@ BAD_COMBINATIONS = {
     "--method=darex_q --q=math=0.2": "--scale=q (darex_q) needs --q, for all experts",
     "--method=darex_q --q=0": "--q math=0.0: outside (0, 1]; kept parameters are divided by it",
     "--method=dare --q=0.2": "--q: only --scale=q (darex_q) divides by it, not 'dare'",
+    "--method=dare --q=auto": "--q: only --scale=q (darex_q) divides by it, not 'dare'",
+    "--method=darex_q --q=bonud": "--q=bonud: 'bonud' is not a number",
+    "--method=darex_q --q=bound": "--q=bound needs --calibration=FILE",
+    "--method=darex_q --q=auto": "--q=auto needs --calibration=FILE",
+    "--method=darex_q --q=search": "--evaluate is empty",
+    "--method=darex_q --q=search --evaluate=addition": "--q=search: expert 'law' has no tasks in --evaluate",
+    "--method=darex_q --q=auto --q_eta=0": "--q_eta=0.0: it must be above 0",
+    "--method=magnitude --score=random_row --scale=dare": "--score=random_row drops whole outputs",
     "--score=wanda": "--score=wanda needs --calibration=FILE",
 }
 

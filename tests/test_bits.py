@@ -26,7 +26,8 @@ EXPERTS = ("math", "law")
 AXES = {
     "row": {"method": "magnitude", "score": "row"},
     "column": {"method": "magnitude", "score": "column"},
-    "wanda": {"method": "magnitude", "score": "wanda"},
+    "random_row": {"method": "magnitude", "score": "random_row"},
+    "wanda_row": {"method": "wanda", "compare": "row"},
     "dp_reference": {"method": "dppa", "allocate": "dp_reference", "dpa_combine": "max"},
 }
 CHOICES = {**{name: {"method": name} for name in METHODS}, **AXES}
@@ -109,7 +110,7 @@ def config(choice: str) -> MergeConfig:
     more = {"coefficients": {"math": 0.7}, "rate": 0.8, **axes}
     if axes["method"] in ("dppa", "dare_dpa"):
         more |= {"partitions": (0.9, 0.8), "factors": {"math": (1.8, 1.3), "law": (1.1, -0.4)}}
-    if axes["method"] == "darex_q":
+    if SCALES[METHODS[axes["method"]].scale].takes_q:
         more["q"] = {"math": 0.25, "law": 0.3}
     return MergeConfig(EXPERTS, **more)
 

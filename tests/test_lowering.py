@@ -157,6 +157,7 @@ def test_kernels_of_surveys_and_inspections_on_a_mesh(delta_dtype, lowered):
     def drive(base, expert, thresholds, starts):
         sums = [of.row_sums(term, base, expert) for term in ("absolute", "square")]
         sums.append(of.row_sums("above", base, expert, thresholds))
+        sums.append(of.product_sums(base, expert, np.ones(base.shape[1], np.float32)))
         return sums, of.sample_delta(base, expert, starts, 3), of.extremes(base, expert)
 
     per_row = array(ROWS, 2, dtype=np.float32), array(ROWS, 1, dtype=np.int32)
@@ -176,7 +177,17 @@ def test_every_combination_is_a_presets():
 def test_no_kernel_is_left_out():
     """A new one belongs in the tests above."""
     found = {name for name, value in vars(Kernels).items() if isinstance(value, cached_property)}
-    assert found == {"_sums", "_fold_again", "_fold_bytes", "_unpack", "_reached", "extremes", "prune", "_zeros"}
+    assert found == {
+        "_sums",
+        "_fold_again",
+        "_fold_bytes",
+        "_unpack",
+        "_reached",
+        "_products",
+        "extremes",
+        "prune",
+        "_zeros",
+    }
 
 
 # ---- the model
@@ -234,10 +245,11 @@ def test_first_weights():
 def test_layer_of_a_calibration():
     weights = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), abstract_tree(LLAMA)["layers"])
     assert_lowers(
-        jax.jit(partial(activations._layer, LLAMA)),
+        jax.jit(partial(activations._layer, LLAMA, activations.moments)),
         weights,
         LayerKind(),
         array(2, 8, LLAMA.hidden_size, dtype=np.float32),
+        {"mlp.up_proj": weights["mlp"]["up_proj"]},
     )
 
 

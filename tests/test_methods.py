@@ -15,6 +15,7 @@ from support import (
     linear_names,
     make_family,
     merge_to_arrays,
+    random_norms,
     same_bits,
 )
 
@@ -28,6 +29,7 @@ EXPERTS = ("math", "law")
 PRUNING = [method for method in METHODS if METHODS[method].score]
 SUMMING = [method for method in METHODS if METHODS[method].combine == "sum"]
 RANDOM = [method for method in PRUNING if SCORES[METHODS[method].score].random]
+ELEMENTWISE = [method for method in RANDOM if SCORES[METHODS[method].score].draws is None]  # each has its own number
 FAST = ("task_arithmetic", "dppa", "dare_ties")  # between them: no score, a ranked and a random one, both combinations
 
 
@@ -55,7 +57,11 @@ def configure(method: str, rate: float = 0.8, **more) -> MergeConfig:
 @cache
 def merged(method: str, rate: float = 0.8, seed: int = 0) -> Merge:
     base, experts = family()
-    return merge_to_arrays(base, experts, configure(method, rate, seed=seed), layout=Layout(1), deltas=True)
+    return merge_family(configure(method, rate, seed=seed), base, experts, deltas=True)
+
+
+def merge_family(config: MergeConfig, base: MemorySource, experts: dict[str, MemorySource], **more) -> Merge:
+    return merge_to_arrays(base, experts, config, layout=Layout(1), norms=random_norms(base, experts), **more)
 
 
 def linears() -> list[str]:
@@ -100,18 +106,18 @@ class TestEveryMethod:
     def test_output_dtype_is_that_of_all_tensors_and_delta_dtype_that_of_the_deltas(self, method):
         base, experts = family()
         config = configure(method, output_dtype="float16", delta_dtype="bfloat16")
-        merge = merge_to_arrays(base, experts, config, deltas=True)
+        merge = merge_family(config, base, experts, deltas=True)
         assert {array.dtype for array in merge.tensors.values()} == {np.dtype(np.float16)}
         assert {a.dtype for d in merge.deltas.values() for a in d.values()} == {np.dtype(ml_dtypes.bfloat16)}
 
     def test_nothing_is_compiled_again_for_another_block_number_or_model(self, method, compilations):
         """One compilation per shape of a matrix serves more layers, other weights, rates, coefficients and seeds."""
         base, experts = family(2)
-        merge_to_arrays(base, experts, configure(method), layout=Layout(1))
+        merge_family(configure(method), base, experts)
         compilations.clear()
         base, experts = family(5, seed=1)
         other = configure(method, 0.75, coefficients={"math": 0.3}, seed=9, **partitions(method, (0.9, 0.75)))
-        merge_to_arrays(base, experts, other, layout=Layout(1))
+        merge_family(other, base, experts)
         assert compilations == []
 
     def test_rate_0_prunes_nothing(self, method):
@@ -133,7 +139,7 @@ class TestEveryMethod:
         """No delta, no outliers, no fluctuation: nothing is divided by zero."""
         base, _ = family()
         same = MemorySource(base.config, {name: array.astype(np.float32) for name, array in base.tensors.items()})
-        merge = merge_to_arrays(base, dict.fromkeys(EXPERTS, same), configure(method, max_fluctuation=0.08))
+        merge = merge_family(configure(method, max_fluctuation=0.08), base, dict.fromkeys(EXPERTS, same))
         assert_same_bits(merge.tensors, base.tensors, method)
         if method in PRUNING:
             assert (merge.outcome.rates == np.reshape(configure(method).rates, (1, -1, 1))).all()
@@ -141,7 +147,7 @@ class TestEveryMethod:
     @pytest.mark.parametrize("rate", [0.0, 1.0])
     def test_with_fluctuation_rates_stay_in_0_to_1_and_weights_finite(self, method, rate):
         base, experts = family()
-        outcome = merge_to_arrays(base, experts, configure(method, rate, max_fluctuation=0.3)).outcome
+        outcome = merge_family(configure(method, rate, max_fluctuation=0.3), base, experts).outcome
         assert ((outcome.rates >= 0) & (outcome.rates <= 1)).all()
         assert np.isfinite(outcome.weights).all()
         assert np.isfinite(outcome.thresholds).all()
@@ -197,7 +203,7 @@ def test_masks_nest_and_grow_with_the_density(method):
     kept = None
     for rate in (0.97, 0.9, 0.7, 0.4):
         single = partitions(method, (rate,), factors=dict.fromkeys(EXPERTS, (1.0,)))
-        merge = merge_to_arrays(base, experts, configure(method, rate, max_fluctuation=0.08, **single), deltas=True)
+        merge = merge_family(configure(method, rate, max_fluctuation=0.08, **single), base, experts, deltas=True)
         masks = {(e, name): merge.deltas[e][name] != 0 for e in EXPERTS for name in linears()}
         densities = np.array([mask.mean() for mask in masks.values()])
         assert densities.mean() == pytest.approx(kept_share(merge), abs=0.01)
@@ -231,7 +237,7 @@ def test_a_partition_is_what_one_rate_keeps_and_the_next_higher_drops(method):
 
 
 @pytest.mark.parametrize("rate", [pytest.param(0.5, marks=pytest.mark.slow), 0.9])
-@pytest.mark.parametrize("method", some_slow([m for m in RANDOM if METHODS[m].combine == "sum"], ("darex_q",)))
+@pytest.mark.parametrize("method", some_slow([m for m in ELEMENTWISE if m in SUMMING], ("darex_q",)))
 def test_expected_delta_is_the_delta(method, rate):
     """Over 16 seeds, within 5 sigma for every linear, rescaled by 1/(1−p), by its factors, or by 1/q with q = 1−p."""
     base, experts = family()
@@ -258,6 +264,13 @@ WRONG = {
     "partitions in rising order": ({"method": "dppa", "rate": 0.9, "partitions": (0.8, 0.9)}, "highest first"),
     "the same partition twice": ({"method": "dppa", "rate": 0.9, "partitions": (0.9, 0.9)}, "highest first"),
     "q for one of two experts": ({"method": "darex_q", "q": {"math": 0.2}}, "each of them"),
+    "q of a linear above 1": ({"method": "darex_q", "q": {"math": {"a": 1.5}, "law": 0.1}}, "math a=1.5: outside"),
+    "rows that are rescaled": (
+        {"method": "darex_q", "score": "random_row", "q": {"math": 1, "law": 1}},
+        "whole outputs",
+    ),
+    "random numbers ranked by row": ({"method": "dare", "compare": "row"}, "ranks nothing"),
+    "ties within rows": ({"method": "wanda", "compare": "row", "ties": "keep"}, "the first ones of equal score"),
     "q of zero": ({"method": "darex_q", "q": {"math": 0.0, "law": 0.1}}, "outside"),
     "a scale without a score": ({"method": "task_arithmetic", "scale": "dare"}, "--score"),
     "an allocation without a score": ({"method": "task_arithmetic", "allocate": "dp"}, "--score"),

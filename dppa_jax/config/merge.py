@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -12,7 +12,7 @@ import msgspec
 
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
-from dppa_jax.delta.presets import METHODS, PARAMETERS
+from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
 from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
 A_RATE = {  # the bounds of an option
@@ -60,7 +60,9 @@ class MergeConfig:
       factors: per expert, one factor per partition, highest rate first; by default what leaves the method without
         amplification: 1, and 1/(1−rate) for random scores.
       coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default.
-      q: the divisor of scale "q", global or per expert; in (0, 1].
+      q: the divisor of scale "q": per expert, one number for all its linears or one for every linear; in (0, 1].
+      compare: what an element's score is ranked in: its "linear", with one threshold, or its "row", of which
+        int(columns · rate) elements are dropped, the first ones of equal score.
       ties: what becomes of elements whose score is the threshold, a key of `delta.tied.TIES`.
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
       method_options: the numbers that the score and the scale have to themselves, by the name of their flag; defaults
@@ -102,8 +104,8 @@ class MergeConfig:
     factors: Mapping[str, tuple[float, ...]] = option(
         {}, "DPA: a factor for each partition: 1.8,1.3 or NAME=1.8,1.3 (repeat), or search", kind="named"
     )
-    q: Mapping[str, float] = option(
-        {}, "DAREx-q: what kept parameters are divided by: 0.2, NAME=0.2 (repeat)", kind="named"
+    q: Mapping[str, Coefficient] = option(
+        {}, "DAREx-q, a divisor: 0.2, NAME=0.2, FILE.json, bound, mse, reference, auto, search", kind="named"
     )
     max_fluctuation: float = option(
         0.08,
@@ -118,6 +120,7 @@ class MergeConfig:
         "elements at the threshold: drop; keep; exact: as the rate says; auto: drop or exact",
         choices=lambda: axis("ties"),
     )
+    compare: str = option("linear", "scores are ranked within a linear or, as WANDA has it, a row", choices=COMPARISONS)
     tensor_rates: tuple[tuple[str, float], ...] = option(
         (), "REGEX=RATE, first match wins; 0 keeps a linear dense", flag="tensor_rate", kind="rules",
         complement="tensor_density",
@@ -146,6 +149,7 @@ class MergeConfig:
             raise ValueError(f"--method={self.method} prunes nothing: give --score as well as --allocate or --scale.")
         if self.score and not self.allocate:
             set_("allocate", "uniform")
+        self._check_score()
         self._check_numbers()
         set_("method_options", self._resolve_method_options())
         scale = axis("scale")[self.scale]
@@ -154,7 +158,9 @@ class MergeConfig:
         elif self.partitions:
             raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
         set_("factors", self._resolve_factors())
-        set_("coefficients", {name: _coefficient(name, self.coefficients.get(name, 1.0)) for name in self.experts})
+        given = {name: self.coefficients.get(name, 1.0) for name in self.experts}
+        set_("coefficients", {name: _coefficient("--coefficient", name, one) for name, one in given.items()})
+        set_("q", {name: _coefficient("--q", name, one) for name, one in self.q.items()})
         if scale.takes_q and set(self.q) != set(self.experts):
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
         if not scale.takes_q and self.q:
@@ -175,9 +181,19 @@ class MergeConfig:
         return bool(self.score) and axis("score")[self.score].random
 
     @property
+    def is_counted(self) -> bool:
+        """Whether thresholds are found by counting, in reads of their own."""
+        return bool(self.score) and not self.has_random_score and not self.compares_rows
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether an element is kept by its rank within its row."""
+        return bool(self.score) and COMPARISONS[self.compare]
+
+    @property
     def ranks_by_magnitude(self) -> bool:
         """Whether the score is |δ| itself, so that thresholds are magnitudes."""
-        return bool(self.score) and axis("score")[self.score].inputs is None
+        return self.is_counted and axis("score")[self.score].inputs is None
 
     @property
     def is_calibrated(self) -> bool:
@@ -232,23 +248,31 @@ class MergeConfig:
             for name in getattr(self, flag):
                 choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
 
+    def _check_score(self) -> None:
+        """Refuse a scale and ways to rank that mean nothing for the score."""
+        if self.score and not axis("score")[self.score].rescaled and self.scale != "none":
+            raise ValueError(
+                f"--scale={self.scale}: --score={self.score} drops whole outputs, and the error of those that are "
+                f"kept only grows when they are rescaled; give --scale=none."
+            )
+        if self.compares_rows and self.has_random_score:
+            raise ValueError(f"--compare=row: --score={self.score} is random and ranks nothing; leave it out.")
+        if self.compares_rows and self.ties != "auto":
+            raise ValueError(f"--ties={self.ties}: with --compare=row the first ones of equal score go; leave it out.")
+
     def _check_numbers(self) -> None:
         for pattern, value in self.tensor_rates:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(A_RATE["message"].format(flag=f"tensor_rate {pattern}", value=value))
-        finite = [
-            (f"--coefficient {name} {tensor}".rstrip(), value)
-            for name, given in self.coefficients.items()
-            for tensor, value in (given.items() if isinstance(given, Mapping) else [("", given)])
-        ]
+        finite = list(_each("--coefficient", self.coefficients))
         finite += [(f"--factors of {name!r}", factor) for name, factors in self.factors.items() for factor in factors]
         finite += [(f"--tensor_coefficient {pattern}", value) for pattern, value in self.tensor_coefficients]
         for flag, value in finite:
             if not math.isfinite(value):
                 raise ValueError(f"{flag}: {value} is not a finite number.")
-        for name, value in self.q.items():
+        for flag, value in _each("--q", self.q):
             if not 0.0 < value <= 1.0:
-                raise ValueError(f"--q {name}={value}: outside (0, 1]; kept parameters are divided by it.")
+                raise ValueError(f"{flag}={value}: outside (0, 1]; kept parameters are divided by it.")
         if list(self.partitions) != sorted(set(self.partitions), reverse=True):
             raise ValueError(f"--partitions={listed(self.partitions)}: rates must fall, highest first: 0.9,0.8.")
         if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
@@ -331,21 +355,32 @@ def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coe
       ValueError: not such a file, or an expert is missing or unknown.
     """
     content = read_json(file, CoefficientFile, MAX_KEPT_BYTES, COEFFICIENT_FIX)
-    found = content.coefficients
     if not content.finished:
         raise ValueError(f"--coefficient={file}: AdaMerging has not finished; run it to its end.")
+    return of_experts(f"--coefficient={file}", "coefficient", content.coefficients, experts)
+
+
+def of_experts(flag: str, what: str, found: Mapping[str, Coefficient], experts: Sequence[str]) -> dict:
+    """Return the numbers of a file in the order of the experts; refuse unknown and missing ones."""
     for name in found:
-        choose(f"--coefficient={file}: the expert", name, experts)
+        choose(f"{flag}: the expert", name, experts)
     if missing := [name for name in experts if name not in found]:
-        raise ValueError(f"--coefficient={file}: no coefficient of the expert {missing[0]!r}.")
+        raise ValueError(f"{flag}: no {what} of the expert {missing[0]!r}.")
     return {name: found[name] for name in experts}
 
 
-def _coefficient(expert: str, given: object) -> Coefficient:
+def _each(flag: str, numbers: Mapping[str, Coefficient]) -> Iterator[tuple[str, float]]:
+    """Yield every number, with the flag, the expert and, where it has its own, the tensor that it is of."""
+    for name, given in numbers.items():
+        for tensor, value in given.items() if isinstance(given, Mapping) else [("", given)]:
+            yield f"{flag} {name} {tensor}".rstrip(), value
+
+
+def _coefficient(flag: str, expert: str, given: object) -> Coefficient:
     try:
         return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
     except (TypeError, ValueError):
-        raise ValueError(f"--coefficient of {expert!r}: {given!r} is not a number, or one for each tensor.") from None
+        raise ValueError(f"{flag} of {expert!r}: {given!r} is not a number, or one for each tensor.") from None
 
 
 def listed(numbers: Iterable[float]) -> str:

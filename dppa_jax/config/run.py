@@ -7,6 +7,7 @@ from typing import ClassVar
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.option import REQUIRED, check, choose, option, same
+from dppa_jax.config.q import QConfig
 from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 
 MAX_SHARD_SIZE = 2_000_000_000
@@ -36,6 +37,7 @@ class JobConfig:
       num_processes: processes to plan for; 0 for as many as there are.
       search: how factors are searched; None where they are given.
       adamerging: how coefficients are found; None where they are given.
+      q: how DAREx's q is found; None where it is given.
       flags: every flag's value, for recipe.json.
       command: the command line that repeats the job, for the model card.
     """
@@ -106,10 +108,13 @@ class JobConfig:
     allow_other_base: bool = option(
         False, "merge experts whose delta is as large as the weights, and rows of zeros", group="method"
     )
-    calibration: str = option("", "text file for --score=wanda, a sample a line", group="method", kind="path")
+    calibration: str = option(
+        "", "text file for --score=wanda and most of --q, a sample a line", group="method", kind="path"
+    )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: FactorSearch | None = None
     adamerging: AdaMergingConfig | None = None
+    q: QConfig | None = None
     flags: Mapping = field(default_factory=dict)
     command: str = ""
 

@@ -32,6 +32,8 @@ PARAMETERS = {  # by the name of their flag; a score or scale lists those that i
     "della_window": Parameter(0.15, "DELLA: keep probabilities are spread over this, by the rank in a row", 0.0, 1.0),
 }
 
+COMPARISONS = {"linear": False, "row": True}  # by the value of --compare: is an element ranked within its row?
+
 METHODS = {
     "task_arithmetic": Method(None, None, "none", "sum", "Ilharco et al. 2023"),
     "magnitude": Method("magnitude", "uniform", "none", "sum", "Han et al. 2015"),
@@ -43,6 +45,10 @@ METHODS = {
     "dare": Method("random", "uniform", "dare", "sum", "Yu et al. 2023"),
     "dare_dpa": Method("random", "uniform", "partition", "sum", "Zhu et al. 2024, section 4.6"),
     "darex_q": Method("random", "uniform", "q", "sum", "Deng et al. 2024"),
+    "darex_q_columns": Method("random_column", "uniform", "q", "sum", "Deng et al. 2024; what is dropped is ours"),
+    "wanda": Method("wanda", "uniform", "none", "sum", "Sun et al. 2023, on deltas as Deng et al. 2024"),
+    "magnitude_q": Method("magnitude", "uniform", "q", "sum", "Han et al. 2015 with q; the pair is ours"),
+    "wanda_q": Method("wanda", "uniform", "q", "sum", "Sun et al. 2023 with q; the pair is ours"),
     "della_linear": Method("della", "uniform", "dare", "sum", "Deep et al. 2024"),
     "della": Method("della", "uniform", "dare", "ties", "Deep et al. 2024"),
     "ties": Method("magnitude", "uniform", "none", "ties", "Yadav et al. 2023"),

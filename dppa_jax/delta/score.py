@@ -77,6 +77,9 @@ class Score:
       calibrated: does it need activation norms on `--calibration` text?
       parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `keys` and `gain` take by name.
       ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
+      draws: from (what `inputs` makes, columns) to the random numbers of the rows or columns that go as a whole, of
+        which the share that is kept need not be the density; None where every element has its own.
+      rescaled: may a scale rescale what is kept?
     """
 
     keys: Callable[..., Keys]
@@ -86,6 +89,8 @@ class Score:
     calibrated: bool = False
     parameters: tuple[str, ...] = ()
     ties: str = ""
+    draws: Callable[[np.ndarray, int], np.ndarray] | None = None
+    rescaled: bool = True
 
 
 def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
@@ -127,6 +132,35 @@ def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], colum
     Drop-and-rescale keeps u ≥ p·2³². Source: Yu et al. 2023 (DARE), algorithm 1.
     """
     return hashed(inputs, column)
+
+
+def random_row(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
+    """Draw u once for all elements of an output row: rows go as a whole.
+
+    An output then changes by −S_i or not at all, so that the least expected |h|² is at q = 1: rows are not rescaled.
+    Deng et al. 2024 prune structures; which ones was not to be found, and this choice is ours.
+    """
+    return jnp.broadcast_to(row_draws(inputs, delta.shape[1]), delta.shape)
+
+
+def random_column(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
+    """Draw u once for all elements of an input column, of which every row has the same words: columns go as a whole.
+
+    Each output changes as with `random`, so that every rule for q holds as it is. The choice of columns is ours.
+    """
+    return jnp.broadcast_to(hashed(inputs, column), delta.shape)
+
+
+def row_draws(words: UInt32[Array | np.ndarray, "rows words"], columns: int) -> UInt32[Array | np.ndarray, "rows 1"]:
+    """Return the u of every row of a tensor."""
+    return hashed(words, np.zeros((1, 1), np.uint32))
+
+
+def column_draws(
+    words: UInt32[Array | np.ndarray, "rows words"], columns: int
+) -> UInt32[Array | np.ndarray, "1 columns"]:
+    """Return the u of every column of a tensor."""
+    return hashed(words[:1], np.arange(columns, dtype=np.uint32)[None])
 
 
 def hashed(words: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
@@ -184,6 +218,13 @@ def column(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array
     return _float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))
 
 
+def ranks(values: jax.Array) -> Int32[Array, "rows columns"]:
+    """Return the rank of each element within its row, from 0 for the smallest; of equal ones the first is smaller."""
+    row, column = (lax.broadcasted_iota(jnp.int32, values.shape, axis) for axis in (0, 1))
+    _, order = lax.sort((values, column), dimension=1, num_keys=1, is_stable=True)
+    return jnp.zeros(values.shape, jnp.int32).at[row, order].set(column, unique_indices=True)
+
+
 def bound_above(threshold: float | np.floating | np.ndarray) -> np.uint32 | np.ndarray:
     """Return the smallest key whose score is greater than a non-negative float32 threshold.
 
@@ -210,6 +251,10 @@ def _random_inputs(rows: Rows) -> np.ndarray:
     return row_words(rows.seed, rows.expert, rows.tensor, rows.start, rows.stop)
 
 
+def _column_inputs(rows: Rows) -> np.ndarray:
+    return np.repeat(row_words(rows.seed, rows.expert, rows.tensor, 0, 1), rows.stop - rows.start, axis=0)
+
+
 def _della_inputs(rows: Rows) -> np.ndarray:
     density = np.full((rows.stop - rows.start, 1), 1.0 - rows.rate, np.float32)
     return np.concatenate([_random_inputs(rows), density.view(np.uint32)], axis=1)
@@ -218,6 +263,10 @@ def _della_inputs(rows: Rows) -> np.ndarray:
 SCORES = {
     "magnitude": Score(magnitude),
     "random": Score(random, Inputs(_random_inputs, sees_weights=False), random=True),
+    "random_row": Score(
+        random_row, Inputs(_random_inputs, sees_weights=False), random=True, draws=row_draws, rescaled=False
+    ),
+    "random_column": Score(random_column, Inputs(_column_inputs, sees_weights=False), random=True, draws=column_draws),
     "della": Score(
         della,
         Inputs(_della_inputs, sees_weights=False),
@@ -235,15 +284,8 @@ def _della_shift(delta: Delta, inputs: UInt32[Array, "rows 3"], window: float) -
     """What is added to the keep probability 1−p: from −w/2 for the smallest |δ| of a row to w/2 for the largest."""
     density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
     width = jnp.minimum(window, 2 * jnp.minimum(density, 1 - density))
-    rank = _ranks(jnp.abs(delta)).astype(jnp.float32)
+    rank = ranks(jnp.abs(delta)).astype(jnp.float32)
     return width * (rank / max(delta.shape[1] - 1, 1) - 0.5)
-
-
-def _ranks(values: jax.Array) -> Int32[Array, "rows columns"]:
-    """Return the rank of each element within its row, from 0 for the smallest; of equal ones the first is smaller."""
-    row, column = (lax.broadcasted_iota(jnp.int32, values.shape, axis) for axis in (0, 1))
-    _, order = lax.sort((values, column), dimension=1, num_keys=1, is_stable=True)
-    return jnp.zeros(values.shape, jnp.int32).at[row, order].set(column, unique_indices=True)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

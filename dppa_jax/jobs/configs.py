@@ -9,8 +9,9 @@ from typing import Any
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig
-from dppa_jax.config.merge import MergeConfig, read_coefficients
+from dppa_jax.config.merge import Coefficient, MergeConfig, read_coefficients
 from dppa_jax.config.option import per_expert
+from dppa_jax.config.q import LABELLED, QConfig, read_q, ways
 from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
@@ -25,7 +26,7 @@ UNSET = -1.0
 def job_config(values: Values) -> JobConfig:
     """Make the config of a job that merges, or looks at what would be merged."""
     _check_directory(values)
-    if values["job"] != "merge" or values["evaluate"]:  # a merge alone writes nothing there
+    if values["job"] != "merge" or values["evaluate"] or _q_way(values):  # a merge alone writes nothing there
         _check_workdir(values)
     experts = _experts(values)
     if not values["base"]:
@@ -38,7 +39,7 @@ def job_config(values: Values) -> JobConfig:
         experts=names,
         factors={} if searches(values) else _factors(values, names),
         coefficients=_coefficients(values, names),
-        q=per_expert("--q", values["q"], names, float),
+        q=_q(values, names),
         method_options=_method_options(values),
     )
     return make(
@@ -50,6 +51,7 @@ def job_config(values: Values) -> JobConfig:
         evaluation=evaluation(values),
         search=factor_search(values),
         adamerging=_adamerging(values, granularity) if granularity else None,
+        q=q_config(values, merge),
         flags=values,
         command=command(values),
     )
@@ -127,8 +129,9 @@ def evaluation(values: Values) -> EvaluationConfig:
         by_domain(values["evaluate"])
     share = values["validation_share"]
     if share == UNSET:
-        splits = [values["search_split"]] * searches(values) + [values["adamerging_split"]] * adamerges(values)
-        splits += ["validation"] * (values["job"] == "finetune" and values["decay_search"])
+        by_labels = searches(values) or _q_way(values) == LABELLED
+        splits = [values["search_split"]] * by_labels + [values["adamerging_split"]] * adamerges(values)
+        splits += ["validation"] * bool(values["job"] == "finetune" and values["decay_search"])
         share = VALIDATION_SHARE if "validation" in splits else 0.0
     return make(EvaluationConfig, values, options=make(TaskOptions, values, validation_share=share))
 
@@ -179,6 +182,35 @@ def _factors(values: Values, names: tuple[str, ...]) -> Mapping[str, tuple[float
     last = max((i for i, text in enumerate(values["factors"]) if text == "search"), default=-1)
     given = [text for text in values["factors"][last + 1 :] if "=" in text or not searches(values)]
     return per_expert("--factors", given, names, lambda text: read_numbers("--factors", text.split(",")))
+
+
+def _q_way(values: Values) -> str:
+    """Return the way to find q, "" where it is given: of the --q that are for all experts, the last one counts."""
+    last = [text for text in values["q"] if "=" not in text][-1:]
+    return last[0] if last and last[0] in ways() else ""
+
+
+def _q(values: Values, names: tuple[str, ...]) -> dict[str, Coefficient]:
+    """Return the q that is given; of experts whose q is to be found, that of DARE: the density."""
+    given = values["q"]
+    if files := [text for text in given if text.endswith(".json")]:
+        return read_q(read_path("--q", files[-1]), names)
+    if not _q_way(values):
+        return per_expert("--q", given, names, float)
+    return dict.fromkeys(names, (1.0 - values["rate"]) or 1.0) | _q_beside_a_way(values, names)
+
+
+def q_config(values: Values, merge: MergeConfig) -> QConfig | None:
+    """Make what says how q is found; None where it is given."""
+    if not (way := _q_way(values)):
+        return None
+    return make(QConfig, values, way=way, given=tuple(_q_beside_a_way(values, merge.experts)))
+
+
+def _q_beside_a_way(values: Values, names: tuple[str, ...]) -> dict[str, float]:
+    """Return the q of experts that is given after the way in which the others are found."""
+    last = max(i for i, text in enumerate(values["q"]) if text in ways())
+    return per_expert("--q", values["q"][last + 1 :], names, float)
 
 
 def _method_options(values: Values) -> dict[str, float]:

@@ -16,6 +16,7 @@ from dppa_jax.jobs.evaluated import (
     find_coefficients,
 )
 from dppa_jax.jobs.models import check_outputs
+from dppa_jax.jobs.q import check_q, find_q
 from dppa_jax.jobs.search import search_and_print
 from dppa_jax.jobs.write_merge import write_merge
 from dppa_jax.merging.merger import Outcome
@@ -51,6 +52,8 @@ def run_evaluated_merge(job: JobConfig) -> Outcome:
     if job.search:
         check_search(job)
         check_searched(job, domains)
+    if job.q:
+        check_q(job, domains)
     if job.adamerging:
         check_combine(job.merge)
     with evaluated_candidates(job, writes=True) as candidates:
@@ -64,6 +67,8 @@ def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -
         searches = search_and_print(job, candidates, domains)
         factors = {**job.search.given, **{name: searched.result.factors for name, searched in searches.items()}}
         job = replace(job, merge=replace(job.merge, factors=factors))
+    if job.q:
+        job = replace(job, merge=find_q(candidates.opened, job.merge, candidates, domains))
     adamerged = None
     if job.adamerging:
         adamerged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))

@@ -1,8 +1,9 @@
-"""Norms of every linear's inputs on calibration text, for calibrated scores; one decoder layer in memory at a time."""
+"""What every linear's inputs are on calibration text, for calibrated scores and q; one decoder layer at a time."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,35 @@ from dppa_jax.checkpoint.tokenizer import encode, load_tokenizer
 from dppa_jax.config.run import JobConfig
 from dppa_jax.model.config import DecoderConfig
 from dppa_jax.model.context import LayerKind, context_of, layer_kinds
-from dppa_jax.model.decoder import decoder_layer, embed, mlp_inner
+from dppa_jax.model.decoder import decoder_layer, embed, mlp_inner, project
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
 ROWS = 128  # at most: 65,536 tokens
+WINDOW, WINDOWS = 256, 32  # of q: tokens of a row, and rows at most; DAREx's authors take 50 × 128 or 100 × 256
+
+Measure = Callable[[Array, Array | None, Array | None], Any]  # from inputs, which of them count, and the delta
+
+
+class InputMoments(NamedTuple):
+    """What is known of a linear's inputs over the tokens that it sees; of several linears on a first axis.
+
+    Attributes:
+      norms: ‖x_j‖₂ of every input.
+      means: the signed mean of every input.
+      change: Σ_t |δ·x_t|²; 0 where no delta is given.
+    """
+
+    norms: Float[Array | np.ndarray, "*E columns"]
+    means: Float[Array | np.ndarray, "*E columns"]
+    change: Float[Array | np.ndarray, "*E"]
+
+
+class LayerSeen(NamedTuple):
+    """One decoder layer: its stored linears, and what was measured of the inputs of each, by the tensors' names."""
+
+    linears: Mapping[str, np.ndarray]
+    measured: Mapping[str, Any]
 
 
 def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tokens"]:
@@ -34,6 +59,13 @@ def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tok
     return tokens[: rows * width].reshape(rows, width)
 
 
+def probe(tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "windows window"]:
+    """Cut rows into windows, of which the first ones are taken: q needs less text than norms of single inputs."""
+    width = min(WINDOW, tokens.shape[1])
+    per_row = tokens.shape[1] // width
+    return tokens[:, : per_row * width].reshape(-1, width)[:WINDOWS]
+
+
 def activation_norms(
     model: Checkpoint, tokens: Int[np.ndarray, "rows tokens"]
 ) -> dict[str, Float[np.ndarray, " columns"]]:
@@ -41,66 +73,128 @@ def activation_norms(
 
     Source: Sun et al. 2023.
     """
+    return {name: own for seen in layers_seen(model, tokens, norms) for name, own in seen.measured.items()}
+
+
+def layers_seen(
+    model: Checkpoint,
+    tokens: Int[np.ndarray, "rows tokens"],
+    measure: Measure,
+    delta: Callable[[str, np.ndarray], Array] | None = None,
+) -> Iterator[LayerSeen]:
+    """Compute the model on tokens, layer after layer; each of its tensors is read once.
+
+    Args:
+      model: the model whose linears are looked at.
+      tokens: rows of equal length.
+      measure: from the inputs of a linear to what is to be known of them.
+      delta: from a linear's name and weights to the delta that `measure` gets; None for no delta.
+    """
     config = DecoderConfig.from_hf(model.config)
-    norms: dict[str, np.ndarray] = {}
     [embeddings] = (spec.name for spec in model.specs.values() if spec.kind == "model.embed_tokens")
     hidden = embed(config, jnp.asarray(model.read(embeddings)[tokens], jnp.float32))
-    step, kinds = jax.jit(partial(_layer, config)), layer_kinds(config)
+    step, kinds = jax.jit(partial(_layer, config, measure)), layer_kinds(config)
     for layer in range(config.num_hidden_layers):
         specs = [spec for spec in model.specs.values() if spec.layer == layer]
-        weights = tree_of(specs, partial(_array, model))
+        linears = [spec for spec in specs if spec.role is Role.LINEAR]
+        stored = {spec.name: model.read(spec.name) for spec in specs}
+        weights = tree_of(specs, partial(_array, stored))["layers"]
+        deltas = {}
+        if delta:
+            own = {spec.name: delta(spec.name, stored[spec.name]) for spec in linears}
+            deltas = {".".join(path[1:]): _array(own, group) for path, group in by_path(linears).items()}
         kind = jax.tree.map(lambda numbers, layer=layer: jnp.asarray(numbers[layer]), kinds)
-        hidden, of_path = step(weights["layers"], kind, hidden)
-        for path, group in by_path(spec for spec in specs if spec.role is Role.LINEAR).items():
-            each = np.asarray(of_path[".".join(path[1:])]).reshape(len(group), -1)  # one of each expert of a mixture
-            norms |= {spec.name: own for spec, own in zip(group, each, strict=True)}
-    return norms
+        hidden, of_path = step(weights, kind, hidden, deltas)
+        measured = {}
+        for path, group in by_path(linears).items():
+            of_group = jax.tree.map(np.asarray, of_path[".".join(path[1:])])
+            for i, spec in enumerate(group):  # of a mixture there is one of each expert, on the first axis
+                one = len(group) == 1
+                measured[spec.name] = of_group if one else jax.tree.map(lambda array, i=i: array[i], of_group)
+        yield LayerSeen({spec.name: stored[spec.name] for spec in linears}, measured)
 
 
-def _array(model: Checkpoint, group: Sequence[TensorSpec]) -> Float[Array, "..."]:
-    """Read the tensor of a layer at one place of the tree, or stack those of all experts of a mixture."""
-    arrays = [jnp.asarray(model.read(spec.name), jnp.float32) for spec in group]
+def _array(stored: Mapping[str, Any], group: Sequence[TensorSpec]) -> Float[Array, "..."]:
+    """Return the tensor of a layer at one place of the tree, or stack those of all experts of a mixture."""
+    arrays = [jnp.asarray(stored[spec.name], jnp.float32) for spec in group]
     return arrays[0] if len(arrays) == 1 else jnp.stack(arrays)
 
 
+def norms(
+    inputs: Float[Array, "B T columns"], counted: Float[Array, "B T"] | None, delta: Array | None
+) -> Float[Array, " columns"]:
+    """Compute ‖x_j‖₂ of every input, over all tokens or those that count."""
+    squares = inputs * inputs
+    return jnp.sqrt(squares.sum(axis=(0, 1)) if counted is None else jnp.einsum("bt,btj->j", counted, squares))
+
+
+def moments(
+    inputs: Float[Array, "B T columns"],
+    counted: Float[Array, "B T"] | None,
+    delta: Float[Array, "rows columns"] | None,
+) -> InputMoments:
+    """Compute norms and signed means of the inputs and, with a delta, how much it changes the outputs."""
+    counts = jnp.ones(inputs.shape[:2], jnp.float32) if counted is None else counted
+    means = jnp.einsum("bt,btj->j", counts, inputs) / jnp.maximum(counts.sum(), 1)
+    change = jnp.zeros((), jnp.float32)
+    if delta is not None:
+        change = (counts * jnp.square(project(inputs, delta)).sum(axis=-1)).sum()
+    return InputMoments(norms(inputs, counted, None), means, change)
+
+
 def _layer(
-    config: DecoderConfig, weights: dict, kind: LayerKind, hidden: Float[Array, "B T D"]
-) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]]]:
-    """Return a decoder layer's output and, by the path of every linear, the norms of its inputs."""
-    norms: dict[str, Array] = {}
+    config: DecoderConfig,
+    measure: Measure,
+    weights: dict,
+    kind: LayerKind,
+    hidden: Float[Array, "B T D"],
+    deltas: Mapping[str, Array],
+) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+    """Return a decoder layer's output and, by the path of every linear, what is measured of its inputs."""
+    measured: dict[str, Any] = {}
 
     def record(path: str, inputs: Array, picked: Array | None) -> None:
         if picked is None:
-            norms[path] = jnp.sqrt((inputs * inputs).sum(axis=(0, 1)))
+            measured[path] = measure(inputs, None, deltas.get(path))
         else:
-            norms.update(_mixture(config, weights["mlp"]["experts"], inputs, picked))
+            measured.update(_mixture(config, measure, weights["mlp"]["experts"], inputs, picked, deltas))
 
     positions = jnp.arange(hidden.shape[1])[None]
     context = context_of(config, positions, positions).of(kind)
-    return decoder_layer(config, weights, hidden, None, context, record=record)[0], norms
+    return decoder_layer(config, weights, hidden, None, context, record=record)[0], measured
 
 
 def _mixture(
-    config: DecoderConfig, experts: dict, hidden: Float[Array, "B T D"], picked: Float[Array, "B T E"]
-) -> dict[str, Float[Array, "E columns"]]:
-    """Return the norms of every expert's inputs, over the tokens that the router sends to it; one expert at a time."""
+    config: DecoderConfig,
+    measure: Measure,
+    experts: dict,
+    hidden: Float[Array, "B T D"],
+    picked: Float[Array, "B T E"],
+    deltas: Mapping[str, Array],
+) -> dict[str, Any]:
+    """Measure every expert's inputs, over the tokens that the router sends to it; one expert at a time."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    own_deltas = {name: deltas[f"mlp.experts.{name}"] for name in names if f"mlp.experts.{name}" in deltas}
 
-    def norms(expert):
-        weights, own = expert
+    def measured(expert):
+        weights, counted, delta = expert
         inputs = {"gate_proj": hidden, "up_proj": hidden, "down_proj": mlp_inner(config, weights, hidden)}
-        return {f"mlp.experts.{name}": jnp.sqrt(jnp.einsum("bt,btj->j", own, x * x)) for name, x in inputs.items()}
+        return {f"mlp.experts.{name}": measure(x, counted, delta.get(name)) for name, x in inputs.items()}
 
-    return jax.lax.map(norms, (experts, jnp.moveaxis(picked, -1, 0)))
+    return jax.lax.map(measured, (experts, jnp.moveaxis(picked, -1, 0), own_deltas))
 
 
 def norms_of_experts(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict[str, dict[str, np.ndarray]]:
     """Compute the activation norms of every expert on --calibration text, by expert and tensor."""
-    if not job.calibration:
-        raise ValueError(
-            f"--score={job.merge.score} needs --calibration=FILE, a text file whose lines the experts read."
-        )
-    norms = {}
+    found = {}
     for name, expert in experts.items():
-        norms[name] = activation_norms(expert, calibration_tokens(expert.directory, Path(job.calibration)))
+        found[name] = activation_norms(expert, tokens_of(job, expert, f"--score={job.merge.score}"))
         logging.info("activation norms of %s on %s", name, job.calibration)
-    return norms
+    return found
+
+
+def tokens_of(job: JobConfig, expert: Checkpoint, needs: str) -> Int[np.ndarray, "rows tokens"]:
+    """Read --calibration text with an expert's tokenizer; `needs` is the flag that wants it."""
+    if not job.calibration:
+        raise ValueError(f"{needs} needs --calibration=FILE, a text file whose lines the experts read.")
+    return calibration_tokens(expert.directory, Path(job.calibration))

@@ -78,7 +78,9 @@ class Pruner:
 
     def _numbers(self, expert: str) -> Numbers:
         config = self.config
-        return Numbers(config.factors.get(expert, ()), config.dpa_combine, config.q.get(expert, 1.0))
+        q = config.q.get(expert, 1.0)
+        divisor = np.array([q[name] for name in self.linears.names]) if isinstance(q, Mapping) else q
+        return Numbers(config.factors.get(expert, ()), config.dpa_combine, divisor)
 
     def _dense_weight(self, expert: str) -> float:
         """The weight of a tensor that is not pruned.
@@ -165,9 +167,10 @@ class Pruner:
         """Score inputs and uint32 bounds of a matrix of linears; what is below is dropped."""
         matrix, places = x.matrix, list(x.matrix.linears)
         rates = self.rates[e][:, places].T
-        if self.config.has_random_score:
-            self.thresholds[e][:, places], self.densities[e][:, places] = rates.T, 1.0 - rates.T
-            return inputs, random_bound(rates)
+        if not self.config.is_counted:
+            bounds, densities = self._known_bounds(matrix, e, rates)
+            self.thresholds[e][:, places], self.densities[e][:, places] = rates.T, densities.T
+            return inputs, bounds
         numel = matrix.ranges[0].rows * matrix.columns
         count = partial(self._count, x, e, inputs)
         found = order_statistics(count, numel, index(numel, rates), self._sample(x, e, inputs))
@@ -180,6 +183,18 @@ class Pruner:
             return inputs, bounds
         inputs = Placed(inputs, put_rows(self.kernels.mesh, self._place_words(matrix, e)))
         return inputs, np.stack([bounds, cuts(partial(self._count, x, e, inputs), numel, found, gone)], axis=-1)
+
+    def _known_bounds(self, matrix: Matrix, e: int, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds that need no counting, and the shares that are kept: of random scores, and of ranks within rows."""
+        if self.config.compares_rows:
+            gone = np.minimum((matrix.columns * rates).astype(np.int64), matrix.columns)
+            return gone.astype(np.uint32), 1.0 - gone / matrix.columns
+        bounds, score = random_bound(rates), SCORES[self.config.score]
+        if score.draws is None:
+            return bounds, 1.0 - rates
+        words = (score.inputs.make(self.rows(e, i, matrix)) for i in range(len(matrix.ranges)))
+        draws = (np.asarray(score.draws(each, matrix.columns)) for each in words)
+        return bounds, np.array([[(own >= b).mean() for b in of] for own, of in zip(draws, bounds, strict=True)])
 
     def _count(self, x: DeviceMatrix, e: int, inputs, bounds: np.ndarray) -> np.ndarray:
         """How many elements of each range are at or above each of its four bounds, (ranges, 4)."""
@@ -234,16 +249,17 @@ class _Sums:
         return deltas.sum(axis=1, dtype=np.float64)
 
 
-def check_tensors(coefficients: Mapping[str, Coefficient], tensors: Sequence[str]) -> None:
-    """Refuse coefficients by tensor that lack a tensor of the base, or name one that it has not."""
-    for expert, coefficient in coefficients.items():
-        if not isinstance(coefficient, Mapping):
+def check_tensors(
+    numbers: Mapping[str, Coefficient], tensors: Sequence[str], flag: str = "--coefficient", what: str = "tensor"
+) -> None:
+    """Refuse numbers by tensor that lack a tensor of the base, or name one that it has not."""
+    known = set(tensors)
+    for expert, own in numbers.items():
+        if not isinstance(own, Mapping):
             continue
-        for name in coefficient:
-            if name not in tensors:
-                raise ValueError(f"--coefficient of {expert!r}: the base has no tensor {name}.{nearest(name, tensors)}")
+        for name in own:
+            if name not in known:
+                raise ValueError(f"{flag} of {expert!r}: the base has no {what} {name}.{nearest(name, tensors)}")
         for name in tensors:
-            if name not in coefficient:
-                raise ValueError(
-                    f"--coefficient of {expert!r}: none for the tensor {name}; give one number or all tensors."
-                )
+            if name not in own:
+                raise ValueError(f"{flag} of {expert!r}: none for the {what} {name}; give one number or all {what}s.")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS, scaled
-from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed
+from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed, ranks
 from dppa_jax.delta.tied import Pair, Placed
 
 
@@ -24,6 +24,7 @@ class Elementwise:
 
     Attributes:
       parameters: the score's own numbers, by name.
+      within_rows: is an element's key its rank within its row, from 0 for the lowest score?
     """
 
     score: str
@@ -31,6 +32,7 @@ class Elementwise:
     delta_dtype: str
     allow_nonfinite: bool = False
     parameters: tuple[tuple[str, float], ...] = ()
+    within_rows: bool = False
 
     def delta(self, base: jax.Array, expert: jax.Array) -> Float[Array, "rows columns"]:
         """Return expert − base, rounded to the delta's dtype, as float32."""
@@ -40,7 +42,8 @@ class Elementwise:
         """Return the keys of a delta whose columns have these numbers; pairs where the inputs are `Placed`."""
         if isinstance(inputs, Placed):
             return Pair(self.keys(delta, inputs.inputs, column), hashed(inputs.words, column))
-        return SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
+        keys = SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
+        return ranks(keys).astype(jnp.uint32) if self.within_rows else keys
 
     def pruned(self, base, expert, inputs, bounds, weights, zero) -> Float[Array, "rows columns"]:
         """Return keep·scale·δ of one expert, float32.
@@ -69,4 +72,4 @@ def elementwise_of(config: MergeConfig) -> tuple[Elementwise, Elementwise]:
     if config.score is None:
         return plain, plain
     own = tuple((name, config.method_options[name]) for name in SCORES[config.score].parameters)
-    return Elementwise(config.score, *shared, own), plain
+    return Elementwise(config.score, *shared, own, config.compares_rows), plain

@@ -1,10 +1,30 @@
-"""Say how much of a delta is kept where many of its elements tie at the thresholds."""
+"""Say how much of a delta is kept where many of its elements tie, and where what is kept is amplified too much."""
 
 import numpy as np
 from absl import logging
 
+from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.tied import FAR
 from dppa_jax.merging.bounds import Pruner
+
+
+def tell_of_q(pruner: Pruner) -> None:
+    """Warn of each expert of which some linear is divided by a q below its density 1−p: then not even DARE is as large.
+
+    Such a q has more bias and more variance than q = 1−p.
+    """
+    config = pruner.config
+    if not SCALES[config.scale].takes_q:
+        return
+    for name, weights, rates in zip(config.experts, pruner.weights[:, 0], pruner.rates[:, 0], strict=True):
+        amplified = weights * (1.0 - rates)  # (1−p)/q
+        worst = int(amplified.argmax())
+        if amplified[worst] > 1.0 + 1e-9:
+            logging.warning(
+                "--q of %r: %.3g is below the density %.3g of %s, so that what is kept is amplified more than by DARE; "
+                "q lies between the density and 1",
+                *(name, 1.0 / weights[worst], 1.0 - rates[worst], pruner.linears.names[worst]),
+            )
 
 
 def tell_of_ties(pruner: Pruner) -> None:

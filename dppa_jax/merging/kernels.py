@@ -14,6 +14,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dppa_jax.delta import fold
+from dppa_jax.delta.combine import rounded
 from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.runtime.mesh import over_rows
 
@@ -47,6 +48,22 @@ class Kernels:
 
         terms = (fold.absolute, fold.square, fold.above)
         return {term.__name__: self._over_rows(partial(folded, term)) for term in terms}
+
+    def product_sums(self, base: jax.Array, expert: jax.Array, of_column: np.ndarray) -> jax.Array:
+        """Σ over columns of c and of c², c = δ·(a number for each column), as one complex number: see `host_sums`."""
+        return self._fold_again(self._products(ZERO, of_column[None], base, expert))
+
+    @cached_property
+    def _products(self):
+        def folded(zero, of_column, base, expert):
+            def of_columns(columns):
+                delta = self.elementwise.delta(base[:, columns], expert[:, columns])
+                product = rounded(delta * of_column[:, columns], zero)
+                return lax.complex(product, rounded(product * product, zero))
+
+            return fold.fold(base.shape[1], of_columns)
+
+        return over_rows(self.mesh, folded, replicated=(0, 1))
 
     @cached_property
     def _fold_again(self):

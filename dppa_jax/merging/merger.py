@@ -19,7 +19,7 @@ from dppa_jax.merging.blocks import Block, make_blocks, shares
 from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import elementwise_of
-from dppa_jax.merging.kept import tell_of_ties
+from dppa_jax.merging.kept import tell_of_q, tell_of_ties
 from dppa_jax.merging.kernels import Kernels, shared_kernels
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.merging.stream import Stream
@@ -88,14 +88,15 @@ def merge_checkpoints(
 
 
 def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
-    """Refuse coefficients and rules that name tensors which the base does not have."""
+    """Refuse coefficients, q and rules that name tensors which the base does not have."""
     check_tensors(config.coefficients, list(specs))
+    check_tensors(config.q, linears_of(specs).names, "--q", "linear")
     check_patterns(config.tensor_rates, specs, "--tensor_rate")
     check_patterns(config.tensor_coefficients, specs, "--tensor_coefficient")
 
 
 class Merger:
-    """Merges the same checkpoints, again and again with other factors and coefficients.
+    """Merges the same checkpoints, again and again with other factors, coefficients and q.
 
     The survey and the thresholds are made once, at the first merge. A further one is a fused pass over the weights,
     which are read again unless they are resident.
@@ -137,21 +138,22 @@ class Merger:
         self,
         sink: Sink,
         delta_sinks: Mapping[str, Sink] | None = None,
-        factors: Mapping[str, tuple[float, ...]] | None = None,
-        coefficients: Mapping[str, Coefficient] | None = None,
+        **overrides: Mapping | None,
     ) -> Outcome:
         """Merge once.
 
         Args:
           sink: receives the merged rows in the output dtype (`config.output_dtype`, or each base tensor's own).
           delta_sinks: per expert, receives its pruned and scaled delta in `config.delta_dtype`.
-          factors, coefficients: in place of the config's.
+          **overrides: see `merge_config`.
         """
-        config = self.merge_config(factors, coefficients)
+        config = self.merge_config(**overrides)
         stream, pruner, one_pass = self._stream, self._pruner, self._stream.pass_bytes()
         if not self._surveyed:
             self._survey()
         pruner.weigh(config)
+        if not self.quiet:
+            tell_of_q(pruner)
         with (
             stage("merge", one_pass, stream.bytes_read, self.quiet) as progress,
             ThreadPoolExecutor(1, "write") as writer,
@@ -185,12 +187,21 @@ class Merger:
         self,
         factors: Mapping[str, tuple[float, ...]] | None = None,
         coefficients: Mapping[str, Coefficient] | None = None,
+        q: Mapping[str, Coefficient] | None = None,
     ) -> MergeConfig:
-        """The config of a merge with these factors and coefficients."""
-        if coefficients is not None:
-            check_tensors(coefficients, list(self.base.specs))
-        chosen = {"factors": factors, "coefficients": coefficients}
-        return replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
+        """The config of a merge with these factors, coefficients and q in place of its own."""
+        chosen = {"factors": factors, "coefficients": coefficients, "q": q}
+        config = replace(self.config, **{name: value for name, value in chosen.items() if value is not None})
+        if coefficients is not None or q is not None:
+            check_named(config, self.base.specs)
+        return config
+
+    @property
+    def rates(self) -> np.ndarray:
+        """The rates of every linear, (experts, partitions, linears), for which the survey is made if it was not yet."""
+        if not self._surveyed:
+            self._survey()
+        return self._pruner.rates
 
     def _undone(self, sinks: Sequence[Sink]) -> list[Block]:
         """The blocks without the matrices that an earlier run has merged and that are whole in all sinks."""

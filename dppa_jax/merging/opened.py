@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.q import QConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.merger import Layout, Merger
@@ -85,7 +86,19 @@ class Opened:
         experts = {name: opened_model(expert) for name, expert in self.chosen(merge).items()}
         return norms_of_experts(replace(self.job, merge=merge), experts)
 
+    def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> list[dict[str, float]]:
+        """Find the q of every linear of an expert by a rule, on --calibration text, with each of its numbers."""
+        from dppa_jax.merging.activations import probe, tokens_of  # here, as Flax takes a third of a second
+        from dppa_jax.merging.q_of_linears import q_of_linears
+
+        alone = replace(merge, experts=(name,), factors={}, coefficients={}, q={name: merge.q[name]})
+        layout = self.layout(self.plan(alone))
+        rates = Merger(self.base, self.chosen(alone), alone, self.mesh, layout, quiet=True).rates[0, -1]
+        base, expert = opened_model(self.base), opened_model(self.experts[name])
+        tokens = probe(tokens_of(self.job, expert, f"--q={q.way}"))
+        return q_of_linears(base, expert, alone, q, tokens, rates, self.mesh)
+
     def merger(self, merge: MergeConfig) -> Merger:
-        """Prepare many merges that differ in factors and coefficients alone."""
+        """Prepare many merges that differ in factors, coefficients and q alone."""
         layout = self.layout(self.plan(merge, repeated=True))
         return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, self.norms(merge), quiet=True)

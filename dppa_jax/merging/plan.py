@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -134,6 +134,16 @@ class Plan:
         if self.platform != "cpu":
             lines.append(("peak per device", self._fit(self.device_bytes, self.device_memory)))
         return [*lines, ("peak per process", self._fit(self.host_bytes, self.host_memory))]
+
+    def with_another_pass(self, dtypes: Sequence[str]) -> "Plan":
+        """Add the pass in which every process reads base and experts, to find the q of every linear."""
+        whole = self.parameters * sum(ITEMSIZE[each] for each in dtypes)
+        return replace(
+            self,
+            passes=self.passes + 1,
+            bytes_read=self.bytes_read + whole * self.processes,
+            process_read=self.process_read + whole,
+        )
 
     def seconds(self, speeds: Speeds) -> float:
         """Predict the seconds of the process that has most to do, at these speeds."""
@@ -279,7 +289,7 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(dtypes) - 1,
         survey=config.is_surveyed,
-        counts=bool(config.score) and not config.has_random_score,
+        counts=config.is_counted,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,
     )
@@ -325,4 +335,5 @@ def plan_of(
     free = 0 if job.device_memory else psutil.virtual_memory().available
     several = job.num_processes or processes.count()
     cut = (job.block_layers, job.residency, memory, platform, several)
-    return make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free, small_blocks)
+    plan = make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free, small_blocks)
+    return plan.with_another_pass(dtypes) if job.q and job.q.is_rule else plan

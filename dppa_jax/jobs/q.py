@@ -1,0 +1,94 @@
+"""Find DAREx's q as a job asks: by a rule for each linear, by the change of outputs, or by validation items."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from absl import logging
+from rich.table import Table
+
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.q import LABELLED, UNLABELLED
+from dppa_jax.config.run import JobConfig
+from dppa_jax.jobs.evaluated import Domains, check_forward
+from dppa_jax.merging.opened import Opened
+from dppa_jax.runtime import processes
+from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.progress import console
+from dppa_jax.search.candidates import Candidates
+from dppa_jax.search.output_change import least_change, searched_by_change
+from dppa_jax.search.q import QSearched, searched_by_score
+from dppa_jax.where import look
+
+
+def check_q(job: JobConfig, domains: Domains | None = None) -> None:
+    """Refuse, before any work, a way to q that lacks its text, its tasks, or a model that is computed here."""
+    q, merge = job.q, job.merge
+    if q.way == LABELLED:
+        for name in set(merge.experts) - set(q.given):
+            if name not in (domains or {}):
+                raise ValueError(
+                    f"--q={q.way}: expert {name!r} has no tasks in --evaluate; an expert is searched by the tasks of "
+                    f"the domain it is named after. Give --q={name}=0.2, or another way: --q={UNLABELLED}."
+                )
+        return
+    if not job.calibration:
+        raise ValueError(f"--q={q.way} needs --calibration=FILE, a text file whose lines the experts read.")
+    if q.way == UNLABELLED and processes.count() > 1:
+        raise ValueError(f"--q={q.way}: one process computes whole models; give a number, or a rule such as bound.")
+    check_forward(look(job.base, merge.seed), f"--q={q.way}")
+
+
+def with_q(opened: Opened) -> Opened:
+    """Return the job with the q that was found."""
+    merge = find_q(opened, opened.job.merge)
+    return replace(opened, job=replace(opened.job, merge=merge))
+
+
+def find_q(
+    opened: Opened, merge: MergeConfig, candidates: Candidates | None = None, domains: Domains | None = None
+) -> MergeConfig:
+    """Return the merge with the q of every expert; print it, and write it to q.json in --workdir, which --q takes.
+
+    Args:
+      candidates, domains: what is needed for the way that measures tasks.
+    """
+    job = opened.job
+    q, found, searches = job.q, dict(merge.q), {}
+    for name in merge.experts:
+        if name in q.given:
+            continue
+        started = time.perf_counter()
+        if q.is_rule:
+            of_eta = opened.q_of_linears(merge, q, name)
+            best = 0 if len(of_eta) == 1 else least_change(opened, name, q, merge, of_eta)
+            found[name] = of_eta[best]
+        elif q.way == LABELLED:
+            searches[name] = searched_by_score(candidates, name, domains[name], q, merge)
+        else:
+            searches[name] = searched_by_change(opened, name, q, merge)
+        if name in searches:
+            found[name] = searches[name].result.q
+        logging.info("q of %s found in %.1f s", name, time.perf_counter() - started)
+    _tell(q.way, found, searches)
+    if processes.index() == 0:
+        content = {"q": found, "way": q.way, "searches": {name: one.as_dict() for name, one in searches.items()}}
+        file = Path(job.workdir) / "q.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(content, indent=1) + "\n")
+    return replace(merge, q=found)
+
+
+def _tell(way: str, found: Mapping, searches: Mapping[str, QSearched]) -> None:
+    """Print the q of every expert, beside what was measured of it."""
+    table = Table("expert", "q", "measured", title=f"q, which divides what is kept, by --q={way}")
+    for name, q in found.items():
+        if isinstance(q, Mapping):
+            numbers = list(q.values())
+            said = f"{sum(numbers) / len(numbers):.4g} on average, from {min(numbers):.4g} to {max(numbers):.4g}"
+        else:
+            said = f"{q:.4g}"
+        table.add_row(name, said, searches[name].in_words() if name in searches else "")
+    console().print(table)

@@ -1,0 +1,193 @@
+"""How much pruning changes an expert's outputs on text, and the q of DAREx for which it is least: no labels needed."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jaxtyping import Array, Bool, Float, Int
+
+from dppa_jax.checkpoint.in_memory import Model
+from dppa_jax.config.merge import Coefficient, MergeConfig
+from dppa_jax.config.q import QConfig
+from dppa_jax.merging.activations import calibration_tokens, probe
+from dppa_jax.merging.in_memory import merged_model
+from dppa_jax.merging.merger import Merger
+from dppa_jax.merging.opened import Opened
+from dppa_jax.model import DecoderConfig
+from dppa_jax.model.decoder import hidden_states, unembed
+from dppa_jax.runtime.progress import steps
+from dppa_jax.search.q import QSearched, alone_of, search_q
+
+TOP = 5  # logits of the expert that are looked at, at each position
+LOGITS = 2**25  # of one batch at most: 128 MiB in float32
+
+
+def top_logits(logits: Float[Array, "B T V"]) -> tuple[Float[Array, "B T K"], Int[Array, "B T K"]]:
+    """Return the largest logits of every position and the tokens that have them."""
+    values, places = jax.lax.top_k(logits, TOP)
+    return values, places
+
+
+def top_logits_change(
+    expert: tuple[Float[Array, "B T K"], Int[Array, "B T K"]],
+    logits: Float[Array, "B T V"],
+    counted: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """Σ over positions that count of the mean, over the expert's largest logits, of (pruned − expert)².
+
+    Source: Deng et al. 2024, the authors' repository for decoders.
+    """
+    values, places = expert
+    changes = jnp.square(jnp.take_along_axis(logits, places, axis=-1) - values).mean(axis=-1)
+    return jnp.where(counted, changes, 0).sum()
+
+
+def hidden_change(
+    expert: Float[Array, "B T D"], hidden: Float[Array, "B T D"], counted: Bool[Array, "B T"]
+) -> Float[Array, ""]:
+    """Σ over positions that count of the mean |pruned − expert| of the last hidden states.
+
+    Source: Deng et al. 2024, the authors' repository for encoders. On decoders it shrinks too far (measured here).
+    """
+    return jnp.where(counted, jnp.abs(hidden - expert).mean(axis=-1), 0).sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How outputs are compared.
+
+    Attributes:
+      of_expert: from (config, tree, hidden states) to what is kept of the expert.
+      change: from (that, the same of another model before it is reduced, which positions count) to a sum.
+      outputs: from (config, tree, hidden states) to what `change` gets of the other model.
+      measured: a mean change, in words.
+    """
+
+    outputs: Callable[..., Any]
+    of_expert: Callable[..., Any]
+    change: Callable[..., Array]
+    measured: str
+
+
+OBJECTIVES = {
+    "top_logits": Objective(unembed, top_logits, top_logits_change, "mean squared change of the 5 largest logits"),
+    "hidden": Objective(
+        lambda config, tree, hidden: hidden, lambda hidden: hidden, hidden_change, "mean change of hidden states"
+    ),
+}
+
+
+class OutputChange:
+    """The mean change of outputs against an expert, on the same text for every model.
+
+    Args:
+      expert: the unpruned expert.
+      tokens: rows of equal length.
+      objective: a key of `OBJECTIVES`.
+      counted: which positions count; None for all of them.
+    """
+
+    def __init__(
+        self,
+        expert: Model,
+        tokens: Int[np.ndarray, "rows tokens"],
+        objective: str,
+        counted: Bool[np.ndarray, "rows tokens"] | None = None,
+    ):
+        self.config, self._objective = DecoderConfig.from_hf(expert.config), OBJECTIVES[objective]
+        self._tokens, self._counted = tokens, np.ones(tokens.shape, bool) if counted is None else counted
+        tree = _on_device(expert)
+        reduce_, outputs = self._objective.of_expert, self._outputs
+        kept = jax.jit(lambda tree, tokens: reduce_(outputs(tree, tokens)))
+        self._expert = [jax.tree.map(np.asarray, kept(tree, tokens)) for _, tokens in self._batches()]
+        self._change = jax.jit(
+            lambda tree, tokens, of_expert, counted: self._objective.change(of_expert, outputs(tree, tokens), counted)
+        )
+
+    def __call__(self, model: Model) -> float:
+        """Return the mean change of a model of the same shape."""
+        tree, total = _on_device(model), 0.0
+        for of_expert, (rows, tokens) in zip(self._expert, self._batches(), strict=True):
+            total += float(self._change(tree, tokens, of_expert, self._counted[rows]))
+        return total / int(self._counted.sum())
+
+    def _outputs(self, tree: dict, tokens: Array) -> Array:
+        hidden, _ = hidden_states(self.config, tree, tokens)
+        return self._objective.outputs(self.config, tree, hidden)
+
+    def _batches(self) -> Iterator[tuple[slice, np.ndarray]]:
+        rows, width = self._tokens.shape
+        many = max(1, min(rows, LOGITS // (width * self.config.vocab_size)))
+        for start in range(0, rows, many):
+            yield slice(start, start + many), self._tokens[start : start + many]
+
+
+class PrunedChange:
+    """The change of an expert's outputs by pruning with q, one number or one for each linear; the same mask for all q.
+
+    Attributes:
+      base: the change if nothing is kept at all, not even outside the linears.
+    """
+
+    def __init__(self, opened: Opened, name: str, q: QConfig, merge: MergeConfig):
+        alone = alone_of(merge, name)
+        self._name, self._directory = name, opened.tokenizer.directory
+        tokens = probe(calibration_tokens(self._directory, Path(opened.job.calibration)))
+        layout = opened.layout(opened.plan(alone))
+        dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, layout, quiet=True)
+        self._change = OutputChange(merged_model(dense, self._directory), tokens, q.objective)
+        self.base = self._change(merged_model(dense, self._directory, coefficients={name: 0.0}))
+        self._merger = opened.merger(alone)
+
+    def __call__(self, q: Coefficient) -> float:
+        """Return the mean change with this q."""
+        return self._change(merged_model(self._merger, self._directory, q={self._name: q}))
+
+
+def searched_by_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig) -> QSearched:
+    """Search the q of an expert for which pruning changes its outputs least, on --calibration text.
+
+    Deng et al. 2024 call it q_e. Beside the answer are the change at q = 1−p, and that of the base: where it is the
+    smallest, nothing kept is better than what is kept.
+    """
+    with steps(f"search the q of {name}", None, "candidates") as advance:
+        change = PrunedChange(opened, name, q, merge)
+
+        def score(value: float) -> float:
+            found = -max(change(value), np.finfo(float).tiny)
+            advance()
+            return found
+
+        result = search_q(score, 1.0 - merge.rate, q)
+        beside = {"of the base": change.base, "at q = 1 − rate": change(1.0 - merge.rate)}
+    return QSearched(name, merge.rate, OBJECTIVES[q.objective].measured, result, beside)
+
+
+def least_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig, of_eta: Sequence[Mapping]) -> int:
+    """Return which of several q of the linears, one for each η, changes the outputs of an expert least."""
+    with steps(f"search the eta of {name}", len(of_eta), "candidates") as advance:
+        change = PrunedChange(opened, name, q, merge)
+        changes = []
+        for eta, own in zip(q.eta, of_eta, strict=True):
+            changes.append(change(own))
+            logging.info("%s: eta %g: %s %.4g", name, eta, OBJECTIVES[q.objective].measured, changes[-1])
+            advance()
+    return int(np.argmin(changes))
+
+
+def _dense(alone: MergeConfig) -> MergeConfig:
+    """Return the merge that gives the expert itself, rounded as its pruned versions are."""
+    kept = {name: getattr(alone, name) for name in ("seed", "delta_dtype", "output_dtype", "allow_nonfinite")}
+    return MergeConfig(alone.experts, "task_arithmetic", **kept)
+
+
+def _on_device(model: Model) -> dict:
+    """Return the weights on the devices; in float32 on a CPU, which computes 16 bits slower."""
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else None
+    return jax.tree.map(partial(jnp.asarray, dtype=dtype), model.tree)
