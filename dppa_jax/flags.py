@@ -42,7 +42,6 @@ TITLES = (  # of the groups of --help, in their order
         "models",
         "method",
         "devices",
-        "several processes",
         "evaluation",
         "search of factors",
         "DAREx-q",

@@ -18,7 +18,7 @@ PREFIX = "orbax:"
 class StartConfig:
     """What happens before a job: which one it is, and how its processes find each other."""
 
-    HELP_GROUP: ClassVar[str] = "several processes"
+    HELP_GROUP: ClassVar[str] = "devices"
 
     job: str = option("merge", "what to do; the first word does it as well: dppa_jax plan …", group="work")
     coordinator: str = option("", "the first process, HOST:PORT; auto: from Slurm, TPU, Kubernetes or MPI")

@@ -141,7 +141,7 @@ def stop_before_writing(monkeypatch, given: list[str]) -> None:
 def test_vbar_and_the_largest_pull_are_logged_and_recorded(material, tmp_path, caplog, undisturbed):
     log = json.loads((undisturbed / "out/finetune.json").read_text())["log"]
     assert all(entry["vbar"] > 0 and 0 < entry["largest_pull"] < 1 for entry in log)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "absl"):
         launch(*flags(material, tmp_path, *PULLED, "--train_steps=2", "--decay_norm=l1"))
     assert re.search(r"step 2 of 2: loss .*, vbar 0\.\d+, largest pull 0\.\d+, .* tokens/s", caplog.text)
 
@@ -149,7 +149,7 @@ def test_vbar_and_the_largest_pull_are_logged_and_recorded(material, tmp_path, c
 def test_7_a_resumed_run_has_the_same_bits(material, undisturbed, tmp_path, caplog, monkeypatch):
     given = flags(material, tmp_path, *PULLED)
     stop_before_writing(monkeypatch, given)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "absl"):
         launch(*given)
     assert "goes on after step 4" in caplog.text
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (undisturbed / "out" / WEIGHTS).read_bytes()

@@ -57,7 +57,7 @@ def test_the_found_decay_is_within_the_tolerance_of_none_and_its_expert_is_writt
         with pytest.raises(SystemExit, match="disk full"):
             launch(*given)
     caplog.clear()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "absl"):
         launch(*given)
     assert "train:" not in caplog.text
     search = of(tmp_path, "decay_search.json")

@@ -141,7 +141,7 @@ def test_a_terminated_run_keeps_where_it_was_and_another_mesh_goes_on(material, 
     (step,) = kept(tmp_path)
     assert f"kept the state after step {step}" in said
     assert 10 <= step < STEPS
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "absl"):
         launch(*given, "--mesh=data=2,fsdp=2")
     assert f"goes on after step {step}" in caplog.text
     from safetensors.numpy import load_file
@@ -162,7 +162,7 @@ def test_a_change_starts_anew(material, tmp_path, caplog, monkeypatch, changed):
         data.write_text(data.read_text().replace("1", "2", 1))
     else:
         given.append(changed)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "absl"):
         launch(*given)
     assert "goes on" not in caplog.text
     log = json.loads((tmp_path / "out/finetune.json").read_text())["log"]
@@ -173,7 +173,7 @@ def test_the_same_command_goes_on(material, tmp_path, caplog, monkeypatch):
     """So that the tests above say something."""
     given = flags(material, tmp_path, "--train_steps=6", "--checkpoint_every=2")
     stop_before_writing(monkeypatch, given)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "absl"):
         launch(*given)
     assert "goes on after step 4" in caplog.text
 
