@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import transformers
 from adapters import PREFIX, PROJECTIONS, factors, put_onto, write_adapter
 from command import launch
 from families import edit_json, edit_tensors, llama_config, random_weights, read_json, write_model, write_tokenizer
 from safetensors.numpy import load_file
+from small_models import FAMILIES, model_of
 
 from dppa_jax.checkpoint import CheckpointError
 from dppa_jax.jobs import write_merge
@@ -364,3 +367,67 @@ def test_files_of_an_adapter_that_change_meanwhile(merge, tmp_path, monkeypatch)
     monkeypatch.setattr(write_merge, "copy_rest", merged)
     message = merge.failure(f"--expert=math={adapter}")
     assert f"{weights} of 'math' was written to" in message
+
+
+# ---- what others make of them
+
+
+def test_lora_of_the_golden_files(golden):
+    """Check 8 of the design of DAREx: scale, the tensors that change, and what peft's merge gives."""
+    adapter, facts = golden / "darex" / "lora" / "adapter", read_json(golden / "darex" / "lora" / "facts.json")
+    base, merged = (
+        golden / "family" / "fp32" / "base",
+        load_file(golden / "darex" / "lora" / "merged_layer1.safetensors"),
+    )
+    before, after = tensors_of(str(base)), tensors_of(f"{base}+{adapter}")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert (len(changed), len(before) - len(changed)) == (16, 23)
+    assert changed == facts["tensors"].keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(after[name], tensor, rtol=0, atol=1e-8)
+    for name, fact in facts["tensors"].items():
+        delta = after[name].astype(float) - before[name]
+        np.testing.assert_allclose(np.linalg.norm(delta), fact["frobenius_of_delta"], rtol=1e-6)
+        assert np.linalg.matrix_rank(delta, tol=1e-5) <= 4
+
+
+@pytest.fixture(scope="module")
+def peft():
+    return pytest.importorskip("peft", reason="peft is not installed: what it makes of adapters is not compared")
+
+
+OF_FAMILY = {
+    "Llama with biases": {"target_modules": ["q_proj", "lm_head"], "bias": "all", "use_rslora": True},
+    "Qwen2": {
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "bias": "lora_only",
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2},
+        "alpha_pattern": {"v_proj": 20},
+    },
+    "Phi3": {"target_modules": ["qkv_proj", "gate_up_proj"], "modules_to_save": ["lm_head"]},
+    "GPT-NeoX": {"target_modules": ["query_key_value", "embed_in"]},
+    "Gemma3 with images": {"target_modules": r".*language_model.*\.(q_proj|down_proj)"},
+    "Mixtral": {"target_modules": ["q_proj"], "modules_to_save": ["gate"]},
+    "BERT": {"target_modules": ["query", "dense"]},
+    "GPT-2": {"target_modules": ["c_attn", "c_fc", "wte"], "fan_in_fan_out": True},  # by names; weights are (in, out)
+}
+GPT2 = transformers.GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+
+
+@pytest.mark.parametrize("family", OF_FAMILY)
+def test_weights_are_those_of_peft(peft, tmp_path, family):
+    model = model_of(family, 0) if family in FAMILIES else transformers.AutoModelForCausalLM.from_config(GPT2)
+    model.save_pretrained(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **OF_FAMILY[family]))
+    torch.manual_seed(1)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    found, wanted = (
+        tensors_of(where) for where in (f"{tmp_path / 'base'}+{tmp_path / 'adapter'}", tmp_path / "merged")
+    )
+    assert_close(found, wanted)
+    before = tensors_of(tmp_path / "base")
+    assert sum(not np.array_equal(before[name], found[name]) for name in before) >= 5
