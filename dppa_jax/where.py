@@ -264,7 +264,7 @@ def open_models(
       job: says where the models are.
       check: see `open_all`; the base is called "base".
     """
-    places = with_bases({"base": job.base, **job.experts})
+    places = {"base": job.base, **job.experts}
     pinned = processes.of_first("commits", lambda: {n: _pinned(where) for n, where in places.items()}, dict[str, str])
     with processes.first_alone("models"):  # process 0 fetches or builds what the others then find
         models = open_all(pinned, job.merge.seed, check, stated_architecture(job.architecture))

@@ -120,7 +120,8 @@ def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
     needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
     check_forward(look(job.base, job.merge.seed), needs)
-    tokenizer = with_bases({"base": job.base, **job.experts})[job.tokenizer]
+    given = {"base": job.base, **job.experts}
+    tokenizer = with_bases({"base": job.base, job.tokenizer: given[job.tokenizer]})[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed, weights=False), Path(job.workdir))
 
 
