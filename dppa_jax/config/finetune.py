@@ -11,20 +11,31 @@ from dppa_jax.config.option import REQUIRED, check, option, same
 from dppa_jax.config.run import JobConfig
 
 GROUP = "fine-tuning"
+TOWARDS = ("zero", "base")  # what weights decay to
 OR_NEVER = "--{flag}={value}: a number of steps, or 0 for never."
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW with decay of all weights; its learning rate, which changes from step to step, is elsewhere."""
+    """AdamW with decay of all weights; its learning rate, which changes from step to step, is elsewhere.
+
+    Decay goes toward 0 (AdamW) or, in its place, toward the weights that training starts from (AdamR, of DAREx).
+    `weight_decay` is the strength of whichever it is; the two are never added.
+
+    Attributes:
+      decay_toward: "zero", or "base".
+      decay_norm: of the decay toward the base; "l1" pulls all weights alike.
+    """
 
     HELP_GROUP: ClassVar[str] = GROUP
 
     beta1: float = 0.9
     beta2: float = 0.98
     weight_decay: float = option(
-        0.0, "weight decay of AdamW", least=0, message="--{flag}={value}: it must be a number of 0 or more."
+        0.0, "strength of the decay", least=0, message="--{flag}={value}: it must be a number of 0 or more."
     )
+    decay_toward: str = option("zero", "where weights decay to: zero as in AdamW, base as in AdamR", choices=TOWARDS)
+    decay_norm: str = option("l2", "with --decay_toward=base: the norm of the delta that decays", choices=("l2", "l1"))
     max_gradient_norm: float = option(
         1.0,
         "longer gradients are shortened to it",
@@ -35,6 +46,16 @@ class AdamW:
 
     def __post_init__(self):
         check(self)
+        if self.decay_norm != "l2" and not self.decays_toward_base:
+            raise ValueError(
+                f"--decay_norm={self.decay_norm}: weights decay to zero, as in AdamW; give --decay_toward=base, or "
+                f"leave it out."
+            )
+
+    @property
+    def decays_toward_base(self) -> bool:
+        """Whether the optimiser is AdamR."""
+        return self.decay_toward == "base"
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,10 @@ class FinetuneConfig:
       checkpoint_every, eval_every: steps; 0 for never.
       resume: go on from what is kept; else it is removed.
       held_out: the tasks whose items must not be learned.
+      decay_search: train with AdamR, again and again, for the largest weight decay that costs little.
+      decay_tolerance: what the found decay may cost, in points of the score without decay. The score is the mean
+        accuracy in % on the validation items of `held_out`; without tasks it is 100 · exp(−loss on eval_data), the
+        geometric mean of a token's probability in %.
     """
 
     HELP_GROUP: ClassVar[str] = GROUP
@@ -134,6 +159,13 @@ class FinetuneConfig:
         100, "steps between checkpoints in --workdir, to go on from; 0: none", least=0, message=OR_NEVER
     )
     eval_every: int = option(0, "steps between losses on --eval_data; 0: at the end", least=0, message=OR_NEVER)
+    decay_search: bool = option(False, "find the largest decay toward base that keeps the score")
+    decay_tolerance: float = option(
+        0.5,
+        "points of accuracy on --evaluate, or of token probability on --eval_data, that it may cost",
+        least=0,
+        message="--{flag}={value}: it must be a number of 0 or more.",
+    )
     mesh: str = same(JobConfig, "mesh")
     workdir: str = same(JobConfig, "workdir")
     output_dtype: str = same(MergeConfig, "output_dtype", default="")
@@ -153,6 +185,11 @@ class FinetuneConfig:
             raise ValueError("--train_data is empty: give files of examples, JSON lines of prompt and completion.")
         if self.steps < 0 or (self.steps == 0 and not 0 < self.epochs < math.inf):
             raise ValueError(f"--epochs={self.epochs:g}, --train_steps={self.steps}: one of them must be above 0.")
+        if self.decay_search and not (self.held_out.tasks or self.eval_data):
+            raise ValueError(
+                "--decay_search: nothing says how good an expert is: give tasks with validation items as --evaluate, "
+                "or files of examples as --eval_data."
+            )
         check(self)
         self.training(rows=1)  # checks how what it is given fits together
 

@@ -20,32 +20,42 @@ KEPT = 2  # states on disk: if a run is killed while it writes the newer, the ol
 class Checkpoints:
     """The newest states of one training run, by the number of steps taken. Each process holds its own slices."""
 
-    def __init__(self, directory: Path, manager: ocp.CheckpointManager):
-        self.directory, self._manager = directory, manager
+    def __init__(self, directory: Path, manager: ocp.CheckpointManager, base: str = ""):
+        self.directory, self._manager, self._base = directory, manager, base
 
     def restore(self, trainer: Trainer) -> tuple[State, list[dict]] | None:
-        """Return the newest state, on the trainer's mesh, and the log up to it; None if nothing was saved."""
+        """Return the newest state, on the trainer's mesh, and the log up to it; None if nothing was saved.
+
+        Raises:
+          ValueError: the state cannot be read, or is of a run from another base.
+        """
         newest = processes.of_first("newest state", self._manager.latest_step)
         if newest is None:
             return None
         state = ocp.args.StandardRestore(trainer.abstract()._asdict())
         try:
             restored = self._manager.restore(newest, args=ocp.args.Composite(state=state, log=ocp.args.JsonRestore()))
-            return State(**restored["state"]), restored["log"]["entries"]
+            state, kept = State(**restored["state"]), restored["log"]
+            base, log = kept["base"], kept["entries"]
         except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
             reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
             raise ValueError(
                 f"{self.directory / str(newest)}: the state cannot be read ({reason}); remove it to go on from the "
                 f"state before, or give --resume=false to begin anew."
             ) from error
+        if base != self._base:
+            raise ValueError(
+                f"{self.directory / str(newest)}: the state is of a run from another --base; give that base, or "
+                f"--resume=false to begin anew."
+            )
+        return state, log
 
     def save(self, state: State, log: Sequence[Mapping]) -> None:
         """Save a state unless it is saved already. Return when it is on the disk."""
         if state.steps in self._manager.all_steps():
             return
-        content = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()), log=ocp.args.JsonSave({"entries": list(log)})
-        )
+        kept = {"entries": list(log), "base": self._base}
+        content = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), log=ocp.args.JsonSave(kept))
         self._manager.save(state.steps, args=content, force=True)
 
     def finished(self) -> None:
@@ -56,13 +66,14 @@ class Checkpoints:
 
 
 @contextmanager
-def checkpoints(directory: Path, every: int, resume: bool = True) -> Iterator[Checkpoints]:
+def checkpoints(directory: Path, every: int, resume: bool = True, base: str = "") -> Iterator[Checkpoints]:
     """Open the states in a directory, for one run at a time.
 
     Args:
       directory: made if it is missing, unless `every` is 0.
       every: steps between two saved states; 0 saves none.
       resume: False removes the states of an earlier run first.
+      base: the fingerprint of the weights that training starts from; a state of another one is refused.
 
     Raises:
       ValueError: another run is training the same model, the directory is a link or another user's, or a process does
@@ -72,7 +83,7 @@ def checkpoints(directory: Path, every: int, resume: bool = True) -> Iterator[Ch
     # Not async: the next step reuses the state's memory, so an async save would have to copy all of it first.
     options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, create=False, enable_async_checkpointing=False)
     with _locked(directory, every, resume), ocp.CheckpointManager(directory, options=options) as manager:
-        yield Checkpoints(directory, manager)
+        yield Checkpoints(directory, manager, base)
 
 
 @contextmanager

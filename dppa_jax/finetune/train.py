@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
-from dppa_jax.finetune.optimizer import transformation
+from dppa_jax.finetune.optimizer import pull_of, transformation
 from dppa_jax.model import DecoderConfig, abstract_tree, forward
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put
 
@@ -56,12 +56,13 @@ class Trainer:
       config: the model's shape.
       options: how to train.
       mesh: a mesh with the axes `TRAIN_AXES`, which may span several processes; one device by default.
+      base: the weights toward which AdamR decays, divided over the mesh in their own dtype; others need none.
 
     Raises:
-      ValueError: the rows that go through the model together cannot be divided over the devices.
+      ValueError: the rows that go through the model together cannot be divided over the devices, or AdamR has no base.
     """
 
-    def __init__(self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None):
+    def __init__(self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None, base: dict | None = None):
         self.config, self.options = config, options
         self.mesh = mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), TRAIN_AXES)
         if options.rows_together % self.mesh.size:
@@ -73,6 +74,11 @@ class Trainer:
         decides = config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh
         self._update, self._loss = compiled(*decides)
         self._updates = compiled_steps(*decides)
+        self._anchor = None
+        if options.optimizer.decays_toward_base:
+            if base is None:
+                raise ValueError("--decay_toward=base: the trainer is given no base; give the weights to decay toward.")
+            self._anchor = jax.tree.map(lambda w, sharding: _on_mesh(w, sharding, w.dtype), base, self.shardings.tree)
 
     @property
     def shardings(self) -> State:
@@ -84,12 +90,7 @@ class Trainer:
 
         Each process reads only the slices that its own devices hold.
         """
-
-        def place(weight, sharding: NamedSharding) -> Array:
-            copied = lambda index: np.array(weight[index], np.float32)  # noqa: E731
-            return jax.make_array_from_callback(weight.shape, sharding, copied)
-
-        tree = jax.tree.map(place, tree, self.shardings.tree)
+        tree = jax.tree.map(partial(_on_mesh, dtype=np.float32), tree, self.shardings.tree)
         init = jax.jit(transformation(self.options.optimizer).init, out_shardings=self.shardings.moments)
         return State(tree, init(tree))
 
@@ -106,7 +107,7 @@ class Trainer:
           number: the step, counted from 0; it decides the learning rate.
           rows: the batch, `batch_size` rows.
         """
-        return self._update(state, self.rates[number], self._placed(rows, self.options.accumulate))
+        return self._update(state, self.rates[number], self._placed(rows, self.options.accumulate), self._anchor)
 
     def steps(self, state: State, first: int, batches: Sequence[Rows]) -> tuple[State, Float[np.ndarray, "steps"]]:
         """Take a step for each batch, `STEPS_PER_REPORT` at most, in one program; return the losses before them.
@@ -119,8 +120,12 @@ class Trainer:
         placed = [self._split(rows, self.options.accumulate) for rows in [*batches, *missing * batches[:1]]]
         sharding = NamedSharding(self.mesh, PartitionSpec(None, None, TRAIN_AXES))
         stacked = jax.tree.map(lambda *arrays: put(np.stack(arrays), sharding), *placed)
-        state, losses = self._updates(state, rates, stacked, count)
+        state, losses = self._updates(state, rates, stacked, count, self._anchor)
         return state, np.asarray(losses)[:count]
+
+    def pull(self, state: State) -> dict[str, float]:
+        """Return AdamR's `vbar` and largest pull so far, for a log; refuse a pull of 1 or more, see `pull_of`."""
+        return pull_of(state.moments)
 
     def loss(self, state: State, rows: Rows) -> float:
         """Return the mean cross-entropy, in nats, of the learned tokens of all rows."""
@@ -143,6 +148,12 @@ class Trainer:
         return jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[-1]), rows)
 
 
+def _on_mesh(weight, sharding: NamedSharding, dtype) -> Array:
+    """Put a copy of a weight on the mesh; each process reads only the slices that its own devices hold."""
+    copied = lambda index: np.array(weight[index], dtype)  # noqa: E731
+    return jax.make_array_from_callback(weight.shape, sharding, copied)
+
+
 def train(
     config: DecoderConfig,
     tree: dict,
@@ -156,7 +167,7 @@ def train(
 
     Args:
       config: the model's shape.
-      tree: the weights to start from; they are not changed.
+      tree: the weights to start from, and AdamR's base; they are not changed.
       rows: the examples, see `data.encode`; each row is used once before any is used again.
       options: how to train.
       report: called every `STEPS_PER_REPORT` steps with the number of steps done and the last loss.
@@ -164,13 +175,14 @@ def train(
     Returns:
       The trained weights, and the loss at each step.
     """
-    trainer = Trainer(config, options)
+    trainer = Trainer(config, options, base=tree)
     state = trainer.start(tree)
     losses: list[float] = []
     order = batches(rows.count, options.batch_size, options.steps, options.seed)
     while taken := [rows.take(batch) for batch in islice(order, STEPS_PER_REPORT)]:
         state, found = trainer.steps(state, len(losses), taken)
         losses += found.tolist()
+        trainer.pull(state)
         report(len(losses), losses[-1])
     return state.tree, np.array(losses, np.float32)
 
@@ -198,10 +210,11 @@ def compiled_steps(config: DecoderConfig, optimizer: AdamW, accumulate: int, dty
     """
     update = _update_of(config, optimizer, accumulate, dtype, remat, mesh)
 
-    def updates(state: State, learning_rates, rows: Rows, count):
+    def updates(state: State, learning_rates, rows: Rows, count, anchor):
         def take(number, carry):
             state, losses = carry
-            state, loss = update(state, learning_rates[number], jax.tree.map(lambda array: array[number], rows))
+            taken = jax.tree.map(lambda array: array[number], rows)
+            state, loss = update(state, learning_rates[number], taken, anchor)
             return state, losses.at[number].set(loss)
 
         return jax.lax.fori_loop(0, count, take, (state, jnp.zeros(STEPS_PER_REPORT)))
@@ -223,11 +236,11 @@ def _compiler_options(mesh: Mesh) -> dict | None:
 def _update_of(
     config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh
 ) -> Callable:
-    """Return the optimiser step: a function of state, learning rate and rows (parts, rows of a part, tokens)."""
+    """Return the optimiser step: a function of state, learning rate, rows (parts, rows of a part, tokens), anchor."""
     shardings = state_shardings(config, optimizer, mesh)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 
-    def update(state: State, learning_rate, rows: Rows):
+    def update(state: State, learning_rate, rows: Rows, anchor):
         learned = jnp.maximum(jnp.sum(rows.learned[..., 1:]), 1)
 
         def part_loss(tree, part: Rows):  # this part's share of the mean over the whole batch
@@ -244,7 +257,8 @@ def _update_of(
         if accumulate > 1:
             total, _ = jax.lax.scan(add, total, jax.tree.map(lambda array: array[1:], rows))
         loss, gradient = total
-        direction, moments = transformation(optimizer).update(gradient, state.moments, state.tree)
+        more = {"anchor": anchor, "learning_rate": learning_rate}
+        direction, moments = transformation(optimizer).update(gradient, state.moments, state.tree, **more)
         return State(jax.tree.map(lambda w, d: w - learning_rate * d, state.tree, direction), moments), loss
 
     return update

@@ -128,6 +128,7 @@ def evaluation(values: Values) -> EvaluationConfig:
     share = values["validation_share"]
     if share == UNSET:
         splits = [values["search_split"]] * searches(values) + [values["adamerging_split"]] * adamerges(values)
+        splits += ["validation"] * (values["job"] == "finetune" and values["decay_search"])
         share = VALIDATION_SHARE if "validation" in splits else 0.0
     return make(EvaluationConfig, values, options=make(TaskOptions, values, validation_share=share))
 

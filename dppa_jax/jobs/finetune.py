@@ -29,6 +29,7 @@ from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
 from dppa_jax.evaluate.reader import listed
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
+from dppa_jax.finetune.optimizer import PullError
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
 from dppa_jax.jobs.models import check_code
@@ -54,6 +55,10 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
 
     Several processes share one mesh. Each reads the same batches and holds the slices of its own devices.
     """
+    if job.decay_search:
+        from dppa_jax.jobs.decay_search import run_decay_search
+
+        return run_decay_search(job)
     started = time.perf_counter()
     with processes.first_alone("output"):
         output_directory(job.output, job.overwrite)
@@ -70,15 +75,14 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     rows = _rows(job, tokenizer, config, examples)
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
-    trainer = Trainer(config, options, mesh)
+    trainer = Trainer(config, options, mesh, tree)
     dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, tree)
     _check_space(job, tree, dtypes)
-    logging.info(
-        "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
-        len(examples), rows.count, job.length, 100 * _present(rows).mean(), options.steps, options.batch_size,
-    )  # fmt: skip
-    key = processes.of_first("fingerprint", lambda: fingerprint(job, options, model, rows, eval_rows))
-    with checkpoints(Path(job.workdir) / f"finetune-{key[:12]}", job.checkpoint_every, job.resume) as kept:
+    _tell(options, len(examples), rows)
+    weights = processes.of_first("base digest", model.content_digest)
+    key = processes.of_first("fingerprint", lambda: fingerprint(job, options, weights, rows, eval_rows))
+    directory = Path(job.workdir) / f"finetune-{key[:12]}"
+    with checkpoints(directory, job.checkpoint_every, job.resume, weights) as kept:
         state, log = kept.restore(trainer) or (trainer.start(tree), [])
         model.close()
         state, log = _trained(job, trainer, state, log, rows, eval_rows, kept)
@@ -119,7 +123,7 @@ def _trained(
                 last, due = done == options.steps, _is_due(done, job.checkpoint_every)
                 evaluated = eval_rows is not None and (last or _is_due(done, job.eval_every))
                 if evaluated or last or due or _is_due(done, STEPS_PER_REPORT):
-                    entry = {"step": done, "loss": _finite(float(loss), done), **pace.entry()}
+                    entry = {"step": done, "loss": _finite(float(loss), done), **trainer.pull(state), **pace.entry()}
                     if evaluated:
                         entry["eval_loss"] = trainer.loss(state, eval_rows)
                     log.append(entry)
@@ -127,6 +131,9 @@ def _trained(
                 if due and not last:
                     kept.save(state, log)
                 advance()
+    except PullError:
+        kept.finished()  # whatever goes on from these states ends here again
+        raise
     except (KeyboardInterrupt, SystemExit):
         alone = processes.count() == 1
         if alone and job.checkpoint_every and not _given_away(state) and 0 < state.steps < options.steps:
@@ -199,6 +206,8 @@ class Pace:
     def tell(self, entry: Mapping) -> None:
         """Log an entry, and start measuring anew."""
         evaluated = f", eval loss {entry['eval_loss']:.4f}" if "eval_loss" in entry else ""
+        if "vbar" in entry:
+            evaluated += f", vbar {entry['vbar']:.3g}, largest pull {entry['largest_pull']:.3g}"
         minutes = (self.steps - entry["step"]) * entry["seconds_per_step"] / 60
         values = entry["step"], self.steps, entry["loss"], evaluated, entry["tokens_per_second"], minutes
         if processes.index() == 0:
@@ -209,11 +218,11 @@ class Pace:
         self._taken, self._tokens, self._since = 0, 0, time.perf_counter()
 
 
-def fingerprint(
-    job: FinetuneConfig, options: TrainConfig, model: Checkpoint, rows: Rows, eval_rows: Rows | None
-) -> str:
-    """Return the fingerprint of everything that decides what is learned and logged, apart from the devices."""
-    weights = model.content_digest()
+def fingerprint(job: FinetuneConfig, options: TrainConfig, weights: str, rows: Rows, eval_rows: Rows | None) -> str:
+    """Return the fingerprint of everything that decides what is learned and logged, apart from the devices.
+
+    `weights` is that of the base.
+    """
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
     code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
@@ -272,6 +281,16 @@ def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
     written = sum(size * dtype.itemsize for size, dtype in zip(sizes, jax.tree.leaves(dtypes), strict=True))
     kept = (KEPT + 1) * STATE_BYTES * sum(sizes) if job.checkpoint_every else 0
     check_space({Path(job.output).resolve(): written, Path(job.workdir).resolve(): kept})
+
+
+def _tell(options: TrainConfig, examples: int, rows: Rows) -> None:
+    """Log what is learned in how many steps, and warn of a decay that does nothing."""
+    logging.info(
+        "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
+        examples, rows.count, rows.tokens.shape[1], 100 * _present(rows).mean(), options.steps, options.batch_size,
+    )  # fmt: skip
+    if options.optimizer.decays_toward_base and not options.optimizer.weight_decay:
+        logging.warning("--decay_toward=base: --weight_decay is 0, so nothing pulls; give it, or --decay_search")
 
 
 def _present(rows: Rows) -> np.ndarray:
