@@ -138,7 +138,7 @@ def test_devices_give_the_losses_of_one_and_hold_their_shares(base, rows):
 
 def test_the_adapter_is_read_as_the_expert_that_was_trained(material, written):
     log = json.loads((written / "out/finetune.json").read_text())["log"]
-    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert log[-1]["loss"] < 0.9 * log[0]["loss"]
     config = json.loads((written / "out/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (4, 8, "LORA")
     assert config["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
