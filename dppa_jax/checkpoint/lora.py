@@ -53,8 +53,9 @@ class LowRank:
         padded[: len(left)] = left
         for row in range(first, stop, TILE):
             product = padded[row - first : row - first + TILE] @ right
+            product *= scale
             low, high = max(row, start), min(row + TILE, stop)
-            yield low, high, product[low - row : high - row] * scale
+            yield low, high, product[low - row : high - row]
 
     def _left(self, adapter: Adapter, start: int, stop: int) -> np.ndarray:
         """Return rows of the left factor, (rows, rank)."""
@@ -267,7 +268,8 @@ class Adapted(AdaptedHeaders):
         change = self._low_rank.get(name)
         for first, last, product in change.products(self.adapter, start, stop) if change else ():
             at = slice(first - start, last - start)
-            out[at] = stored[at].astype(np.float32) + product
+            product += stored[at].astype(np.float32, copy=False)
+            out[at] = product
         if stored is not out and not change:
             out[...] = stored
 

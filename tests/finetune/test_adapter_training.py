@@ -187,6 +187,28 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(material, written, tmp_path
     assert os.stat(tmp_path / "out").st_ino != before
 
 
+def test_evaluation_is_that_of_the_whole_model(material, written, tmp_path):
+    adapter, whole = written / "out", tmp_path / "whole"
+    launch("--job=convert", f"--base={material}/base+{adapter}", f"--output={whole}")
+    asked = {}
+    for name, place in (("adapter", adapter), ("whole", whole)):
+        for job in ("evaluate", "merge"):
+            work = tmp_path / f"{job}-{name}"
+            given = [f"--base={material}/base", f"--expert=math={place}", f"--workdir={work}"]
+            if job == "merge":
+                given += ["--method=ties", "--rate=0.5", f"--output={work / 'out'}"]
+            launch(f"--job={job}", *given, "--evaluate=addition", "--limit=6", "--max_new_tokens=4")
+            files = sorted((work / "responses").rglob("*.jsonl"))
+            asked[job, name] = sorted(tuple(responses(file)) for file in files)
+    assert len(asked["merge", "whole"]) == 3
+    for job in ("evaluate", "merge"):
+        assert asked[job, "adapter"] == asked[job, "whole"]
+
+
+def responses(file: Path) -> list[str]:
+    return [line for line in file.read_text().splitlines() if "weights" not in line]
+
+
 # ---- refusals
 
 
