@@ -9,7 +9,16 @@ import torch
 import transformers
 from adapters import PREFIX, PROJECTIONS, factors, put_onto, write_adapter
 from command import launch
-from families import edit_json, edit_tensors, llama_config, random_weights, read_json, write_model, write_tokenizer
+from families import (
+    edit_json,
+    edit_tensors,
+    llama_config,
+    random_weights,
+    read_json,
+    write_json,
+    write_model,
+    write_tokenizer,
+)
 from safetensors.numpy import load_file
 from small_models import FAMILIES, model_of
 
@@ -326,6 +335,27 @@ def test_merge_of_adapters_is_that_of_the_models_they_make(merge, tmp_path, meth
         np.testing.assert_array_equal(one[name], tensor)
     recipe = read_json(outputs[0] / "recipe.json")
     assert recipe["inputs"]["math"]["where"] == str(adapters["math"])
+
+
+def test_tokens_that_an_adapter_adds_are_merged(merge, tmp_path):
+    """With its own tokenizer, as the whole model is; --vocabulary=union keeps them."""
+    weights = load_file(merge.base / SINGLE)
+    more = np.full((2, 32), 0.5, weights[HEAD].dtype)
+    own = {f"{PREFIX}{name}": np.concatenate([weights[name], more]) for name in (EMBEDDINGS, HEAD)}
+    adapter = write_adapter(tmp_path / "adapter", factors(weights) | own, modules_to_save=["embed_tokens", "lm_head"])
+    write_tokenizer(adapter)
+    content = read_json(adapter / "tokenizer.json")
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    content["added_tokens"] += [{"id": 64 + i, "content": f"<new{i}>", **token} for i in range(2)]
+    write_json(adapter / "tokenizer.json", content)
+    launch("--job=convert", f"--base={merge.base}+{adapter}", f"--output={tmp_path / 'whole'}")
+    assert read_json(tmp_path / "whole" / "config.json")["vocab_size"] == 66
+    for name, place in (("adapter", adapter), ("whole", tmp_path / "whole")):
+        merge(f"--expert=math={place}", "--vocabulary=union", "--method=ties", f"--output={tmp_path / f'out-{name}'}")
+    one, other = (load_file(tmp_path / f"out-{name}" / SINGLE) for name in ("adapter", "whole"))
+    assert one[EMBEDDINGS].shape[0] >= 66
+    for name, tensor in other.items():
+        np.testing.assert_array_equal(one[name], tensor)
 
 
 def test_convert_writes_a_whole_model(tmp_path, base, adapter):
