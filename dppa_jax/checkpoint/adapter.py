@@ -48,6 +48,7 @@ KNOWN = (  # further keys, which change nothing in what is computed once trainin
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")  # others take something out of the base's weights
 PATTERN = re.compile(r"[\w.^$\\+*\[\]-]{1,300}")  # of names: no groups, and few repetitions, so that matching is fast
 REPEATED = 2  # repetitions in a pattern, at most
+MOST_PATTERNS = 5000  # of a model; the largest have that many linears
 
 Rank = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 
@@ -112,6 +113,8 @@ class Adapter:
         self.tensors = read_header(self.file)
         self.factors: dict[str, Factors] = {}
         self.whole: dict[str, str] = {}
+        patterns = self.config.rank_pattern, self.config.alpha_pattern
+        self._ranks, self._alphas = (_compiled(given, directory / CONFIG) for given in patterns)
         self._files = OpenFiles()
         self._sort()
 
@@ -177,13 +180,13 @@ class Adapter:
                 f"{self.file}: {shown(first)} belongs to no module that target_modules in {CONFIG} names, so peft "
                 f"leaves it out. {AGAIN}"
             )
-        rank = _of_pattern(self.config.rank_pattern, module, self.config.r, self.directory)
+        rank = _first(self._ranks, module, self.config.r)
         if (a.shape[0], b.shape[1]) != (rank, rank):
             raise CheckpointError(
                 f"{self.file}: {shown(first)} has rank {a.shape[0]}, {shown(second)} {b.shape[1]}, {CONFIG} says "
                 f"{rank}; they do not belong together. {AGAIN}"
             )
-        alpha = _of_pattern(self.config.alpha_pattern, module, self.config.lora_alpha, self.directory)
+        alpha = _first(self._alphas, module, self.config.lora_alpha)
         scale = alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
         return Factors(module, a, b, scale, embedding)
 
@@ -243,17 +246,25 @@ def _weights(directory: Path) -> Path:
     return readable(directory, WEIGHTS)
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any, directory: Path) -> Any:
-    """Return the value of the first pattern that the end of a module's name matches, as peft does."""
+def _compiled(patterns: Mapping[str, Any] | None, path: Path) -> list[tuple[re.Pattern, Any]]:
+    """Return the patterns of the ends of modules' names, each with what holds for such modules.
+
+    They come from a file, so they are few, and none can take long to match.
+    """
+    found = []
     for pattern, value in (patterns or {}).items():
-        if not PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > REPEATED:
+        if not PATTERN.fullmatch(pattern) or sum(map(pattern.count, "*+")) > REPEATED or len(found) >= MOST_PATTERNS:
             raise CheckpointError(
-                f"{directory / CONFIG}: rank_pattern and alpha_pattern may name modules, with `.*` in two places at "
-                f"most, but not {shown(pattern)!r}; write out the names."
+                f"{path}: rank_pattern and alpha_pattern may name {MOST_PATTERNS} modules, with `.*` in two places "
+                f"of a name at most, but not {shown(pattern)!r}; write out the names."
             )
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
+            found.append((re.compile(rf"(.*\.)?({pattern})$"), value))
         except re.error as error:
-            raise CheckpointError(f"{directory / CONFIG}: {shown(pattern)!r} is no pattern ({error}).") from None
-    return default
+            raise CheckpointError(f"{path}: {shown(pattern)!r} is no pattern ({error}).") from None
+    return found
+
+
+def _first(patterns: Iterable[tuple[re.Pattern, Any]], module: str, default: Any) -> Any:
+    """Return what the first pattern says that matches a module's name, as peft does."""
+    return next((value for pattern, value in patterns if pattern.match(module)), default)

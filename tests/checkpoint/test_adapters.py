@@ -246,7 +246,9 @@ OTHERS = {
     "r": (8, "has rank 4, "),
     "lora_alpha": (float("nan"), "no finite number"),
     "target_modules": (["q_proj", "v_proj"], "belongs to no module that target_modules"),
-    "alpha_pattern": ({"((a+)+)+": 1}, "rank_pattern and alpha_pattern may name modules"),
+    "alpha_pattern": ({"((a+)+)+": 1}, "in two places of a name at most, but not '((a+)+)+'"),
+    "rank_pattern ": ({"[": 1}, "'[' is no pattern"),
+    "alpha_pattern ": ({f"m{i}": 1 for i in range(5001)}, "may name 5000 modules"),
     "rank_pattern": ({"v_proj": "8"}, "Expected `int`, got `str`"),
 }
 
@@ -254,7 +256,7 @@ OTHERS = {
 @pytest.mark.parametrize("key", OTHERS)
 def test_adapters_that_compute_something_else(base, adapter, key):
     value, said = OTHERS[key]
-    edit_json(adapter / "adapter_config.json", **{key: value})
+    edit_json(adapter / "adapter_config.json", **{key.strip(): value})
     message = refusal(base, adapter)
     assert said in message
     assert "adapter_config.json" in message
