@@ -20,7 +20,7 @@ from absl import flags
 
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
-from dppa_jax.config.finetune import AdamW, FinetuneConfig
+from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
 from dppa_jax.config.merge import MergeConfig, method_option, rate_of_density
 from dppa_jax.config.option import Option, options
 from dppa_jax.config.q import QConfig
@@ -34,19 +34,10 @@ Values = Mapping[str, Any]  # of all flags, by their names
 
 CONFIGS = (
     *(StartConfig, JobConfig, MergeConfig, EvaluationConfig, TaskOptions, FactorSearch, QConfig, AdaMergingConfig),
-    *(FinetuneConfig, AdamW, Sweep, ValidateConfig, BenchmarkConfig, ConvertConfig, EvaluateConfig),
+    *(FinetuneConfig, AdamW, Lora, Sweep, ValidateConfig, BenchmarkConfig, ConvertConfig, EvaluateConfig),
 )
 TITLES = (  # of the groups of --help, in their order
-    *(
-        "work",
-        "models",
-        "method",
-        "devices",
-        "evaluation",
-        "search of factors",
-        "DAREx-q",
-        "AdaMerging",
-    ),
+    *("work", "models", "method", "devices", "evaluation", "search of factors", "DAREx-q", "AdaMerging"),
     *("fine-tuning", "report, validate and benchmark"),
 )
 EXPLAINED = ("work", "models", "method")  # by --helpshort; the flags of other groups are named there

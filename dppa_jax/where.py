@@ -1,4 +1,4 @@
-"""Find and open a model by what a flag says of it: a directory, a hub id, `orbax:DIR` or `demo:NAME`."""
+"""Find and open a model by what a flag says of it: a directory, a hub id, `orbax:DIR`, `demo:NAME` or BASE+ADAPTER."""
 
 import os
 from collections.abc import Callable, Mapping
@@ -10,19 +10,21 @@ from pathlib import Path
 from absl import logging
 
 from dppa_jax.architecture.generic import GENERIC, Stated
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs, tree_of
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.checkpoint import Checkpoint, read_config
-from dppa_jax.checkpoint.hub import HUB_ID, HubError, HubModel, check_room, fetch_small_files
-from dppa_jax.checkpoint.in_memory import Model
+from dppa_jax.checkpoint.adapter import CONFIG, Adapter, is_adapter
+from dppa_jax.checkpoint.hub import HUB_ID, HubError, HubModel, check_room, fetch_adapter, fetch_small_files
+from dppa_jax.checkpoint.in_memory import Model, in_memory
+from dppa_jax.checkpoint.lora import Adapted, AdaptedHeaders
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory
-from dppa_jax.checkpoint.stacked import StoredArray
+from dppa_jax.checkpoint.tokenizer import has_tokenizer
 from dppa_jax.checkpoint.weights import has_all_weights
 from dppa_jax.config.run import PREFIX, JobConfig
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.reading import printable, read_json
 
-Looked = Checkpoint | HubModel  # a model that is open, or on the hub and looked at
+Looked = Checkpoint | HubModel | AdaptedHeaders  # a model that is open, or on the hub and looked at
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -
     Raises:
       CheckpointError: the model is damaged, or not one that can be merged.
     """
+    base, adapter = parts_of(where)
+    if adapter:
+        return _adapted(look(base, seed, stated), adapter)
     return _look(where, locate(where, seed, weights=False), stated)
 
 
@@ -74,6 +79,10 @@ def stated_architecture(flag: str) -> Stated | str | None:
 
 def look_for_plan(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Looked | ConfigAlone:
     """Look at a model as `look` does; where neither weights nor headers can be read, its config.json is enough."""
+    base, adapter = parts_of(where)
+    if adapter:
+        planned = look_for_plan(base, seed, stated)
+        return planned if isinstance(planned, ConfigAlone) else _adapted(planned, adapter)
     directory = locate(where, seed, weights=False)
     if is_orbax(directory) or has_all_weights(directory):
         return _look(where, directory, stated)
@@ -94,23 +103,51 @@ def open_all(
     """Open models by name. All are looked at before the weights of one are fetched.
 
     Args:
-      places: where each is; see `locate`.
+      places: where each is; see `with_bases` and `locate`.
       seed: of the demo family.
       check: refuses what cannot work; it gets what `look` returned, by name.
       stated: see `look`.
     """
-    looked = {name: look(where, seed, stated) for name, where in places.items()}
+    looked: dict[str, Looked] = {}
+    for name, where in with_bases(places).items():
+        base, adapter = parts_of(where)
+        shared = looked.get("base") if adapter and base == places.get("base") else None
+        looked[name] = _adapted(shared, adapter) if shared else look(where, seed, stated)
     if check:
         check(looked)
     check_room(looked.values())
     return {name: _with_weights(model) for name, model in looked.items()}
 
 
+def with_bases(places: Mapping[str, str]) -> dict[str, str]:
+    """Return where models are, by name; the base of an adapter that is given alone is the model called "base"."""
+    base = places.get("base", "")
+    alone = {name for name, where in places.items() if base and name != "base" and _is_adapter(where)}
+    return {name: f"{base}+{where}" if name in alone else where for name, where in places.items()}
+
+
+def parts_of(where: str | Path) -> tuple[str, str]:
+    """Return the places of a model and of its adapter, BASE+ADAPTER; without an adapter the second is empty.
+
+    A + may also be part of the name of a directory.
+    """
+    text = str(where)
+    if "+" not in text or os.path.lexists(os.path.expanduser(text.removeprefix(PREFIX))):
+        return text, ""
+    pairs = [(text[:at], text[at + 1 :]) for at, character in enumerate(text) if character == "+"]
+    found = next((pair for pair in pairs if os.path.lexists(os.path.expanduser(pair[1]))), pairs[-1])
+    if not all(found):
+        raise CheckpointError(f"{printable(text)}: give BASE+ADAPTER, a model and an adapter of it.")
+    return found
+
+
 def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
     """Return the directory of a model; fetch it from the hub or train it first, where it is not there.
 
+    A model with an adapter has the directory of its tokenizer: the adapter's, if it has one, or the base's.
+
     Args:
-      where: a directory, `orbax:DIR`, `demo:NAME`, or a hub id: `owner/name` or `owner/name@revision`.
+      where: a directory, `orbax:DIR`, `demo:NAME`, a hub id (`owner/name` or `owner/name@revision`), or BASE+ADAPTER.
       seed: of the demo family.
       weights: also fetch the weights of a hub id. Without them, the directory has the small files.
 
@@ -119,6 +156,10 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
       ValueError: the demo family has no such member.
     """
     text = str(where)
+    base, adapter = parts_of(where)
+    if adapter:
+        directory = _adapter_directory(adapter)
+        return directory if has_tokenizer(directory) else locate(base, seed, weights)
     if _is_on_hub(where):
         return open_checkpoint(where).directory if weights else fetch_small_files(text)
     if text.startswith("demo:"):
@@ -161,7 +202,32 @@ def _look(where: str | Path, directory: Path, stated: Stated | str | None = None
 
 def _with_weights(model: Looked) -> Checkpoint:
     """Fetch the weights of a model on the hub; any other has them."""
-    return model.fetch() if isinstance(model, HubModel) else model
+    return model if hasattr(model, "read_rows") else model.fetch()
+
+
+def _adapted(base: Looked, adapter: str) -> AdaptedHeaders:
+    """Put the adapter that lies at a place onto a base, whose weights may not be here yet."""
+    opened = Adapter(_adapter_directory(adapter))
+    return (Adapted if hasattr(base, "read_rows") else AdaptedHeaders)(base, opened)
+
+
+def _adapter_directory(where: str) -> Path:
+    """Return the directory of an adapter; fetch it from the hub, if it is there.
+
+    Raises:
+      CheckpointError: there is no such directory, or no adapter in it.
+    """
+    directory = fetch_adapter(where) if _is_on_hub(where) else Path(os.path.expanduser(where))
+    if not os.path.lexists(directory / CONFIG):
+        raise CheckpointError(
+            f"{printable(where)}: no {CONFIG} is there, which an adapter has; a place with a + is BASE+ADAPTER."
+        )
+    return directory
+
+
+def _is_adapter(where: str) -> bool:
+    """Return whether an adapter, and no model, is at a place."""
+    return is_adapter(fetch_small_files(where) if _is_on_hub(where) else Path(os.path.expanduser(where)))
 
 
 def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
@@ -170,23 +236,23 @@ def load_tree(where: str | Path, seed: int = 0) -> tuple[dict, dict]:
     dppa_jax/model/README.md shows the tree. An array has the dtype of its tensors, and float32 where the layers have
     different dtypes. Arguments and errors are those of `open_checkpoint`.
     """
-    with closing(open_checkpoint(where, seed)) as source:
-        return source.config, tree_of(source.specs.values(), lambda group: StoredArray(source, group).read())
+    model = load(where, seed)
+    return model.config, model.tree
 
 
 def load(where: str | Path, seed: int = 0) -> Model:
     """Read a model into memory.
 
     Args:
-      where: a directory, a hub id (`owner/name`, `owner/name@revision`), `orbax:DIR`, or one of `demo:base`,
-        `demo:math`, `demo:finance` and `demo:law`.
+      where: a directory, a hub id (`owner/name`, `owner/name@revision`), `orbax:DIR`, one of `demo:base`, `demo:math`,
+        `demo:finance` and `demo:law`, or BASE+ADAPTER.
       seed: of the demo family.
 
     Raises:
       CheckpointError: there is no such model, or it is damaged or of an architecture that is not supported.
     """
-    directory = locate(where, seed)
-    return Model(*load_tree(directory), directory)
+    with closing(open_checkpoint(where, seed)) as source:
+        return in_memory(source)
 
 
 def open_models(
@@ -207,6 +273,9 @@ def open_models(
 
 def _pinned(where: str) -> str:
     """Return a hub id with the commit that its revision is now; any other place as it is."""
+    base, adapter = parts_of(where)
+    if adapter:
+        return f"{_pinned(base)}+{_pinned(adapter)}"
     if not _is_on_hub(where):
         return where
     return f"{where.partition('@')[0]}@{fetch_small_files(where).name}"

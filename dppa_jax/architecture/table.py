@@ -343,6 +343,15 @@ def vocabulary_size(config: Mapping) -> int | None:
     return said["vocab_size"] if type(said.get("vocab_size")) is int else None
 
 
+def grown(config: Mapping, size: int) -> dict:
+    """Return the content of config.json with another number of rows, in its text_config as well."""
+    found = {**config, "vocab_size": size} if "vocab_size" in config else dict(config)
+    inner = config.get(WRAPPED)
+    if isinstance(inner, Mapping) and "vocab_size" in inner:
+        found[WRAPPED] = {**inner, "vocab_size": size}
+    return found
+
+
 def architecture_of(config: Mapping) -> Architecture:
     """Return the row of a config.json.
 

@@ -2,6 +2,7 @@
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME
+from dppa_jax.checkpoint.lora import Adapted
 from dppa_jax.checkpoint.matched import Matched, Part
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, read_config
@@ -10,6 +11,7 @@ from dppa_jax.checkpoint.stacked import save_tree
 
 __all__ = [
     "DTYPE_BY_NAME",
+    "Adapted",
     "Checkpoint",
     "CheckpointError",
     "Matched",
@@ -23,4 +25,4 @@ __all__ = [
     "tensor_specs",
 ]
 
-Checkpoint = SafetensorsDirectory | OrbaxDirectory | Part | Matched  # an open checkpoint, whatever its format
+Checkpoint = SafetensorsDirectory | OrbaxDirectory | Adapted | Part | Matched  # an open checkpoint, whatever its format

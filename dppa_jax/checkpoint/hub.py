@@ -18,8 +18,10 @@ from absl import logging
 
 from dppa_jax.architecture.generic import Stated
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.checkpoint.adapter import WEIGHTS
 from dppa_jax.checkpoint.headers import AGAIN, StoredTensor, header_of
 from dppa_jax.checkpoint.inside import COPIED
+from dppa_jax.checkpoint.lora import AdaptedHeaders
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, SafetensorsHeaders
 from dppa_jax.runtime.memory import size_text
@@ -58,6 +60,16 @@ def fetch_small_files(where: str) -> Path:
         logging.info("%s: looking on the hub for its commit, config.json and tokenizer", where)
     with _asking(where):
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=SMALL, tqdm_class=NoBar))
+
+
+def fetch_adapter(where: str) -> Path:
+    """Return the directory, in the hub's cache, of an adapter with its weights; see `fetch_small_files`."""
+    from huggingface_hub import snapshot_download
+
+    directory = fetch_small_files(where)
+    with _asking(where):
+        snapshot_download(where.partition("@")[0], revision=directory.name, allow_patterns=[WEIGHTS])
+    return directory
 
 
 class HubError(CheckpointError):
@@ -146,7 +158,13 @@ def bytes_to_fetch(models: Iterable[Any]) -> int:
 
 def _to_fetch(models: Iterable[Any]) -> dict[Path, int]:
     """Return the bytes that are to be fetched, by directory."""
-    return {model.directory: model.nbytes for model in models if isinstance(model, HubModel)}
+    bases = map(_base, models)
+    return {model.directory: model.nbytes for model in bases if isinstance(model, HubModel)}
+
+
+def _base(model: Any) -> Any:
+    """Return the model that adapters were put onto; a model without any is its own."""
+    return _base(model.base) if isinstance(model, AdaptedHeaders) else model
 
 
 class _HubFiles:

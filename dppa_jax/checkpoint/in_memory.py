@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from dppa_jax.architecture.specs import tensor_specs
-from dppa_jax.checkpoint.stacked import tree_tensor
+from dppa_jax.architecture.specs import tensor_specs, tree_of
+from dppa_jax.checkpoint.lora import Adapted
+from dppa_jax.checkpoint.matched import Matched, Part
+from dppa_jax.checkpoint.stacked import StoredArray, tree_tensor
 
 
 @dataclass
@@ -41,3 +43,16 @@ class Model:
     def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
         """Copy rows start to stop (exclusive) of a tensor into `out`."""
         out[...] = np.atleast_2d(self.tensors[name])[start:stop].reshape(out.shape)
+
+
+def in_memory(source: Any) -> Model:
+    """Read an open checkpoint into memory. It is not closed."""
+    tree = tree_of(source.specs.values(), lambda group: StoredArray(source, group).read())
+    return Model(source.config, tree, source.directory)
+
+
+def for_evaluator(model: Any) -> Path | Model:
+    """Return what an evaluator takes of an open checkpoint: its directory or, of a base with an adapter, all of it."""
+    while isinstance(model, Matched | Part):
+        model = model.model
+    return in_memory(model) if isinstance(model, Adapted) else model.directory

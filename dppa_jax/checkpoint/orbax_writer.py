@@ -13,7 +13,7 @@ from orbax.checkpoint import type_handlers
 
 from dppa_jax.checkpoint.orbax import check_name
 from dppa_jax.checkpoint.output import TakenError, Unfinished, check_space, output_directory, publish, sync
-from dppa_jax.checkpoint.small_files import copies, write_small_files
+from dppa_jax.checkpoint.small_files import write_small_files
 from dppa_jax.checkpoint.unfinished import aside_of
 from dppa_jax.runtime import processes
 
@@ -102,19 +102,15 @@ class OrbaxWriter:
         if self._unfinished:
             self._unfinished.close() if isinstance(error, TakenError) else self._unfinished.remove()
 
-    def commit(
-        self, tree: Mapping, config: Mapping, beside: Sequence[Path], source: Path, check: Callable[[], None]
-    ) -> None:
+    def commit(self, tree: Mapping, config: Mapping, beside: Mapping[str, bytes], check: Callable[[], None]) -> None:
         """Write the checkpoint and give the directory its final name.
 
         Args:
           tree: of `Deferred` arrays.
           config: the content of config.json.
-          beside: files of `source` to copy beside the arrays: tokenizer, generation config.
-          source: the directory of the model that is written.
+          beside: small files beside the arrays, by name: tokenizer, generation config.
           check: is called before the directory gets its name; what it raises ends the run.
         """
-        contents = copies(beside, source)
         unnamed = self.path / "checkpoint"  # Orbax makes its directory itself
         _save(unnamed, tree)
         with processes.first_alone("checkpoint named"):
@@ -124,7 +120,7 @@ class OrbaxWriter:
                 unnamed.rmdir()
                 for path in self.path.rglob("*"):
                     sync(path)
-                write_small_files(self.path, contents | {"config.json": json.dumps(dict(config), indent=2) + "\n"})
+                write_small_files(self.path, {**beside, "config.json": json.dumps(dict(config), indent=2) + "\n"})
                 check()
                 publish([self._unfinished], self._overwrite)
 

@@ -216,12 +216,13 @@ def _refuse_taken(path: Path, overwrite: bool) -> None:
 
 
 def _is_model(path: Path) -> bool:
-    """Return whether a directory holds a model: its config.json names an architecture, and there are weights."""
+    """Return whether a directory holds a model or an adapter: its config says so, and there are weights."""
+    name = "config.json" if os.path.lexists(path / "config.json") else "adapter_config.json"
     try:
-        config = read_json(path / "config.json")
+        config = read_json(path / name)
     except (OSError, ValueError):
         return False
-    named = "architectures" in config or "model_type" in config
+    named = any(key in config for key in ("architectures", "model_type", "peft_type"))
     return named and any(any(path.glob(pattern)) for pattern in MODEL_FILES)
 
 

@@ -24,6 +24,7 @@ from dppa_jax.architecture.specs import (
 )
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 from dppa_jax.checkpoint.inside import AGAIN, inside
+from dppa_jax.checkpoint.open_files import OpenFiles
 from dppa_jax.checkpoint.promised import (
     Promised,
     drop_tied_heads,
@@ -31,7 +32,7 @@ from dppa_jax.checkpoint.promised import (
     without_quantisation,
 )
 from dppa_jax.checkpoint.weights import ADAPTER, Files, LocalFiles, find_tensors, has_weights
-from dppa_jax.runtime.reading import open_regular, read_json
+from dppa_jax.runtime.reading import read_json
 
 ALIGNMENT = 64  # bytes; a device takes an array that is aligned to this without a copy
 
@@ -106,7 +107,7 @@ class SafetensorsDirectory(SafetensorsHeaders):
     """
 
     def __init__(self, directory: Path | str, stated: Stated | str | None = None):
-        self._files: dict[Path, int] = {}
+        self._files = OpenFiles()
         super().__init__(LocalFiles(Path(directory)), stated)
 
     @cached_property
@@ -128,30 +129,13 @@ class SafetensorsDirectory(SafetensorsHeaders):
         Raises:
           CheckpointError: the file ends inside the tensor.
         """
-        tensor = self.tensors[name]
-        view = memoryview(out.reshape(-1).view(np.uint8))
-        for position, count in tensor.extents(start, stop):
-            self._read_bytes(tensor.file, name, position, view[:count])
-            view = view[count:]
-
-    def _read_bytes(self, file: Path, name: str, position: int, view: memoryview) -> None:
-        """Read the bytes of a file from a position on, of rows of a tensor."""
-        while view.nbytes:
-            try:
-                count = os.preadv(self._descriptor(file), [view], position)
-            except OSError as error:
-                raise OSError(error.errno, f"{error.strerror}, in {name}", str(file)) from error
-            if count == 0:
-                raise CheckpointError(
-                    f"{file}: ends inside {name}; the file changed while it was read. Run again when it is complete."
-                )
-            view, position = view[count:], position + count
+        self._files.read_rows(name, self.tensors[name], start, stop, out)
 
     def evict_rows(self, name: str, start: int, stop: int) -> None:
         """Drop rows from the operating system's page cache, so that reading them takes as long as the disk takes."""
         tensor = self.tensors[name]
         for position, count in tensor.extents(start, stop) if hasattr(os, "posix_fadvise") else ():
-            os.posix_fadvise(self._descriptor(tensor.file), position, count, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._files.descriptor(tensor.file), position, count, os.POSIX_FADV_DONTNEED)
 
     def read(self, name: str) -> np.ndarray:
         """Read a whole tensor."""
@@ -171,16 +155,9 @@ class SafetensorsDirectory(SafetensorsHeaders):
         """Return the files of the weights by name."""
         return {file.name: file for file in sorted({tensor.file for tensor in self.tensors.values()})}
 
-    def _descriptor(self, file: Path) -> int:
-        """Return the descriptor of a file, which the first use opens."""
-        if file not in self._files:
-            self._files[file] = open_regular(file, CheckpointError)
-        return self._files[file]
-
     def close(self) -> None:
         """Close the files; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._files.close()
 
 
 def read_config(directory: Path) -> dict:

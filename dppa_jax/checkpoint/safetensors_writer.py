@@ -53,6 +53,7 @@ class SafetensorsWriter:
       overwrite: replace a model that is there.
       identity: a hash of all that decides the content; without one, nothing is resumed.
       owners: of several processes, the one that writes each tensor, by the tensor's name.
+      stem: how the names of files begin.
 
     Attributes:
       resumed: whether this process's shards are those of an earlier run with this identity.
@@ -71,11 +72,12 @@ class SafetensorsWriter:
         identity: str = "",
         owners: Mapping[str, int] | None = None,
         places: Mapping[str, Place] | None = None,
+        stem: str = "model",
     ):
         self._shared, self._overwrite = owners is not None, overwrite
         self.directory = output_directory(directory, overwrite) if self._first else Path(directory).resolve()
         self.path = aside_of(self.directory)
-        self.shards = _plan_shards(tensors, max_shard_size, owners or dict.fromkeys(tensors, 0))
+        self.shards = _plan_shards(tensors, max_shard_size, owners or dict.fromkeys(tensors, 0), stem)
         self._own = [shard for shard in self.shards if not owners or shard.owner == processes.index()]
         self.nbytes = sum(shard.nbytes for shard in self._own)
         self._where = {name: (shard, offset) for shard in self._own for name, offset in shard.offsets.items()}
@@ -305,7 +307,7 @@ class _Shard:
     owner: int  # the process that writes it
 
 
-def _plan_shards(tensors: Tensors, max_shard_size: int, owners: Mapping[str, int]) -> list[_Shard]:
+def _plan_shards(tensors: Tensors, max_shard_size: int, owners: Mapping[str, int], stem: str) -> list[_Shard]:
     """Divide tensors, in their order, into shards of at most `max_shard_size` bytes with one owner each."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -318,7 +320,7 @@ def _plan_shards(tensors: Tensors, max_shard_size: int, owners: Mapping[str, int
         size += nbytes
     shards = []
     for i, names in enumerate(groups):
-        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else "model.safetensors"
+        file = f"{stem}-{i + 1:05d}-of-{len(groups):05d}.safetensors" if len(groups) > 1 else f"{stem}.safetensors"
         header, position = {"__metadata__": {"format": "pt"}}, 0
         for name in names:
             shape, dtype = tensors[name]

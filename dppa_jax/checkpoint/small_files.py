@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from dppa_jax.checkpoint.inside import MAX_COPIED
+from dppa_jax.checkpoint.inside import MAX_COPIED, companions, records
 from dppa_jax.checkpoint.output import sync
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.reading import read_bytes
@@ -12,6 +13,19 @@ from dppa_jax.runtime.reading import read_bytes
 def copies(files: Iterable[Path], directory: Path | str) -> dict[str, bytes]:
     """Read files of a model's directory; return their contents by their places in it."""
     return {str(file.relative_to(directory)): read_bytes(file, MAX_COPIED) for file in files}
+
+
+def beside(model: Any) -> dict[str, bytes]:
+    """Read what belongs beside the weights of a model when they are written anew, by name.
+
+    Of a base with an adapter these are no records, as neither's are about both, and a generation config, which adapters
+    do not have.
+    """
+    files = companions(model.directory)
+    if len(directories := getattr(model, "directories", ())) < 2:
+        return copies([*files, *records(model.directory)], model.directory)
+    generation = [file for file in companions(directories[1]) if file.name.startswith("generation_config")]
+    return copies(generation, directories[1]) | copies(files, model.directory)
 
 
 def write_small_files(directory: Path, contents: Mapping[str, str | bytes]) -> None:

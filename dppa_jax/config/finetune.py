@@ -59,6 +59,35 @@ class AdamW:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """An adapter of low rank (LoRA), trained in place of all weights: W + scale · B · A, of which A and B are trained.
+
+    Attributes:
+      rank: of B · A; 0 trains the weights.
+      alpha, rslora: scale is alpha / rank, or alpha / √rank.
+      targets: the linears that have factors, by their names in a layer; without any, all have them.
+    """
+
+    HELP_GROUP: ClassVar[str] = GROUP
+    FLAG_PREFIX: ClassVar[str] = "lora_"
+
+    rank: int = option(0, "rank of an adapter (LoRA) to train in place of the weights; 0: none", within=(0, 4096))
+    alpha: float = option(16.0, "the adapter's B · A counts alpha / rank times", above=0)
+    targets: tuple[str, ...] = option((), "linears with factors, such as q_proj,v_proj; default: all", kind="words")
+    rslora: bool = option(False, "the adapter's B · A counts alpha / √rank times")
+
+    def __post_init__(self):
+        check(self)
+        if not self.rank and (self.targets or self.rslora):
+            raise ValueError("--lora_targets, --lora_rslora: they are of an adapter; give its --lora_rank, too.")
+
+    @property
+    def scale(self) -> float:
+        """How often the product of the factors counts."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How a trainer trains.
 
@@ -69,7 +98,8 @@ class TrainConfig:
       batch_size: rows of a step, which go through the model in `accumulate` parts, one after another.
       dtype: the dtype of the forward and backward pass; weights, moments and the update are always float32.
       remat: recompute layers in the backward pass: less memory, a third more work.
-      seed: decides the order of the rows.
+      lora: the adapter that is trained in place of the weights, if its rank is not 0.
+      seed: decides the order of the rows, and the first factors of an adapter.
     """
 
     HELP_GROUP: ClassVar[str] = GROUP
@@ -90,6 +120,7 @@ class TrainConfig:
     )
     final: float = 0.05
     optimizer: AdamW = AdamW()
+    lora: Lora = Lora()
     accumulate: int = option(1, "parts of a step's rows that go through the model one after another", least=1)
     dtype: str = option(
         "float32",
@@ -105,6 +136,11 @@ class TrainConfig:
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--accumulate={self.accumulate}: --train_batch_size={self.batch_size} must be a multiple of it."
+            )
+        if self.lora.rank and self.optimizer.decays_toward_base:
+            raise ValueError(
+                f"--lora_rank={self.lora.rank}: an adapter has no weights of a base to decay toward; leave "
+                f"--decay_toward and --decay_search out: --weight_decay pulls its factors to 0."
             )
 
     @property
@@ -152,6 +188,7 @@ class FinetuneConfig:
     pack: bool = option(True, "several examples to a row, each of which sees itself only")
     warmup: float = same(TrainConfig, "warmup", default=0.03)
     optimizer: AdamW = field(default_factory=AdamW)
+    lora: Lora = field(default_factory=Lora)
     dtype: str = same(TrainConfig, "dtype", default="bfloat16")
     remat: bool = same(TrainConfig, "remat", default=True)
     seed: int = same(MergeConfig, "seed")
@@ -201,6 +238,7 @@ class FinetuneConfig:
             batch_size=self.batch_size,
             warmup=self.warmup,
             optimizer=self.optimizer,
+            lora=self.lora,
             accumulate=self.accumulate,
             dtype=self.dtype,
             remat=self.remat,

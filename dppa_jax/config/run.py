@@ -45,9 +45,14 @@ class JobConfig:
     HELP_GROUP: ClassVar[str] = "models"
 
     merge: MergeConfig
-    base: str = option(REQUIRED, "directory, hub id (owner/name[@revision]), orbax:DIR, or demo:base", kind="path")
+    base: str = option(
+        REQUIRED, "directory, hub id (owner/name[@revision]), orbax:DIR, demo:base, or BASE+ADAPTER", kind="path"
+    )
     experts: Mapping[str, str] = option(
-        REQUIRED, "NAME=WHERE, repeated; demo:math, demo:finance, demo:law", flag="expert", kind="experts"
+        REQUIRED,
+        "NAME=WHERE, repeated; WHERE as of --base (demo:math …), or an adapter of --base",
+        flag="expert",
+        kind="experts",
     )
     output: str = option("", "directory of the merged model; convert: also orbax:DIR", kind="path")
     architecture: str = option(

@@ -1,4 +1,4 @@
-"""Full fine-tuning and pre-training of the Flax decoder, on a mesh of devices.
+"""Fine-tuning and pre-training of the Flax decoder, of all weights or of an adapter, on a mesh of devices.
 
 The mesh has the axes `data` and `fsdp`. Both divide the rows of a batch. `fsdp` also divides every matrix, its gradient
 and its optimiser moments; a layer's weights are gathered when the layer is computed.
@@ -16,8 +16,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from dppa_jax.config.finetune import AdamW, TrainConfig
+from dppa_jax.config.finetune import AdamW, Lora, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
+from dppa_jax.finetune.lora import first_factors, trained_tree, whole_tree
 from dppa_jax.finetune.optimizer import pull_of, transformation
 from dppa_jax.model import DecoderConfig, abstract_tree, forward
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put
@@ -56,10 +57,12 @@ class Trainer:
       config: the model's shape.
       options: how to train.
       mesh: a mesh with the axes `TRAIN_AXES`, which may span several processes; one device by default.
-      base: the weights toward which AdamR decays, divided over the mesh in their own dtype; others need none.
+      base: the weights toward which AdamR decays, in their own dtype, or to which an adapter is added, in that of the
+        forward pass, divided over the mesh; others need none.
 
     Raises:
-      ValueError: the rows that go through the model together cannot be divided over the devices, or AdamR has no base.
+      ValueError: the rows that go through the model together cannot be divided over the devices, or AdamR or an
+        adapter has no base.
     """
 
     def __init__(self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None, base: dict | None = None):
@@ -71,7 +74,7 @@ class Trainer:
                 f"the model together, {options.rows_together}, must be a multiple of the {self.mesh.size} devices."
             )
         self.rates = learning_rates(options)
-        decides = config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh
+        decides = config, options.optimizer, options.accumulate, options.dtype, options.remat, self.mesh, options.lora
         self._update, self._loss = compiled(*decides)
         self._updates = compiled_steps(*decides)
         self._anchor = None
@@ -79,24 +82,33 @@ class Trainer:
             if base is None:
                 raise ValueError("--decay_toward=base: the trainer is given no base; give the weights to decay toward.")
             self._anchor = jax.tree.map(lambda w, sharding: _on_mesh(w, sharding, w.dtype), base, self.shardings.tree)
+        if options.lora.rank:
+            if base is None:
+                raise ValueError(
+                    "--lora_rank: the trainer is given no base; give the weights to which an adapter adds."
+                )
+            own = tree_shardings(abstract_tree(config), self.mesh)
+            self._anchor = jax.tree.map(partial(_on_mesh, dtype=jnp.dtype(options.dtype)), base, own)
 
     @property
     def shardings(self) -> State:
         """The sharding of every array of a state."""
-        return state_shardings(self.config, self.options.optimizer, self.mesh)
+        return state_shardings(self.config, self.options.optimizer, self.mesh, self.options.lora)
 
     def start(self, tree: dict) -> State:
-        """Return the first state: float32 copies of the weights, and moments of 0.
+        """Return the first state: float32 copies of the weights, or an adapter's factors, and moments of 0.
 
         Each process reads only the slices that its own devices hold.
         """
+        if self.options.lora.rank:
+            tree = first_factors(self.config, self.options.lora, self.options.seed)
         tree = jax.tree.map(partial(_on_mesh, dtype=np.float32), tree, self.shardings.tree)
         init = jax.jit(transformation(self.options.optimizer).init, out_shardings=self.shardings.moments)
         return State(tree, init(tree))
 
     def abstract(self) -> State:
         """Return a state's shapes, dtypes and shardings, without any arrays."""
-        tree = abstract_tree(self.config)
+        tree = trained_tree(self.config, self.options.lora)
         state = State(tree, jax.eval_shape(transformation(self.options.optimizer).init, tree))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
 
@@ -134,7 +146,7 @@ class Trainer:
             at = np.arange(start, start + self.options.rows_together)
             part = rows.take(at % rows.count)  # the last batch is filled with rows whose tokens do not count
             part = part._replace(learned=part.learned & (at < rows.count)[:, None])
-            surprise, learned = self._loss(state.tree, self._placed(part, 1))
+            surprise, learned = self._loss(state.tree, self._placed(part, 1), self._anchor)
             total, count = total + float(surprise), count + float(learned)
         return total / max(count, 1.0)
 
@@ -188,27 +200,31 @@ def train(
 
 
 @cache  # the learning rate is an argument of the step, so another schedule needs no new compilation
-def compiled(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
+def compiled(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora):
     """Return two jitted functions: the optimiser step, and `loss_sums` of one batch."""
     whole = NamedSharding(mesh, PartitionSpec())
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 
-    def batch_loss(tree, rows: Rows):
-        return sums(tree, jax.tree.map(lambda array: array[0], rows))
+    def batch_loss(tree, rows: Rows, base):
+        return sums(whole_tree(base, tree, lora), jax.tree.map(lambda array: array[0], rows))
 
     return (
-        _jitted_update(_update_of(config, optimizer, accumulate, dtype, remat, mesh), config, optimizer, mesh),
+        _jitted_update(
+            _update_of(config, optimizer, accumulate, dtype, remat, mesh, lora), config, optimizer, mesh, lora
+        ),
         jax.jit(batch_loss, out_shardings=whole, compiler_options=_compiler_options(mesh)),
     )
 
 
 @cache
-def compiled_steps(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh):
+def compiled_steps(
+    config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora
+):
     """Return a jitted function that takes the first `count` of `STEPS_PER_REPORT` steps.
 
     Its rows and learning rates have a leading axis of that size.
     """
-    update = _update_of(config, optimizer, accumulate, dtype, remat, mesh)
+    update = _update_of(config, optimizer, accumulate, dtype, remat, mesh, lora)
 
     def updates(state: State, learning_rates, rows: Rows, count, anchor):
         def take(number, carry):
@@ -219,12 +235,12 @@ def compiled_steps(config: DecoderConfig, optimizer: AdamW, accumulate: int, dty
 
         return jax.lax.fori_loop(0, count, take, (state, jnp.zeros(STEPS_PER_REPORT)))
 
-    return _jitted_update(updates, config, optimizer, mesh)
+    return _jitted_update(updates, config, optimizer, mesh, lora)
 
 
-def _jitted_update(update: Callable, config: DecoderConfig, optimizer: AdamW, mesh: Mesh):
+def _jitted_update(update: Callable, config: DecoderConfig, optimizer: AdamW, mesh: Mesh, lora: Lora):
     """Jit a function of a state, whose memory it reuses, and more; it returns a state and what all devices hold."""
-    shardings, whole = state_shardings(config, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
+    shardings, whole = state_shardings(config, optimizer, mesh, lora), NamedSharding(mesh, PartitionSpec())
     options = _compiler_options(mesh)
     return jax.jit(update, donate_argnums=0, out_shardings=(shardings, whole), compiler_options=options)
 
@@ -234,17 +250,17 @@ def _compiler_options(mesh: Mesh) -> dict | None:
 
 
 def _update_of(
-    config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh
+    config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora
 ) -> Callable:
     """Return the optimiser step: a function of state, learning rate, rows (parts, rows of a part, tokens), anchor."""
-    shardings = state_shardings(config, optimizer, mesh)
+    shardings = state_shardings(config, optimizer, mesh, lora)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 
     def update(state: State, learning_rate, rows: Rows, anchor):
         learned = jnp.maximum(jnp.sum(rows.learned[..., 1:]), 1)
 
         def part_loss(tree, part: Rows):  # this part's share of the mean over the whole batch
-            return sums(tree, part)[0] / learned
+            return sums(whole_tree(anchor, tree, lora), part)[0] / learned
 
         def loss_and_gradient(part: Rows):
             loss, gradient = jax.value_and_grad(part_loss)(state.tree, part)
@@ -281,18 +297,23 @@ def loss_sums(
 
 
 @cache
-def state_shardings(config: DecoderConfig, optimizer: AdamW, mesh: Mesh) -> State:
+def state_shardings(config: DecoderConfig, optimizer: AdamW, mesh: Mesh, lora: Lora) -> State:
     """Return the sharding of every array of a state; moments are divided like their weights."""
-    tree = abstract_tree(config)
-    tree_shardings = jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, path[0].key == "layers", mesh.shape["fsdp"])), tree
-    )
+    tree = trained_tree(config, lora)
+    weights = tree_shardings(tree, mesh)
     transform, whole = transformation(optimizer), NamedSharding(mesh, PartitionSpec())
     moments = jax.eval_shape(transform.init, tree)
     moment_shardings = optax.tree.map_params(
-        transform, lambda _, s: s, moments, tree_shardings, transform_non_params=lambda _: whole
+        transform, lambda _, s: s, moments, weights, transform_non_params=lambda _: whole
     )
-    return State(tree_shardings, moment_shardings)
+    return State(weights, moment_shardings)
+
+
+def tree_shardings(tree: dict, mesh: Mesh) -> dict:
+    """Return the sharding of every weight of a tree; see `fsdp_spec`."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: NamedSharding(mesh, fsdp_spec(leaf.shape, path[0].key == "layers", mesh.shape["fsdp"])), tree
+    )
 
 
 def fsdp_spec(shape: tuple[int, ...], stacked: bool, size: int) -> PartitionSpec:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
-from dppa_jax.config.finetune import AdamW, FinetuneConfig
+from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
 from dppa_jax.config.merge import Coefficient, MergeConfig, read_coefficients
 from dppa_jax.config.option import per_expert
 from dppa_jax.config.q import LABELLED, QConfig, read_q, ways
@@ -97,6 +97,7 @@ def finetune_config(values: Values) -> FinetuneConfig:
         FinetuneConfig,
         values,
         optimizer=make(AdamW, values, beta2=0.999),
+        lora=make(Lora, values),
         held_out=evaluation(values),
         flags=values,
         command=command(values),

@@ -17,15 +17,14 @@ from jax.sharding import Mesh
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, CheckpointError, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
-from dppa_jax.checkpoint.inside import companions, records
 from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.checkpoint.safetensors_writer import Tensors, publish_all, total_bytes
-from dppa_jax.checkpoint.small_files import copies
+from dppa_jax.checkpoint.small_files import beside
 from dppa_jax.config.run import PREFIX, ConvertConfig
 from dppa_jax.jobs.models import check_code
-from dppa_jax.jobs.places import check_apart
+from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, unchanged
 from dppa_jax.merging.rest import Rest, copy_rest
@@ -46,8 +45,8 @@ def run_convert(job: ConvertConfig) -> None:
     with processes.first_alone("model"):  # the first process fetches or builds it, the others then find it
         opened = open_checkpoint(job.base, job.seed, stated=stated_architecture(job.architecture))
     with closing(opened) as source:
-        check_apart({"--output": str(output)}, {"base": source.directory})
-        companions(source.directory), records(source.directory)  # refused, if need be, before the work
+        check_apart({"--output": str(output)}, directories({"base": source}))
+        beside(source)  # refused, if need be, before the work
         check_code(source)
         tensors = converted_tensors(source, job.output_dtype)
         write = write_orbax if job.output.startswith(PREFIX) else write_safetensors
@@ -93,8 +92,7 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
                 if not writer.has_rows(name, start, stop):
                     writer.write_rows(name, start, reader.rows([spec], dtype, start, stop)[0])
         copy_rest(rest, {}, writer)
-        texts = copies(records(source.directory), source.directory)
-        writer.complete(_config(source, job.output_dtype), source.directory, texts)
+        writer.complete(_config(source, job.output_dtype), texts=beside(source))
         reader.check_unchanged()
         publish_all([writer])
 
@@ -109,10 +107,9 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
             f"{source.directory}: has {len(rest)} tensors beside the text model, first {rest[0]}, for which the tree "
             f"of an Orbax checkpoint has no place; give a directory as --output, which gets safetensors."
         )
-    beside = [*companions(source.directory), *records(source.directory)]
     with OrbaxWriter(output, total_bytes(tensors), job.overwrite) as writer:
         tree = _deferred(reader, tensors, across_processes(make_mesh(job.mesh)))
-        writer.commit(tree, _config(source, job.output_dtype), beside, source.directory, reader.check_unchanged)
+        writer.commit(tree, _config(source, job.output_dtype), beside(source), reader.check_unchanged)
 
 
 class Reader:

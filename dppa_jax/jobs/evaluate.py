@@ -1,14 +1,17 @@
 """--job=evaluate: the accuracy of any models on any tasks."""
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
+from dppa_jax.checkpoint.in_memory import for_evaluator
 from dppa_jax.checkpoint.tokenizer import has_tokenizer
 from dppa_jax.config.run import EvaluateConfig
 from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.jobs.evaluated import announce, check_tasks
-from dppa_jax.jobs.places import check_apart
+from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.report.sections import finish, new_report, show
 from dppa_jax.report.tables import Cell, ResultTable
 from dppa_jax.runtime.progress import steps
@@ -23,24 +26,23 @@ def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
     config, models = job.evaluation, job.models
     check_tasks(config)
     opened = open_all(models, job.seed)
-    directories = {name: model.directory for name, model in opened.items()}
-    check_apart({}, directories, job.workdir)
-    with_tokenizer = [directory for directory in directories.values() if has_tokenizer(directory)]
-    default = directories[job.tokenizer] if job.tokenizer else [*with_tokenizer, *directories.values()][0]
+    check_apart({}, directories(opened), job.workdir)
+    places = {name: model.directory for name, model in opened.items()}
+    with_tokenizer = [directory for directory in places.values() if has_tokenizer(directory)]
+    default = places[job.tokenizer] if job.tokenizer else [*with_tokenizer, *places.values()][0]
     tasks = every_task(config.tasks)
     with open_evaluation(config, default, Path(job.workdir), shared=bool(job.tokenizer)) as evaluation:
         announce(evaluation, config)
-        readers = {name: evaluation.readers.of(name, model.config, directories[name]) for name, model in opened.items()}
+        readers = {name: evaluation.readers.of(name, model.config, places[name]) for name, model in opened.items()}
         for reader in readers.values():  # what cannot be encoded is refused before anything is asked
             for task in tasks:
                 evaluation.questions(task, reader=reader)
-        with steps("evaluate", len(opened)) as advance:
+        with steps("evaluate", len(opened)) as advance, ExitStack() as closed:
             found = {}
             for name, model in opened.items():
-                weights = directories[name]
-                fingerprint = model.content_digest()
-                model.close()
-                found[name] = evaluation.scores(name, fingerprint, lambda w=weights: w, tasks, reader=readers[name])
+                closed.callback(model.close)  # at the end, as adapters read the base
+                fingerprint, weights = model.content_digest(), partial(for_evaluator, model)
+                found[name] = evaluation.scores(name, fingerprint, weights, tasks, reader=readers[name])
                 advance()
         rows = {task.name: [Cell.of_scores([found[name][task.name]]) for name in models] for task in tasks}
         table = ResultTable("Accuracy (%)", "task", tuple(models), rows, name="accuracies")

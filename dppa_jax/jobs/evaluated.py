@@ -23,7 +23,7 @@ from dppa_jax.runtime.reading import printable
 from dppa_jax.search.adamerging import adamerge
 from dppa_jax.search.adamerging_state import AdaMerged
 from dppa_jax.search.candidates import Candidates
-from dppa_jax.where import Looked, locate, look
+from dppa_jax.where import Looked, locate, look, with_bases
 
 Domains = Mapping[str, Sequence[Task]]
 ADAMERGING = "--coefficient=adamerging"
@@ -120,7 +120,8 @@ def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
     needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
     check_forward(look(job.base, job.merge.seed), needs)
-    tokenizer = job.base if job.tokenizer == "base" else job.experts[job.tokenizer]
+    given = {"base": job.base, **job.experts}
+    tokenizer = with_bases({"base": job.base, job.tokenizer: given[job.tokenizer]})[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed, weights=False), Path(job.workdir))
 
 

@@ -18,22 +18,25 @@ from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dppa_jax.architecture.specs import first_linear, with_dtype
-from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint
+from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, SafetensorsWriter
+from dppa_jax.checkpoint.adapter import CONFIG
 from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.output import check_space, output_directory
+from dppa_jax.checkpoint.safetensors_writer import total_bytes
 from dppa_jax.checkpoint.stacked import stored_tree
 from dppa_jax.checkpoint.tokenizer import load_tokenizer
 from dppa_jax.config.evaluation import EvaluationConfig
-from dppa_jax.config.finetune import FinetuneConfig, TrainConfig
+from dppa_jax.config.finetune import FinetuneConfig, Lora, TrainConfig
 from dppa_jax.evaluate.reader import listed
 from dppa_jax.evaluate.tasks import every_task
 from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
+from dppa_jax.finetune.lora import adapter_config, adapter_tensors, with_targets
 from dppa_jax.finetune.optimizer import PullError
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
 from dppa_jax.jobs.models import check_code
-from dppa_jax.jobs.places import check_apart
+from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.model import DecoderConfig
 from dppa_jax.model.generate import end_tokens
 from dppa_jax.runtime import processes
@@ -41,7 +44,7 @@ from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.progress import steps
 from dppa_jax.runtime.signals import defer_signals
-from dppa_jax.where import locate, open_checkpoint
+from dppa_jax.where import open_checkpoint
 
 STATE_BYTES = 12  # for each parameter: the weight and two moments in float32
 
@@ -64,20 +67,21 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
         output_directory(job.output, job.overwrite)
     mesh = make_mesh(job.mesh, TRAIN_AXES, jax.devices())
     with processes.first_alone("base"):
-        source = locate(job.base, job.seed)
-    check_apart({"--output": job.output}, {"base": source}, job.workdir)
+        model = open_checkpoint(job.base, job.seed)
+    check_apart({"--output": job.output}, directories({"base": model}), job.workdir)
     examples, checked = (_read(files) for files in (job.data, job.eval_data))
     check_held_out(job.held_out, examples)
-    model = open_checkpoint(source)
     check_code(model)
     tree = stored_tree(model, model.specs)
     config, tokenizer = DecoderConfig.from_hf(model.config), _tokenizer(model)
     rows = _rows(job, tokenizer, config, examples)
     eval_rows = _rows(job, tokenizer, config, checked) if checked else None
     options = job.training(rows.count)
+    options = replace(options, lora=with_targets(options.lora, model.config))
     trainer = Trainer(config, options, mesh, tree)
-    dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, tree)
-    _check_space(job, tree, dtypes)
+    trained = trainer.abstract().tree if options.lora.rank else tree
+    dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, trained)
+    _check_space(job, trained, dtypes)
     _tell(options, len(examples), rows)
     weights = processes.of_first("base digest", model.content_digest)
     key = processes.of_first("fingerprint", lambda: fingerprint(job, options, weights, rows, eval_rows))
@@ -87,8 +91,11 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
         model.close()
         state, log = _trained(job, trainer, state, log, rows, eval_rows, kept)
         seconds = time.perf_counter() - started
-        record = _record(job, options, source, log, seconds)
-        write_expert(job, state.tree, dtypes, model, {"finetune.json": record})
+        texts = {"finetune.json": _record(job, options, model.directory, log, seconds)}
+        if options.lora.rank:
+            write_adapter(job, state.tree, options.lora, model, texts)
+        else:
+            write_expert(job, state.tree, dtypes, model, texts)
         kept.finished()
     logging.info("wrote %s in %.1f s", job.output, seconds)
     return log
@@ -168,6 +175,23 @@ def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint
     processes.barrier("expert")
 
 
+def write_adapter(job: FinetuneConfig, factors: dict, lora: Lora, base: Checkpoint, texts: Mapping[str, str]) -> None:
+    """Write the directory of an adapter, as peft does, in the first process. The factors are whole everywhere."""
+    whole = NamedSharding(jax.tree.leaves(factors)[0].sharding.mesh, PartitionSpec())
+    factors = jax.jit(lambda tree: tree, out_shardings=whole)(factors)
+    if processes.index() == 0:
+        dtype = DTYPE_BY_NAME[job.output_dtype or "float32"]
+        tensors = {name: tensor.astype(dtype) for name, tensor in adapter_tensors(factors, base.specs)}
+        planned = {name: (tensor.shape, dtype) for name, tensor in tensors.items()}
+        one_file = total_bytes(planned)  # peft reads no shards
+        with SafetensorsWriter(job.output, planned, one_file, job.overwrite, stem="adapter_model") as writer:
+            for name, tensor in tensors.items():
+                writer.write_rows(name, 0, tensor)
+            content = json.dumps(adapter_config(job.base, lora), indent=2) + "\n"
+            writer.commit(None, base.directory, {CONFIG: content, **texts})
+    processes.barrier("expert")
+
+
 def _given_away(state: State) -> bool:
     """Tell whether a step has already taken over the state's memory."""
     return any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -225,7 +249,7 @@ def fingerprint(job: FinetuneConfig, options: TrainConfig, weights: str, rows: R
     """
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-    code = ("finetune/data.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
+    code = ("finetune/data.py", "finetune/lora.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]
     sources = sources_digest(*code)
     return digest([versions, sources, weights, tokens, asdict(options), job.length])

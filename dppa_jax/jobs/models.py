@@ -9,6 +9,7 @@ from absl import logging
 
 from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.specs import layer_count, linears_of
+from dppa_jax.architecture.table import grown
 from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.checkpoint.card import licence
 from dppa_jax.checkpoint.hub import check_room
@@ -17,13 +18,13 @@ from dppa_jax.checkpoint.matched import vocabulary_tensors
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors_writer import Tensors, total_bytes
 from dppa_jax.config.run import JobConfig
-from dppa_jax.jobs.places import check_apart
+from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.merging.compatible import check_classes, check_compatible, check_same_base, check_same_tensors
 from dppa_jax.merging.merger import check_named, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import Rest, settle_rest
 from dppa_jax.merging.tokenizers import Tokenizer, check_tokenizers
-from dppa_jax.merging.vocabulary import Vocabulary, grown, match_vocabularies
+from dppa_jax.merging.vocabulary import Vocabulary, match_vocabularies
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.runtime.reading import printable
@@ -131,7 +132,7 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
     works = job.evaluation.tasks or job.q or not outputs  # a merge alone writes nothing to --workdir
     check_apart(
         _outputs(job) if outputs else {},
-        {name: model.directory for name, model in models.items()},
+        directories(models),
         job.workdir if works else "",
     )
     tell_recognised(models["base"])
@@ -140,8 +141,8 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
     base = prepared.base
     check_compatible(base, prepared.experts)
     check_named(job.merge, base.specs)
-    for model in models.values():
-        licence(model.directory)  # the model card names it in the end
+    for directory in directories(models).values():
+        licence(directory)  # the model card names it in the end
     companions(models["base"].directory)
     companions(models[job.tokenizer].directory)
     if outputs:

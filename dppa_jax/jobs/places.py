@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint.output import aside_of
@@ -39,6 +40,15 @@ def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path], workdir:
                 f"--workdir: {workdir} is or lies in {what} in {other}, where no other files may be; choose another "
                 f"directory."
             )
+
+
+def directories(models: Mapping[str, Any]) -> dict[str, Path]:
+    """Return the directories that models are read from, by name; a base with an adapter has two."""
+    found = {}
+    for name, model in models.items():
+        for place, directory in enumerate(getattr(model, "directories", (model.directory,))):
+            found[f"{name} (base)" if place else name] = directory
+    return found
 
 
 def _resolved(path: Path | str) -> Path:

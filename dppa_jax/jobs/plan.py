@@ -6,17 +6,17 @@ from pathlib import Path
 
 from rich.table import Table
 
-from dppa_jax.checkpoint.hub import HubModel, bytes_to_fetch
+from dppa_jax.checkpoint.hub import bytes_to_fetch
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import prepare
-from dppa_jax.jobs.places import check_apart
+from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.plan import Plan, dtype_name, plan_of
 from dppa_jax.merging.speed import measure_speeds
 from dppa_jax.runtime.memory import size_text
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
-from dppa_jax.where import ConfigAlone, Looked, look_for_plan, stated_architecture
+from dppa_jax.where import ConfigAlone, Looked, look_for_plan, stated_architecture, with_bases
 
 
 def run_plan(job: JobConfig) -> Plan:
@@ -25,10 +25,10 @@ def run_plan(job: JobConfig) -> Plan:
     Headers of the weights are read, also on the hub; where there are no weights, config.json is enough. Devices of the
     mesh are needed only for the time.
     """
-    where = {"base": job.base, **job.experts}
+    where = with_bases({"base": job.base, **job.experts})
     options = job.merge.seed, stated_architecture(job.architecture)
     models = {name: look_for_plan(place, *options) for name, place in where.items()}
-    check_apart({}, {name: model.directory for name, model in models.items()}, job.workdir)
+    check_apart({}, directories(models), job.workdir)
     prepared = prepare(job, models)
     check_compatible(prepared.base, prepared.experts)
     dtypes = [_dtype(model) for model in models.values()]
@@ -56,7 +56,7 @@ def _predicted_time(job: JobConfig, plan: Plan, models: Mapping[str, Looked | Co
     if not job.output:
         return "not predicted: give --output, as it depends on that disk", {}
     for name, model in models.items():
-        if isinstance(model, HubModel | ConfigAlone):
+        if not hasattr(model, "read_rows"):
             return f"not predicted: the weights of {name} are not here, in {model.directory}", {}
     try:
         speeds = measure_speeds(list(models.values()), Path(job.output), job.merge, make_mesh(job.mesh))

@@ -18,6 +18,7 @@ from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.jobs.models import written_tensors
+from dppa_jax.jobs.places import directories
 from dppa_jax.merging.blocks import owners
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints
@@ -122,7 +123,7 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
         for name, model in models.items()
     }
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
-    licences = [licence(model.directory) for model in models.values()]
+    licences = [licence(directory) for directory in directories(models).values()]
     vocabulary, linears = opened.vocabulary, outcome.linears
     notes = vocabulary.notes() if vocabulary else []
     said = vocabulary.as_dict() if vocabulary else {}

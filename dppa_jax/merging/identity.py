@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from absl import logging
 
@@ -26,9 +27,14 @@ def input_identity(model: Checkpoint) -> list:
 
 def files_of(model: Checkpoint) -> dict[str, list[int]]:
     """Return inode, size, and times of writing and of change of every file of a model's weights, by name."""
-    files, config = model.files(), model.directory / "config.json"
-    stats = {name: file.stat() for name, file in {**files, **({"config.json": config} if model.config else {})}.items()}
+    stats = {name: file.stat() for name, file in _paths(model).items()}
     return {name: [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in stats.items()}
+
+
+def _paths(model: Checkpoint) -> dict[str, Path]:
+    """Return the files that decide what a model is, by name."""
+    config = {"config.json": model.directory / "config.json"} if model.config else {}
+    return config | model.files()
 
 
 @contextmanager
@@ -44,7 +50,7 @@ def unchanged(models: Mapping[str, Checkpoint]) -> Iterator[Callable[[], None]]:
             for file, state in files_of(model).items():
                 if state != before[name][file]:
                     raise CheckpointError(
-                        f"{model.directory / file} of {name!r} was written to or replaced during the run, so that the "
+                        f"{_paths(model)[file]} of {name!r} was written to or replaced during the run, so that the "
                         f"output would be part old, part new; it is removed. Run again when the file is complete."
                     )
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from dppa_jax.architecture.specs import CheckpointError
+from dppa_jax.architecture.table import grown
 from dppa_jax.checkpoint.matched import LACKS, Matched, Means, vocabulary_tensors
 from dppa_jax.merging.added_tokens import with_tokens
 from dppa_jax.merging.tokenizers import AddedToken, Tokenizer
@@ -303,15 +304,6 @@ def _is_short(own: Ids, count: int, size: int) -> bool:
 def _lacking(own: Ids, count: int, names: Ids) -> list[str]:
     """Return the tokens of an expert that have a row there and are not in the merge, in the order of their ids."""
     return sorted((token for token, id in own.items() if token not in names and 0 <= id < count), key=own.__getitem__)
-
-
-def grown(config: Mapping, size: int) -> dict:
-    """Return the content of config.json with another number of rows, in its text_config as well."""
-    found = {**config, "vocab_size": size} if "vocab_size" in config else dict(config)
-    inner = config.get("text_config")
-    if isinstance(inner, Mapping) and "vocab_size" in inner:
-        found["text_config"] = {**inner, "vocab_size": size}
-    return found
 
 
 def _some(tokens: Sequence[str]) -> str:

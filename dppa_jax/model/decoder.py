@@ -284,13 +284,19 @@ def experts(
 def linear(
     weights: Tree, path: str, hidden: Float[Array, "*B in"], record: Record | None = None
 ) -> Float[Array, "*B out"]:
-    """Compute a linear with its bias, if the tree has one; `path` is its place in a layer, such as "mlp.up_proj"."""
+    """Compute a linear with its bias and its factors of low rank, if the tree has them.
+
+    `path` is its place in a layer, such as "mlp.up_proj".
+    """
     if record:
         record(path, hidden, None)
     name = path.rpartition(".")[2]
-    if f"{name}_bias" not in weights:
-        return project(hidden, weights[name])
-    return (project(hidden, weights[name], jnp.float32) + weights[f"{name}_bias"]).astype(hidden.dtype)
+    biased = f"{name}_bias" in weights
+    computed = project(hidden, weights[name], jnp.float32 if biased else None)
+    if f"{name}_lora_a" in weights:  # of an adapter that is trained; see finetune/lora.py
+        inner = project(hidden, weights[f"{name}_lora_a"])
+        computed = computed + project(inner, weights[f"{name}_lora_b"], computed.dtype)
+    return (computed + weights[f"{name}_bias"]).astype(hidden.dtype) if biased else computed
 
 
 def project(hidden: Float[Array, "*B in"], weight: Float[Array, "out in"], dtype: Any = None) -> Float[Array, "*B out"]:

@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 
 from dppa_jax.architecture.specs import with_dtype
+from dppa_jax.checkpoint.in_memory import for_evaluator
 from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.matched import opened_model
 from dppa_jax.config.merge import MergeConfig
@@ -57,10 +58,8 @@ class Candidates:
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
         """Return the scores of "base" or of an expert, unpruned."""
-        directory = self.opened.models[name].directory
-        return self.evaluation.scores(
-            name, self.fingerprints[name], lambda: directory, tasks, split, options, self.reader(name)
-        )
+        weights = partial(for_evaluator, self.opened.models[name])
+        return self.evaluation.scores(name, self.fingerprints[name], weights, tasks, split, options, self.reader(name))
 
     def merged(
         self, name: str, merger: Merger, tasks: Sequence[Task], split: Split = "test", options=None, **overrides

@@ -263,9 +263,9 @@ def test_neither_weights_nor_pickles(merge, weights):
 def test_adapter_in_place_of_a_model(merge, weights):
     (merge.law / "config.json").rename(merge.law / "adapter_config.json")
     weights.rename(merge.law / "adapter_model.safetensors")
-    message = merge.refusal()
-    assert f"{merge.law} is an adapter" in message
-    assert "merge_and_unload" in message
+    assert f"{merge.law / 'adapter_config.json'}: peft_type is None" in merge.refusal()
+    message = merge.refusal(f"--base={merge.law}")
+    assert f"{merge.law} is an adapter, not a model: give it behind the model" in message
 
 
 # ---- config.json and the index

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapters import factors, write_adapter
 from command import Merge, launch
 from families import (
     Q_PROJ,
@@ -25,6 +26,7 @@ from families import (
 )
 from hub_server import Hub, asking, serving
 from processes import LAUNCH, run_processes
+from safetensors.numpy import load_file
 
 from dppa_jax.checkpoint import CheckpointError
 from dppa_jax.checkpoint import hub as product
@@ -165,15 +167,28 @@ def test_index_on_the_hub_that_names_other_files(merge, shard, reason):
     assert reason in merge.failure()
 
 
-def test_pickles_and_adapters_on_the_hub(merge):
+def test_pickles_on_the_hub(merge):
     law = merge.root / "law"
     (law / "model.safetensors").rename(law / "pytorch_model.bin")
     message = merge.failure()
     assert "owner/law: pytorch_model.bin is a pickle" in message
     assert "from_pretrained('owner/law', dtype='auto')" in message
-    (law / "config.json").rename(law / "adapter_config.json")
-    merge.push("law")
-    assert "is an adapter, not a model" in merge.failure()
+
+
+def test_adapters_on_the_hub(merge):
+    base = {name: weight for file in merge.base.glob("*.safetensors") for name, weight in load_file(file).items()}
+    adapter = write_adapter(merge.root / "adapter", factors(base))
+    (adapter / "training_args.bin").write_bytes(b"a pickle")
+    merge.push("adapter")
+    here = merge(f"--base={merge.base}", f"--expert=math={adapter}", f"--output={merge.root / 'here'}")
+    merge("--expert=math=owner/adapter@main")
+    merge("--expert=math=owner/base+owner/adapter@main", f"--output={merge.root / 'with base'}")
+    for output in (merge.output, merge.root / "with base"):
+        for file in merge.output.glob("*.safetensors"):
+            assert (output / file.name).read_bytes() == (here / file.name).read_bytes()
+    assert merge.cached_weights().count("adapter_model.safetensors") == 1
+    assert not list((merge.root / "hub").rglob("training_args.bin"))
+    assert not [path for path in merge.hub.asked if "consolidated" in path]
 
 
 def test_disk_without_room_for_weights_and_output(merge, monkeypatch):

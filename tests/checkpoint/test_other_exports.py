@@ -85,8 +85,8 @@ def test_vocabulary_that_config_does_not_know(model):
 @pytest.mark.parametrize(
     ("present", "said"),
     [
-        (["adapter_config.json", "adapter_model.safetensors"], ["is an adapter", "merge_and_unload"]),
-        (["adapter_model.bin", "training_args.bin"], ["is an adapter", "merge_and_unload"]),
+        (["adapter_config.json", "adapter_model.safetensors"], ["is an adapter", "BASE+ADAPTER"]),
+        (["adapter_model.bin", "training_args.bin"], ["is an adapter", "BASE+ADAPTER"]),
         (["pytorch_model.bin", "zero_to_fp32.py"], ["pytorch_model.bin is a pickle"]),
         (["zero_to_fp32.py", "training_args.bin", "optimizer.pt"], ["zero_to_fp32.py puts", "--safe_serialization"]),
         (["consolidated.safetensors"], ["consolidated.safetensors has Mistral's own names"]),
