@@ -18,7 +18,10 @@ from dppa_jax.runtime.reading import printable, read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 8_000_000  # bytes; a model of 128 experts in 94 layers has half of that
-ADAPTER = "is an adapter, not a model: give it behind the model that it was made for, as BASE+ADAPTER."
+ADAPTER = (
+    "is an adapter, not a model: give it behind the model that it was made for, as BASE+ADAPTER, or merge it into that "
+    "before, with peft's merge_and_unload()."
+)
 IN_PLACE = (  # what may be in a directory in place of weights, and what to do then; the first that is there counts
     ("model-*-of-*.safetensors", f"is a shard, and {INDEX} says what is in which: fetch it from where the shards came"),
     ("zero_to_fp32.py", "puts the weights of a DeepSpeed checkpoint together: run it with --safe_serialization"),
