@@ -13,6 +13,12 @@ SIZES = {  # of a shape, by the key of config.json
 WRAPPED = "text_config"  # the key of a model of images and text under which the text model's settings are
 
 
+def wrapped(config: Mapping) -> Mapping:
+    """What the config.json of a model of images and text says of its text model; of any other model, nothing."""
+    inner = config.get(WRAPPED)
+    return inner if isinstance(inner, Mapping) else {}
+
+
 class Role(StrEnum):
     """What a tensor is to a merge. Only linears are pruned; every other tensor carries its dense delta."""
 
@@ -154,10 +160,8 @@ class Architecture:
 
     def said(self, config: Mapping) -> dict[str, Any]:
         """What a config.json says of the text model, with the family's own defaults for what it leaves out."""
-        wrapped = config.get(WRAPPED)
-        inner = wrapped if isinstance(wrapped, Mapping) else {}
         tied = {key: config[key] for key in ("tie_word_embeddings",) if key in config}  # the outer one counts
-        return {**self.defaults, **config, **inner, **tied}
+        return {**self.defaults, **config, **wrapped(config), **tied}
 
     def sizes(self, config: Mapping) -> dict[str, int]:
         """The sizes that shapes are made of, by the names that rows use."""

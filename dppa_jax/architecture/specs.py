@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from dppa_jax.architecture.row import WRAPPED, Architecture, Linear, Role
+from dppa_jax.architecture.row import WRAPPED, Architecture, Linear, Role, wrapped
 from dppa_jax.architecture.table import architecture_of, known
 
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
@@ -241,7 +241,7 @@ def with_dtype(config: Mapping, dtype: str) -> dict | None:
         return None
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
     changed = {key: value for key, value in config.items() if key != "auto_map"} | dict.fromkeys(keys, dtype)
-    if isinstance(inner := config.get(WRAPPED), Mapping):
+    if inner := wrapped(config):
         changed[WRAPPED] = {**inner, **{key: dtype for key in ("dtype", "torch_dtype") if key in inner}}
     return changed
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from dppa_jax.architecture.row import WRAPPED, Architecture, Fused, Linear, Norm, Other, Role
+from dppa_jax.architecture.row import WRAPPED, Architecture, Fused, Linear, Norm, Other, Role, wrapped
 
 IGNORED = re.compile(  # buffers that older exports carry, and no loader reads
     r".*rotary_emb\.inv_freq$|.*gpt_neox\.layers\.\d+\.attention\.(masked_)?bias$|.*embeddings\.position_ids$"
@@ -331,23 +331,21 @@ def known(config: Mapping) -> Architecture | None:
     by_class = {name: row for row in ARCHITECTURES.values() for name in (row.classes if listed else (row.model_type,))}
     if isinstance(named, str) and named in by_class:
         return by_class[named]
-    inner = config.get(WRAPPED)
-    model_type = inner.get("model_type") if isinstance(inner, Mapping) else None
+    model_type = wrapped(config).get("model_type")
     return next((row for row in ARCHITECTURES.values() if row.model_type == model_type), None)
 
 
 def vocabulary_size(config: Mapping) -> int | None:
     """How many tokens a config.json says there are; None where it does not."""
-    row, inner = known(config), config.get(WRAPPED)
-    said = row.said(config) if row else {**config, **(inner if isinstance(inner, Mapping) else {})}
+    row = known(config)
+    said = row.said(config) if row else {**config, **wrapped(config)}
     return said["vocab_size"] if type(said.get("vocab_size")) is int else None
 
 
 def grown(config: Mapping, size: int) -> dict:
     """Return the content of config.json with another number of rows, in its text_config as well."""
     found = {**config, "vocab_size": size} if "vocab_size" in config else dict(config)
-    inner = config.get(WRAPPED)
-    if isinstance(inner, Mapping) and "vocab_size" in inner:
+    if "vocab_size" in (inner := wrapped(config)):
         found[WRAPPED] = {**inner, "vocab_size": size}
     return found
 

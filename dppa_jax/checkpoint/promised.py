@@ -11,7 +11,7 @@ from absl import logging
 
 from dppa_jax.architecture.generic import Stated, dense_role, recognise, stated_specs
 from dppa_jax.architecture.layout import Place, find_layout
-from dppa_jax.architecture.row import WRAPPED, Role
+from dppa_jax.architecture.row import WRAPPED, Role, wrapped
 from dppa_jax.architecture.specs import (
     QUANTISATION,
     CheckpointError,
@@ -99,8 +99,7 @@ class Promised:
         """Heads that config.json calls the embeddings, with the names of these; files may have such a head."""
         if self._row:
             return tied_heads(self.config)
-        inner = self.config.get(WRAPPED)
-        said = {**(inner if isinstance(inner, Mapping) else {}), **self.config}
+        said = {**wrapped(self.config), **self.config}
         tokens = [spec for spec in self.specs.values() if spec.role is Role.VOCABULARY]
         if not said.get("tie_word_embeddings") or len(tokens) != 2 or tokens[0].shape != tokens[1].shape:
             return {}

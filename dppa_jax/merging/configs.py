@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from dppa_jax.architecture.row import WRAPPED
+from dppa_jax.architecture.row import wrapped
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.architecture.table import known
 
@@ -91,8 +91,7 @@ def meaning(config: Mapping) -> dict[str, Any]:
     True
     """
     defaults = {key: setting.default for key, setting in SETTINGS.items()}
-    row, inner = known(config), config.get(WRAPPED)
-    said = _without_nulls({**config, **(inner if isinstance(inner, Mapping) else {})})
+    row, said = known(config), _without_nulls({**config, **wrapped(config)})
     given = {**defaults, **(row.defaults if row else {}), **said}
     heads = given["num_attention_heads"]
     found = {key: given[key] for key in SETTINGS} | _rope(given)
