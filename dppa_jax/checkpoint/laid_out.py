@@ -23,6 +23,12 @@ def layout_of(source: Any) -> Layout:
     return usual_layout(row, row.said(source.config), source.specs)
 
 
+def rest_of(source: Any) -> tuple[str, ...]:
+    """Return the names of what the files of a source have beside the tensors of the model."""
+    layout = getattr(source, "layout", None)
+    return layout.rest if layout else ()
+
+
 def stored_tensors(layout: Layout, tensors: Tensors) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Return the tensors of files, of what a model's tensors are to be; those that share one have one dtype."""
     stored = {}

@@ -19,6 +19,7 @@ from dppa_jax.architecture.table import grown, known
 from dppa_jax.checkpoint.adapter import CONFIG, MERGE_FIRST, Adapter, Factors, read_as_float32
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 from dppa_jax.checkpoint.headers import StoredTensor, UnfitError, shown
+from dppa_jax.checkpoint.laid_out import rest_of
 from dppa_jax.checkpoint.matched import vocabulary_tensors
 from dppa_jax.checkpoint.promised import same_bits
 from dppa_jax.checkpoint.tokenizer import has_tokenizer
@@ -196,7 +197,7 @@ class AdaptedHeaders:
         Raises:
           CheckpointError: a weight is none of the base.
         """
-        base, rest = self.base, tuple(getattr(getattr(self.base, "layout", None), "rest", ()))
+        base, rest = self.base, rest_of(self.base)
         row = None if getattr(base, "stated", None) else known(base.config)
         if row:
             layout = find_layout(row, row.said(base.config), base.specs, shapes, tied_heads(base.config))

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, CheckpointError, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
-from dppa_jax.checkpoint.laid_out import laid_out_writer
+from dppa_jax.checkpoint.laid_out import laid_out_writer, rest_of
 from dppa_jax.checkpoint.output import output_directory
 from dppa_jax.checkpoint.safetensors import ALIGNMENT
 from dppa_jax.checkpoint.safetensors_writer import Tensors, publish_all, total_bytes
@@ -79,7 +79,7 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
     owner = owners(source.specs, processes.count())
     decided = [input_identity(source), str(output), job.output_dtype, job.max_shard_size, processes.count(), PIECE]
     identity = common_identity(decided) if job.resume else ""
-    rest = Rest(source, source.layout.rest if hasattr(source, "layout") else ())
+    rest = Rest(source, rest_of(source))
     options = output, tensors, job.max_shard_size, job.overwrite, identity
     with laid_out_writer(source, *options, owners=owner, copied=rest.tensors) as writer:
         for name, (_, dtype) in tensors.items():
@@ -102,7 +102,7 @@ def write_orbax(reader: "Reader", output: Path, tensors: Tensors, job: ConvertCo
     from dppa_jax.checkpoint.orbax_writer import OrbaxWriter  # takes a second to import
 
     source = reader.source
-    if rest := source.layout.rest if hasattr(source, "layout") else ():
+    if rest := rest_of(source):
         raise CheckpointError(
             f"{source.directory}: has {len(rest)} tensors beside the text model, first {rest[0]}, for which the tree "
             f"of an Orbax checkpoint has no place; give a directory as --output, which gets safetensors."

@@ -10,6 +10,7 @@ from rich.table import Table
 from dppa_jax.architecture.specs import Linears, layer_count
 from dppa_jax.architecture.table import ARCHITECTURES, known
 from dppa_jax.checkpoint import Checkpoint
+from dppa_jax.checkpoint.laid_out import rest_of
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import open_job
@@ -52,7 +53,7 @@ def _tensors(base: Checkpoint) -> Table:
     table = Table("tensor", "is", "shape", "number", title=f"tensors, by {said}: {layer_count(base.specs)} layers")
     for (kind, role, shape, outside), number in groups.items():
         table.add_row(printable(kind if outside else f"… {kind}"), role, " × ".join(map(str, shape)), str(number))
-    if rest := base.layout.rest if hasattr(base, "layout") else ():
+    if rest := rest_of(base):
         table.add_row(f"{printable(rest[0])}, …", "copied", "", str(len(rest)))
     return table
 

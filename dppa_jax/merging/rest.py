@@ -12,7 +12,7 @@ from absl import logging
 from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.specs import CheckpointError, tensor_specs
 from dppa_jax.architecture.table import known
-from dppa_jax.checkpoint.laid_out import copy_tensors
+from dppa_jax.checkpoint.laid_out import copy_tensors, rest_of
 from dppa_jax.checkpoint.matched import Part
 from dppa_jax.checkpoint.promised import same_bits
 from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
@@ -53,16 +53,11 @@ def settle_rest(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> t
         models, rest = _settle_heads(models, quiet)
     else:
         models = models if row else _settle_copies(models)
-        names = _rest(base)
+        names = rest_of(base)
         if not quiet:
             _tell(names, experts)
         rest = Rest(base, names, base.config)
     return models.pop("base"), models, rest
-
-
-def _rest(model: Any) -> tuple[str, ...]:
-    """Return the names of what a model's files have beside the tensors that are merged."""
-    return tuple(model.layout.rest) if hasattr(model, "layout") else ()
 
 
 def _settle_heads(models: Mapping[str, Any], quiet: bool) -> tuple[dict[str, Any], Rest]:
@@ -131,7 +126,7 @@ def _tell(rest: Sequence[str], experts: Mapping[str, Any]) -> None:
         logging.info("%d tensors are copied from the base, first %s", len(rest), rest[0])
     ours = set(map(_plain, rest))
     for name, expert in experts.items():
-        if lost := [tensor for tensor in _rest(expert) if _plain(tensor) not in ours]:
+        if lost := [tensor for tensor in rest_of(expert) if _plain(tensor) not in ours]:
             logging.warning(
                 "expert %r: %d tensors that the base has not are not in the output, first %s", name, len(lost), lost[0]
             )
@@ -146,7 +141,7 @@ def copy_rest(rest: Rest, experts: Mapping[str, Any], sink: SafetensorsWriter) -
 
 def _tell_differences(rest: Rest, experts: Mapping[str, Any]) -> None:
     for name, expert in experts.items():
-        theirs = {_plain(tensor): tensor for tensor in _rest(expert)}
+        theirs = {_plain(tensor): tensor for tensor in rest_of(expert)}
         pairs = [(tensor, theirs[_plain(tensor)]) for tensor in rest.names if _plain(tensor) in theirs]
         different = [ours for ours, own in pairs if not same_bits((rest.source, ours), (expert, own))]
         if different:
