@@ -18,12 +18,13 @@ GENERIC = "generic"  # in place of a Stated: recognise the tensors whether or no
 NUMBERED = re.compile(r"^((?:.*?\.)?)(\d+)\.(.+\..+|[^.]*experts[^.]*)$")  # the first number that modules follow
 EXPERT = re.compile(r"(\bexperts)\.(\d+)\.")
 WEIGHT = re.compile(r"(^|[._])weight$")
+HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|output)\b")  # such tensors come last
 NO_LINEAR = re.compile(r"norm|embed|router|bias|rotary|conv|^ln_|^gate$", re.IGNORECASE)
 TOKENS = re.compile(r"\b(embed_tokens|word_embeddings|tok_embeddings|wte|embed_in|embed_out|lm_head|shared)\b")
 
 
 class Stated(msgspec.Struct, forbid_unknown_fields=True):
-    """What the tensors of a model are, as `--architecture=FILE.json` states it and inspect.json shows it.
+    """What the tensors of a model are, as `--architecture=FILE.json` states it and architecture.json shows it.
 
     Names may have * for anything. What no list names is dense: it is not pruned, and carries its whole delta.
 
@@ -92,16 +93,19 @@ class _Specs:
             if _named(name, self.stated.copied):
                 rest.append(name)
                 continue
-            found = next(((i, m) for i, stack in enumerate(stacks) if (m := stack.match(name))), None)
-            inside.append((found[0], int(found[1][1]), name, name[found[1].end() :])) if found else outside.append(name)
+            stack, found = next(((i, m) for i, one in enumerate(stacks) if (m := one.match(name))), (0, None))
+            if found:
+                inside.append((stack, int(found[1]), name, name[found.end() :]))
+            else:
+                outside.append(name)
         numbers = {place: number for number, place in enumerate(sorted({entry[:2] for entry in inside}))}
-        heads = len(outside) and [n for n in outside if re.match(r"(.*\.)?(lm_head|embed_out|output)\b", n)]
+        heads = [name for name in outside if HEAD.match(name)]
         for name in outside:
-            if not heads or name not in heads:
+            if name not in heads:
                 self.add(name)
         for stack, number, name, kind in sorted(inside, key=lambda entry: (entry[:2], _natural(entry[3]))):
             self.add(name, kind, numbers[stack, number])
-        for name in heads or ():
+        for name in heads:
             self.add(name)
         if not self.linears:
             raise CheckpointError(

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from dppa_jax.architecture.row import WRAPPED, Architecture, Linear, Role, wrapped
+from dppa_jax.architecture.row import WRAPPED, Architecture, Linear, Norm, Role, wrapped
 from dppa_jax.architecture.table import architecture_of, known
 
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
@@ -275,9 +275,7 @@ class _Specs:
         for layer in range(self.said["num_hidden_layers"]):
             self.add_layer(layer)
         for norm in row.final_norms:
-            self.add(f"{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind)
-            if norm.bias:
-                self.add(f"{norm.kind}.bias", (norm.size,), Role.BIAS, f"{norm.kind}.bias")
+            self.add_norm(norm)
         for name in row.heads:
             if f"{name}.weight" not in self.tied:
                 self.add(f"{name}.weight", ("vocabulary", "hidden"), Role.VOCABULARY, name)
@@ -296,13 +294,17 @@ class _Specs:
             for linear in each:
                 self.add_linear(linear, layer, expert)
         for norm in row.norms:
-            prefix = row.layer.format(layer)
-            self.add(f"{prefix}{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind, layer)
-            if norm.bias:
-                self.add(f"{prefix}{norm.kind}.bias", (norm.size,), Role.BIAS, f"{norm.kind}.bias", layer)
+            self.add_norm(norm, layer)
         for name, sizes, role, given in row.others:
             if not given or said.get(given):
                 self.add(f"{row.layer.format(layer)}{name}", sizes, role, name, layer)
+
+    def add_norm(self, norm: Norm, layer: int | None = None) -> None:
+        """Add a norm and its bias, of a layer or after them all."""
+        prefix = "" if layer is None else self.architecture.layer.format(layer)
+        self.add(f"{prefix}{norm.kind}.weight", (norm.size,), Role.NORM, norm.kind, layer)
+        if norm.bias:
+            self.add(f"{prefix}{norm.kind}.bias", (norm.size,), Role.BIAS, f"{norm.kind}.bias", layer)
 
     def add_linear(self, linear: Linear, layer: int, expert: int | None = None) -> None:
         """Add a linear of a layer or, of a mixture, of one of its experts, and its bias."""
