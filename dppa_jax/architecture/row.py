@@ -12,6 +12,15 @@ SIZES = {  # of a shape, by the key of config.json
 }
 WRAPPED = "text_config"  # the key of a model of images and text under which the text model's settings are
 
+NULL_SAYS = (  # there is none; for other keys of config.json null means the default
+    *("bos_token_id", "eos_token_id", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
+)
+
+
+def without_nulls(config: Mapping) -> dict[str, Any]:
+    """Leave out keys of a config.json whose null means the default."""
+    return {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
+
 
 def wrapped(config: Mapping) -> Mapping:
     """What the config.json of a model of images and text says of its text model; of any other model, nothing."""

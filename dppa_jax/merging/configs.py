@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from dppa_jax.architecture.row import wrapped
+from dppa_jax.architecture.row import without_nulls, wrapped
 from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.architecture.table import known
 
@@ -52,9 +52,6 @@ SETTINGS = {
     "num_experts_per_tok": Setting(),
     "norm_topk_prob": Setting(),
 }
-NULL_SAYS = (  # without a window or a cap; for other keys null means the default
-    *("sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
-)
 SCALED_FROM = ("llama3", "longrope", "yarn")  # rope types that depend on the context length of pre-training
 
 
@@ -91,7 +88,7 @@ def meaning(config: Mapping) -> dict[str, Any]:
     True
     """
     defaults = {key: setting.default for key, setting in SETTINGS.items()}
-    row, said = known(config), _without_nulls({**config, **wrapped(config)})
+    row, said = known(config), without_nulls({**config, **wrapped(config)})
     given = {**defaults, **(row.defaults if row else {}), **said}
     heads = given["num_attention_heads"]
     found = {key: given[key] for key in SETTINGS} | _rope(given)
@@ -103,11 +100,6 @@ def meaning(config: Mapping) -> dict[str, Any]:
     if given["hidden_act"] == "swish":  # another name of it
         found["hidden_act"] = "silu"
     return found
-
-
-def _without_nulls(config: Mapping) -> dict[str, Any]:
-    """Leave out keys whose null means the default."""
-    return {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
 
 
 def _same(one: Any, other: Any) -> bool:

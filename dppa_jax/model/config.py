@@ -6,6 +6,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from dppa_jax.architecture.row import without_nulls
 from dppa_jax.architecture.table import Architecture, architecture_of
 from dppa_jax.model.families import Fields, fields_of
 from dppa_jax.model.rope import Rope
@@ -18,16 +19,12 @@ ACTIVATIONS = {  # by the names of config.json
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
-NULL_SAYS = (  # something else than the family's default: that there is none
-    *("bos_token_id", "eos_token_id", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping"),
-)
 TokenId = Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]  # some configs write -1 for none
 
 
 def said_by(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a config.json says, with the family's defaults for what it leaves out or calls null."""
-    said = {key: value for key, value in config.items() if value is not None or key in NULL_SAYS}
-    return architecture_of(config).said(said)
+    return architecture_of(config).said(without_nulls(config))
 
 
 def end_ids(value: Any, where: str) -> tuple[int, ...]:
