@@ -14,6 +14,7 @@ import jax
 import pytest
 from command import Merge
 from families import write_family
+from training import write_material
 
 from dppa_jax import demo
 
@@ -47,6 +48,12 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """Outputs of the official PyTorch code; its README.md says how each was made."""
     return shared / "golden"
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory) -> Path:
+    """A model to fine-tune by the command line, and sums to learn."""
+    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="session")

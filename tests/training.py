@@ -9,8 +9,17 @@ from transformers import AutoTokenizer
 
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.demo.family import examples, model_config, save_companions
-from dppa_jax.model import init_tree
+from dppa_jax.model import DecoderConfig, init_tree
 
+SMALL = DecoderConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 STEPS = 30
 WEIGHTS = "model.safetensors"
 

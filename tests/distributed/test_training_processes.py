@@ -10,14 +10,9 @@ from command import launch
 from families import read_json
 from processes import IMPATIENT, LAUNCH, check_success, finish, run_processes, said, start_processes
 from safetensors.numpy import load_file
-from training import WEIGHTS, flags, kept, write_material
+from training import WEIGHTS, flags, kept
 
 MESH = ("--mesh=data=2,fsdp=2", "--train_steps=8", "--checkpoint_every=2")
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"))
 
 
 def log(root: Path) -> list[dict]:

@@ -13,37 +13,22 @@ import pytest
 from command import launch
 from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
-from training import WEIGHTS, flags, kept, write_material
+from training import SMALL, WEIGHTS, flags, kept
 
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.optimizer import PullError
 from dppa_jax.finetune.train import TRAIN_AXES, Trainer, train
-from dppa_jax.model import DecoderConfig, init_tree
+from dppa_jax.model import init_tree
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 ADAMR = AdamW(weight_decay=0.4, decay_toward="base", max_gradient_norm=float("inf"))
 OPTIONS = TrainConfig(steps=5, learning_rate=1e-2, batch_size=8, optimizer=ADAMR)
 PULLED = ("--train_steps=6", "--checkpoint_every=2", "--decay_toward=base", "--weight_decay=0.02")
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
-    tokens = np.random.default_rng(0).integers(0, 40, (16, 12)).astype(np.int32)
-    return Rows(tokens, np.arange(12) >= np.random.default_rng(1).integers(1, 9, 16)[:, None])
-
-
-@pytest.fixture(scope="module")
 def tree() -> dict:
-    return init_tree(CONFIG, jax.random.key(0), stddev=0.2)
+    return init_tree(SMALL, jax.random.key(0), stddev=0.2)
 
 
 def distance(tree: dict, base: dict) -> float:
@@ -57,7 +42,7 @@ def distance(tree: dict, base: dict) -> float:
 def measured(rows: Rows, tree: dict, data: int, fsdp: int) -> list[dict]:
     """vbar and the largest pull of every step on a mesh."""
     mesh = Mesh(np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp), TRAIN_AXES)
-    trainer = Trainer(CONFIG, OPTIONS, mesh, tree)
+    trainer = Trainer(SMALL, OPTIONS, mesh, tree)
     state, found = trainer.start(tree), []
     for step, batch in enumerate(batches(rows.count, OPTIONS.batch_size, OPTIONS.steps, OPTIONS.seed)):
         state, _ = trainer.step(state, step, rows.take(batch))
@@ -76,17 +61,17 @@ def test_7_two_devices_have_the_vbar_of_one(rows, tree, mesh):
 
 def test_weights_stay_nearer_to_the_base_than_adams_and_a_base_in_bfloat16_is_held_in_it(rows, tree):
     coarse = jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)
-    pulled, _ = train(CONFIG, coarse, rows, OPTIONS)
-    free, _ = train(CONFIG, coarse, rows, TrainConfig(steps=5, learning_rate=1e-2, batch_size=8))
+    pulled, _ = train(SMALL, coarse, rows, OPTIONS)
+    free, _ = train(SMALL, coarse, rows, TrainConfig(steps=5, learning_rate=1e-2, batch_size=8))
     assert distance(pulled, coarse) < 0.9 * distance(free, coarse)
-    anchor = Trainer(CONFIG, OPTIONS, base=coarse)._anchor
+    anchor = Trainer(SMALL, OPTIONS, base=coarse)._anchor
     assert {leaf.dtype.name for leaf in jax.tree.leaves(anchor)} == {"bfloat16"}
 
 
 def test_7_a_decay_of_zero_trains_the_bits_of_adam(rows, tree):
     plain = replace(OPTIONS, optimizer=AdamW(max_gradient_norm=float("inf")))
     toward = replace(OPTIONS, optimizer=replace(ADAMR, weight_decay=0.0))
-    found, wanted = (jax.tree.leaves(train(CONFIG, tree, rows, options)[0]) for options in (toward, plain))
+    found, wanted = (jax.tree.leaves(train(SMALL, tree, rows, options)[0]) for options in (toward, plain))
     assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(found, wanted, strict=True))
 
 
@@ -95,9 +80,9 @@ def test_a_pull_of_one_ends_training_and_a_trainer_without_a_base_is_refused(row
         steps=5, learning_rate=1e-2, batch_size=8, optimizer=AdamW(weight_decay=50, decay_toward="base")
     )
     with pytest.raises(PullError, match="--weight_decay or --learning_rate is too high"):
-        train(CONFIG, tree, rows, strong)
+        train(SMALL, tree, rows, strong)
     with pytest.raises(ValueError, match="--decay_toward=base: the trainer is given no base"):
-        Trainer(CONFIG, OPTIONS)
+        Trainer(SMALL, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -114,11 +99,6 @@ def test_words_that_do_not_fit_are_refused(given, message):
 
 
 # ---- the job
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from command import launch
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 from small_models import model_of
-from training import STEPS, flags, kept, write_material
+from training import SMALL, STEPS, flags, kept
 
 from dppa_jax.config.finetune import AdamW, Lora, TrainConfig
 from dppa_jax.finetune.data import Rows, batches
@@ -22,34 +22,14 @@ from dppa_jax.finetune.train import TRAIN_AXES, State, Trainer, loss_sums
 from dppa_jax.model import DecoderConfig, forward, init_tree
 from dppa_jax.where import load
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 LORA = Lora(rank=4, alpha=6, targets=("q_proj", "down_proj"))
 OPTIONS = TrainConfig(steps=5, learning_rate=1e-2, batch_size=8, lora=LORA)
 GIVEN = ("--lora_rank=4", "--lora_alpha=8")
 
 
 @pytest.fixture(scope="module")
-def rows() -> Rows:
-    tokens = np.random.default_rng(0).integers(0, 40, (16, 12)).astype(np.int32)
-    return Rows(tokens, np.arange(12) >= np.random.default_rng(1).integers(1, 9, 16)[:, None])
-
-
-@pytest.fixture(scope="module")
 def base() -> dict:
-    return init_tree(CONFIG, jax.random.key(0), stddev=0.2)
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"))
+    return init_tree(SMALL, jax.random.key(0), stddev=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +41,7 @@ def written(material, tmp_path_factory) -> Path:
 
 def factors_of(seed: int = 0) -> dict:
     """Factors of which none is zero."""
-    return jax.tree.map(lambda factor: factor + 0.1, first_factors(CONFIG, LORA, seed))
+    return jax.tree.map(lambda factor: factor + 0.1, first_factors(SMALL, LORA, seed))
 
 
 def merged(base: dict, factors: dict) -> dict:
@@ -81,12 +61,12 @@ def leaves(tree: dict) -> list[np.ndarray]:
 
 
 def test_factors_compute_what_the_merged_weights_compute(base, rows):
-    found = forward(CONFIG, whole_tree(base, factors_of(), LORA), rows.tokens)
-    np.testing.assert_allclose(found, forward(CONFIG, merged(base, factors_of()), rows.tokens), atol=2e-5)
+    found = forward(SMALL, whole_tree(base, factors_of(), LORA), rows.tokens)
+    np.testing.assert_allclose(found, forward(SMALL, merged(base, factors_of()), rows.tokens), atol=2e-5)
 
 
 def test_gradients_of_factors_are_those_of_the_weights(base, rows):
-    loss = lambda tree: loss_sums(CONFIG, tree, rows)[0]  # noqa: E731
+    loss = lambda tree: loss_sums(SMALL, tree, rows)[0]  # noqa: E731
     found = jax.grad(lambda factors: loss(whole_tree(base, factors, LORA)))(factors_of())
     wanted = jax.grad(lambda factors: loss(merged(base, factors)))(factors_of())
     for one, other in zip(leaves(found), leaves(wanted), strict=True):
@@ -100,24 +80,22 @@ def test_scale():
 
 
 def test_nothing_changes_before_the_first_step_and_the_base_never(base, rows):
-    trainer = Trainer(CONFIG, OPTIONS, base=base)
+    trainer = Trainer(SMALL, OPTIONS, base=base)
     state = trainer.start(base)
     before = trainer.loss(state, rows)
-    total, count = loss_sums(CONFIG, base, rows)
+    total, count = loss_sums(SMALL, base, rows)
     assert before == pytest.approx(float(total / count), rel=1e-6)
     kept = [leaf.copy() for leaf in leaves(trainer._anchor)]
     for step, batch in enumerate(batches(rows.count, 8, 5, 0)):
         state, _ = trainer.step(state, step, rows.take(batch))
     assert trainer.loss(state, rows) < before
     assert all(np.array_equal(a, b) for a, b in zip(kept, leaves(trainer._anchor), strict=True))
-    assert [leaf.shape for leaf in leaves(state.tree)] == [
-        leaf.shape for leaf in leaves(first_factors(CONFIG, LORA, 0))
-    ]
+    assert [leaf.shape for leaf in leaves(state.tree)] == [leaf.shape for leaf in leaves(first_factors(SMALL, LORA, 0))]
 
 
 def on_mesh(base: dict, rows: Rows, data: int, fsdp: int) -> tuple[State, list[float]]:
     mesh = Mesh(np.array(jax.devices()[: data * fsdp]).reshape(data, fsdp), TRAIN_AXES)
-    trainer = Trainer(CONFIG, OPTIONS, mesh, base)
+    trainer = Trainer(SMALL, OPTIONS, mesh, base)
     state, losses = trainer.start(base), []
     for step, batch in enumerate(batches(rows.count, 8, 5, 0)):
         state, loss = trainer.step(state, step, rows.take(batch))
@@ -224,7 +202,7 @@ def test_what_is_refused(material, tmp_path):
     assert "--lora_rank=-1" in refusal("--lora_rank=-1")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="the trainer is given no base"):
-        Trainer(CONFIG, OPTIONS)
+        Trainer(SMALL, OPTIONS)
     with pytest.raises(ValueError, match="leave --decay_toward"):
         replace(OPTIONS, optimizer=AdamW(decay_toward="base"))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from command import Merge, launch
-from training import WEIGHTS, flags, write_material
+from training import WEIGHTS, flags
 
 from dppa_jax.search.decay import HALVINGS, RUNGS, largest_within
 
@@ -25,11 +25,6 @@ def test_where_none_is_within_the_answer_is_no_decay_and_where_all_are_the_last_
     assert largest_within(lambda decay: asked.append(decay)) == 0
     assert asked == [0.01, 0.0032, 0.001, 0.00032, 0.0001]
     assert largest_within(lambda _: True, start=0.1) == 10
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture

@@ -14,14 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Merge, launch
-from training import STEPS, WEIGHTS, flags, kept, write_material
+from training import STEPS, WEIGHTS, flags, kept
 
 from dppa_jax.finetune.data import read_examples
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory) -> Path:
-    return write_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="module")

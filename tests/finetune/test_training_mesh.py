@@ -6,30 +6,16 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from training import SMALL
 
 from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.finetune.data import Rows, batches
 from dppa_jax.finetune.train import TRAIN_AXES, State, Trainer
-from dppa_jax.model import DecoderConfig, init_tree
+from dppa_jax.model import init_tree
 
-CONFIG = DecoderConfig(
-    vocab_size=40,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 OPTIONS = TrainConfig(steps=5, learning_rate=1e-2, batch_size=8)
 SLOW = pytest.mark.slow
 MESHES = {(2, 2): 2, (4, 1): 2, (1, 4): 1}  # and the parts that a step's rows go through the model in
-
-
-@pytest.fixture(scope="module")
-def rows() -> Rows:
-    tokens = np.random.default_rng(0).integers(0, 40, (16, 12)).astype(np.int32)
-    return Rows(tokens, np.arange(12) >= np.random.default_rng(1).integers(1, 9, 16)[:, None])
 
 
 def mesh_of(data: int, fsdp: int) -> Mesh:
@@ -37,8 +23,8 @@ def mesh_of(data: int, fsdp: int) -> Mesh:
 
 
 def trained(rows: Rows, mesh: Mesh, **changes) -> tuple[State, list[float], float]:
-    trainer = Trainer(CONFIG, replace(OPTIONS, **changes), mesh)
-    state, losses = trainer.start(init_tree(CONFIG, jax.random.key(0), stddev=0.2)), []
+    trainer = Trainer(SMALL, replace(OPTIONS, **changes), mesh)
+    state, losses = trainer.start(init_tree(SMALL, jax.random.key(0), stddev=0.2)), []
     for step, batch in enumerate(batches(rows.count, OPTIONS.batch_size, OPTIONS.steps, OPTIONS.seed)):
         state, loss = trainer.step(state, step, rows.take(batch))
         losses.append(float(loss))
@@ -57,8 +43,8 @@ def test_four_devices_give_the_losses_of_one(rows, shape, accumulate):
 
 @pytest.mark.parametrize("shape", [pytest.param(of, marks=[] if of == (2, 2) else SLOW) for of in MESHES])
 def test_a_device_holds_its_share_of_matrices_and_moments_before_and_after_steps(rows, shape):
-    trainer = Trainer(CONFIG, replace(OPTIONS, accumulate=MESHES[shape]), mesh_of(*shape))
-    start = trainer.start(init_tree(CONFIG, jax.random.key(0)))
+    trainer = Trainer(SMALL, replace(OPTIONS, accumulate=MESHES[shape]), mesh_of(*shape))
+    start = trainer.start(init_tree(SMALL, jax.random.key(0)))
     shares = [jax.tree.map(share, start)]
     after, _ = trainer.step(start, 0, rows.take(np.arange(8)))
     shares.append(jax.tree.map(share, after))
@@ -79,4 +65,4 @@ def share(array: jax.Array) -> float:
 
 def test_rows_that_the_devices_do_not_divide_are_refused():
     with pytest.raises(ValueError, match=r"--train_batch_size=8, --accumulate=4: .* 2, must be a multiple of the 4"):
-        Trainer(CONFIG, replace(OPTIONS, accumulate=4), mesh_of(2, 2))
+        Trainer(SMALL, replace(OPTIONS, accumulate=4), mesh_of(2, 2))
