@@ -1,7 +1,7 @@
 """The tensors of a checkpoint: name, shape, role and layer of each, from config.json alone."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,17 @@ class ConfigShape(msgspec.Struct):
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a tensor as a matrix: a vector or a number is one row, more axes than two are columns."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+
+
+def row_pieces(rows: int, columns: int, most: int) -> Iterator[tuple[int, int]]:
+    """Cut the rows of a matrix into pieces of at most `most` elements, or of one row where a row has more.
+
+    >>> list(row_pieces(5, columns=3, most=6))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    step = max(1, most // max(1, columns))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
+from dppa_jax.architecture.specs import row_pieces
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter, TensorSpec, tensor_specs
 from dppa_jax.checkpoint.safetensors_writer import total_bytes
 from dppa_jax.config.option import choose
@@ -108,9 +109,7 @@ def make_model(directory: Path, config: Mapping, name: str) -> Path:
         for i, spec in enumerate(tensor_specs(config).values()):
             generator = np.random.default_rng([i, *name.encode()])
             scale = np.float32(generator.uniform(0.0005, 0.002))
-            step = max(1, CHUNK // spec.columns)
-            for start in range(0, spec.rows, step):
-                stop = min(start + step, spec.rows)
+            for start, stop in row_pieces(spec.rows, spec.columns, CHUNK):
                 writer.write_rows(spec.name, start, _rows(base, spec, start, stop, scale, generator))
         writer.commit(dict(config))
     if base:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dppa_jax.architecture.layout import Layout, usual_layout
-from dppa_jax.architecture.specs import matrix_shape
+from dppa_jax.architecture.specs import matrix_shape, row_pieces
 from dppa_jax.architecture.table import architecture_of
 from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter, Tensors
 from dppa_jax.runtime import signals
@@ -68,10 +68,8 @@ def copy_tensors(source: Any, names: Mapping[str, Any] | list[str] | tuple[str, 
     for name in names:
         tensor = source.tensors[name]
         rows, columns = matrix_shape(tensor.shape)
-        step = max(1, PIECE // max(1, columns * tensor.dtype.itemsize))
-        for start in range(0, rows, step):
+        for start, stop in row_pieces(rows, columns, PIECE // tensor.dtype.itemsize):
             signals.check()
-            stop = min(start + step, rows)
             if not sink.has_rows(name, start, stop):
                 piece = np.empty((stop - start, columns), tensor.dtype)
                 source.read_rows(name, start, stop, piece)

@@ -18,6 +18,7 @@ from dppa_jax.architecture.specs import (
     TensorSpec,
     check_config,
     matrix_shape,
+    row_pieces,
     tensor_specs,
     tied_heads,
 )
@@ -156,9 +157,7 @@ def same_bits(one: tuple[Any, str], other: tuple[Any, str]) -> bool:
     if (tuple(mine.shape), mine.dtype) != (tuple(theirs.shape), theirs.dtype):
         return False
     rows, columns = matrix_shape(mine.shape)
-    step = max(1, PIECE // max(1, columns * mine.dtype.itemsize))
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
+    for start, stop in row_pieces(rows, columns, PIECE // mine.dtype.itemsize):
         pieces = [np.empty((stop - start, columns), mine.dtype) for _ in pair]
         for (source, name), piece in zip(pair, pieces, strict=True):
             source.read_rows(name, start, stop, piece)

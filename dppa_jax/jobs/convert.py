@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from dppa_jax.architecture.specs import stacked_shape, tree_of, with_dtype
+from dppa_jax.architecture.specs import row_pieces, stacked_shape, tree_of, with_dtype
 from dppa_jax.checkpoint import DTYPE_BY_NAME, Checkpoint, CheckpointError, TensorSpec
 from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.laid_out import laid_out_writer, rest_of
@@ -86,9 +86,7 @@ def write_safetensors(reader: "Reader", output: Path, tensors: Tensors, job: Con
             if owner[name] != processes.index():
                 continue
             spec = source.specs[name]
-            step = max(1, PIECE // (spec.columns * dtype.itemsize))
-            for start in range(0, spec.rows, step):
-                stop = min(start + step, spec.rows)
+            for start, stop in row_pieces(spec.rows, spec.columns, PIECE // dtype.itemsize):
                 if not writer.has_rows(name, start, stop):
                     writer.write_rows(name, start, reader.rows([spec], dtype, start, stop)[0])
         copy_rest(rest, {}, writer)

@@ -7,7 +7,7 @@ of all the block's layers, their norms, a chunk. A layer of a mixture of experts
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dppa_jax.architecture.specs import TensorSpec, layer_count
+from dppa_jax.architecture.specs import TensorSpec, layer_count, row_pieces
 from dppa_jax.merging.rows import Matrix, RowRange
 from dppa_jax.runtime.processes import share
 
@@ -81,10 +81,8 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, small: bool 
     largest = max((matrix.elements for block in blocks for matrix in block.matrices), default=CHUNK)
     for spec in specs.values():
         if spec.layer is None:
-            step = max(1, largest // spec.columns)
-            for start in range(0, spec.rows, step):
-                rows = RowRange(spec.name, start, min(start + step, spec.rows))
-                blocks.append(Block((Matrix((rows,), spec.columns),)))
+            for start, stop in row_pieces(spec.rows, spec.columns, largest):
+                blocks.append(Block((Matrix((RowRange(spec.name, start, stop),), spec.columns),)))
     return blocks
 
 
