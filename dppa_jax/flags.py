@@ -21,7 +21,8 @@ from absl import flags
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
-from dppa_jax.config.merge import MergeConfig, method_option, rate_of_density
+from dppa_jax.config.merge import MergeConfig, method_option
+from dppa_jax.config.numbers import rate_of_density
 from dppa_jax.config.option import Option, options
 from dppa_jax.config.q import QConfig
 from dppa_jax.config.report import Sweep
@@ -332,9 +333,12 @@ def usage(short: bool, jobs: Mapping[str, str]) -> str:
                 lines += _explained(said, _help(said))
         elif title in EXPLAINED:
             lines.append(title)
-            for said in group:
-                if said.flag not in COMPLEMENTS:
+            shown = [said for said in group if said.flag not in COMPLEMENTS]
+            for said in shown:
+                if not said.rare:
                     lines += _explained(said, said.help if callable(said.choices) else _help(said), said.complement)
+            if rare := [_written(said) for said in shown if said.rare]:
+                lines += textwrap.wrap(f"  rarely: {' '.join(rare)}", WIDTH, **INDENT)
         else:
             lines += textwrap.wrap(f"{title}: {' '.join(map(_written, group))}", WIDTH, **INDENT)
     return "\n".join(lines)

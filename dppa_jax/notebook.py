@@ -6,7 +6,8 @@ from typing import Any
 
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.config.merge import MergeConfig, rate_of_density
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import rate_of_density
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.runtime.mesh import make_mesh

@@ -8,7 +8,8 @@ import pytest
 from hostile import damaged, other_form, read_or_message
 from support import assert_same_bits, make_family, merge_to_arrays
 
-from dppa_jax.config.merge import MergeConfig, read_coefficients
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import read_coefficients
 
 EXPERTS = ("math", "law")
 UP = "model.layers.1.mlp.up_proj.weight"

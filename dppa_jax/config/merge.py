@@ -2,18 +2,14 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal
-from pathlib import Path
 from typing import Any, ClassVar
 
-import msgspec
-
 from dppa_jax.architecture.rules import nearest
+from dppa_jax.config.numbers import Coefficient, default_partitions, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
-from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
 A_RATE = {  # the bounds of an option
     "within": (0, 1),
@@ -23,17 +19,6 @@ A_RATE = {  # the bounds of an option
 CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help names:
   --method=task_arithmetic     keeps every parameter: the safest first merge
   --method=ties --density=0.2  keeps the largest fifth of each delta: ties where experts clash, dppa to amplify it"""
-
-COEFFICIENT_FIX = 'Give --coefficient a file that AdaMerging wrote, or {"coefficients": {"NAME": 0.7}}.'
-
-Coefficient = float | Mapping[str, float]  # of all tensors of an expert, or of each by its name in the checkpoint
-
-
-class CoefficientFile(msgspec.Struct):
-    """What a merge reads of a file of coefficients."""
-
-    coefficients: dict[str, float | dict[str, float]]
-    finished: bool = True
 
 
 def axis(name: str) -> Mapping[str, Any]:
@@ -112,9 +97,14 @@ class MergeConfig:
         "DP: greatest change of a rate by a layer, and by a linear",
         within=(0, 1),
         message="--{flag}={value}: outside [0, 1]; rates change by it at most.",
+        rare=True,
     )
-    significance_multiple: float = option(5.0, "DP, OWL: |delta| above this times the mean is an outlier", least=0)
-    dpa_combine: str = option("highest", "DPA: factor of an element in several partitions", choices=("highest", "max"))
+    significance_multiple: float = option(
+        5.0, "DP, OWL: |delta| above this times the mean is an outlier", least=0, rare=True
+    )
+    dpa_combine: str = option(
+        "highest", "DPA: factor of an element in several partitions", choices=("highest", "max"), rare=True
+    )
     ties: str = option(
         "auto",
         "elements at the threshold: drop; keep; exact: as the rate says; auto: drop or exact",
@@ -129,11 +119,13 @@ class MergeConfig:
         (), "REGEX=COEFFICIENT, first match wins", flag="tensor_coefficient", kind="rules"
     )
     seed: int = option(0, "seed of random scores and of the demo family")
-    delta_dtype: str = option("float32", "the delta is formed in it; all after it is float32", choices=WEIGHT_DTYPES)
+    delta_dtype: str = option(
+        "float32", "the delta is formed in it; all after it is float32", choices=WEIGHT_DTYPES, rare=True
+    )
     output_dtype: str | None = option(
         None, "dtype of the output; default: each base tensor's own", group="models", choices=WEIGHT_DTYPES
     )
-    allow_nonfinite: bool = option(False, "let a NaN or Inf delta count as 0")
+    allow_nonfinite: bool = option(False, "let a NaN or Inf delta count as 0", rare=True)
     method_options: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -323,50 +315,9 @@ def method_option(name: str, parameter: Any) -> Option:
         kind="float",
         group=MergeConfig.HELP_GROUP,
         default=parameter.default,
+        rare=True,
         within=(parameter.lower, parameter.upper),
     )
-
-
-def rate_of_density(name: str, density: float) -> float:
-    """Return 1 − density, exact in decimals.
-
-    >>> rate_of_density("density", 0.9)
-    0.1
-    """
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"{name}: density {density} is outside [0, 1]; it is the share that is kept, 1 − rate.")
-    return float(1 - Decimal(repr(float(density))))
-
-
-def default_partitions(rate: float) -> tuple[float, ...]:
-    """Return every 0.1 from 0.9 down to the target; the target alone when it is higher.
-
-    >>> default_partitions(0.75)
-    (0.9, 0.8, 0.75)
-    """
-    tenths = [p / 10 for p in range(9, 0, -1) if p / 10 > rate + 1e-12]
-    return (*tenths, rate)
-
-
-def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coefficient]:
-    """Read the coefficients that AdaMerging wrote, or any {"coefficients": {expert: number, or numbers by tensor}}.
-
-    Raises:
-      ValueError: not such a file, or an expert is missing or unknown.
-    """
-    content = read_json(file, CoefficientFile, MAX_KEPT_BYTES, COEFFICIENT_FIX)
-    if not content.finished:
-        raise ValueError(f"--coefficient={file}: AdaMerging has not finished; run it to its end.")
-    return of_experts(f"--coefficient={file}", "coefficient", content.coefficients, experts)
-
-
-def of_experts(flag: str, what: str, found: Mapping[str, Coefficient], experts: Sequence[str]) -> dict:
-    """Return the numbers of a file in the order of the experts; refuse unknown and missing ones."""
-    for name in found:
-        choose(f"{flag}: the expert", name, experts)
-    if missing := [name for name in experts if name not in found]:
-        raise ValueError(f"{flag}: no {what} of the expert {missing[0]!r}.")
-    return {name: found[name] for name in experts}
 
 
 def _each(flag: str, numbers: Mapping[str, Coefficient]) -> Iterator[tuple[str, float]]:
@@ -381,8 +332,3 @@ def _coefficient(flag: str, expert: str, given: object) -> Coefficient:
         return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
     except (TypeError, ValueError):
         raise ValueError(f"{flag} of {expert!r}: {given!r} is not a number, or one for each tensor.") from None
-
-
-def listed(numbers: Iterable[float]) -> str:
-    """Write numbers as a flag takes them: 0.9,0.8."""
-    return ",".join(f"{number:g}" for number in numbers)

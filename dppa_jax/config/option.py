@@ -36,6 +36,7 @@ class Option:
       infinite: whether a bounded number may be infinite.
       message: the error for a value outside the bounds, with {flag} and {value}.
       complement: the name of a second flag, which gives 1 − value.
+      rare: whether --helpshort only names it.
       optional: whether the field is None where the flag is 0 or empty; found out from the field's type.
     """
 
@@ -52,6 +53,7 @@ class Option:
     infinite: bool = False
     message: str = ""
     complement: str = ""
+    rare: bool = False
     optional: bool = False
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar
 import msgspec
 
 from dppa_jax.config.evaluation import Split
-from dppa_jax.config.merge import Coefficient, of_experts
+from dppa_jax.config.numbers import Coefficient, of_experts
 from dppa_jax.config.option import check, option, same
 from dppa_jax.config.search import FactorSearch
 from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json

@@ -9,7 +9,8 @@ from typing import Any
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
-from dppa_jax.config.merge import Coefficient, MergeConfig, read_coefficients
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import Coefficient, read_coefficients
 from dppa_jax.config.option import per_expert
 from dppa_jax.config.q import LABELLED, QConfig, read_q, ways
 from dppa_jax.config.report import ReportConfig, Sweep

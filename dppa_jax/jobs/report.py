@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from dppa_jax.config.merge import Coefficient, MergeConfig, default_partitions, parameters_of
+from dppa_jax.config.merge import MergeConfig, parameters_of
+from dppa_jax.config.numbers import Coefficient, default_partitions
 from dppa_jax.config.report import ReportConfig, Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors

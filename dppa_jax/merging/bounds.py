@@ -8,7 +8,8 @@ import numpy as np
 
 from dppa_jax.architecture.rules import first_match, nearest
 from dppa_jax.architecture.specs import Linears
-from dppa_jax.config.merge import Coefficient, MergeConfig
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.scale import SCALES, Numbers
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, random_bound

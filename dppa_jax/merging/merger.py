@@ -13,7 +13,8 @@ from dppa_jax.architecture.specs import CheckpointError, Linears, TensorSpec, li
 from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.protocol import Headers, LastingSink, Sink, Source
-from dppa_jax.config.merge import Coefficient, MergeConfig
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import Statistics
 from dppa_jax.merging.blocks import Block, make_blocks, shares
 from dppa_jax.merging.bounds import Norms, Pruner, check_tensors

@@ -7,7 +7,8 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.config.evaluation import EvaluationConfig
-from dppa_jax.config.merge import MergeConfig, listed
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import listed
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.evaluate.evaluation import Evaluation
 from dppa_jax.evaluate.tasks import every_task

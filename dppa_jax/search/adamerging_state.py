@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 from absl import logging
 
-from dppa_jax.config.merge import Coefficient
+from dppa_jax.config.numbers import Coefficient
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.reading import read_kept
 from dppa_jax.search.coefficients import Groups, clip, named_coefficients, short_floats

@@ -8,7 +8,8 @@ import numpy as np
 
 from dppa_jax.architecture.rules import first_match
 from dppa_jax.architecture.specs import TensorSpec, layer_count
-from dppa_jax.config.merge import Coefficient, MergeConfig
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import Coefficient
 
 OUTSIDE = "outside the layers"
 

@@ -9,7 +9,8 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.config.merge import MergeConfig, listed
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import listed
 from dppa_jax.config.search import Factors, FactorSearch
 from dppa_jax.evaluate.evaluation import Cost
 from dppa_jax.evaluate.ratios import domain_ratio

@@ -13,7 +13,8 @@ from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.config.merge import Coefficient, MergeConfig
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import Coefficient
 from dppa_jax.config.q import QConfig
 from dppa_jax.merging.activations import calibration_tokens, probe
 from dppa_jax.merging.in_memory import merged_model

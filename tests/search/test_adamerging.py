@@ -13,7 +13,8 @@ from support import AWKWARD, ONE_DEVICE, coarse_family, make_family, merge_to_ar
 from transformers import AutoTokenizer
 
 from dppa_jax.config.evaluation import TaskOptions
-from dppa_jax.config.merge import MergeConfig, read_coefficients
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import read_coefficients
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import AdaMergingConfig
 from dppa_jax.delta.presets import METHODS

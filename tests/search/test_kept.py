@@ -7,7 +7,7 @@ import pytest
 from hostile import ODD, damaged, other_form
 from hypothesis import given, settings
 
-from dppa_jax.config.merge import read_coefficients
+from dppa_jax.config.numbers import read_coefficients
 from dppa_jax.search.adamerging import read_continuations
 from dppa_jax.search.adamerging_state import State, read_state, write_state
 from dppa_jax.search.coefficients import Groups
