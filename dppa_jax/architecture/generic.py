@@ -154,7 +154,8 @@ class _Specs:
         if layer is not None:
             having = self.having.setdefault(kind, {})
             index = (having.setdefault(layer, len(having)), *expert)
-        self.specs[name] = TensorSpec(name, tuple(shape), role, kind, layer, linear, index)
+        head = layer is None and bool(HEAD.match(name))
+        self.specs[name] = TensorSpec(name, tuple(shape), role, kind, layer, linear, index, head=head)
         self.layout.places[name] = place
 
     def _role(self, name: str, kind: str) -> Role:

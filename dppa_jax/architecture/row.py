@@ -10,6 +10,7 @@ SIZES = {  # of a shape, by the key of config.json
     "inner": "intermediate_size",
     "vocabulary": "vocab_size",
 }
+CLASSIFIER = "ForSequenceClassification"  # how the names of classes with a classification head end
 WRAPPED = "text_config"  # the key of a model of images and text under which the text model's settings are
 
 NULL_SAYS = (  # there is none; for other keys of config.json null means the default
@@ -29,7 +30,7 @@ def wrapped(config: Mapping) -> Mapping:
 
 
 class Role(StrEnum):
-    """What a tensor is to a merge. Only linears are pruned; every other tensor carries its dense delta."""
+    """What a tensor is to a merge. Linears are pruned; what is not pruned carries its dense delta."""
 
     LINEAR = "linear"
     BIAS = "bias"
@@ -37,6 +38,13 @@ class Role(StrEnum):
     VOCABULARY = "vocabulary"  # its rows are tokens: an expert may have more of them than the base
     ROUTER = "router"  # of a mixture of experts: its rows are experts
     DENSE = "dense"  # any other tensor
+
+
+PRUNED: Mapping[str, Callable[[Role, bool], bool]] = {  # by the value of --prune: of a role, and is it of a head?
+    "linears": lambda role, head: role is Role.LINEAR,
+    "backbone": lambda role, head: not head,
+    "all": lambda role, head: True,
+}
 
 
 class Linear(NamedTuple):
@@ -130,6 +138,8 @@ class Architecture:
       outside: further tensors outside the layers, before them.
       final_norms: norms after the layers.
       own_heads: has each model a head of its own task, which is not part of the row? Such are encoders.
+      pooled: is the head of an encoder's classifier fed by a pooler, which is the model's own and no part of the head?
+      skips_padding: do the positions of an encoder's tokens begin after the number of its padding token?
       keys: further sizes, each by keys of config.json of which one is there.
       sparse: says of a layer whether its MLP is a mixture of experts, by `said` and the layer's number.
       defaults: keys of config.json that, left out, do not mean what they mean in most families.
@@ -150,6 +160,8 @@ class Architecture:
     outside: tuple[Other, ...] = ()
     final_norms: tuple[Norm, ...] = (Norm("model.norm"),)
     own_heads: bool = False
+    pooled: bool = False
+    skips_padding: bool = False
     keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     sparse: Callable[[Mapping, int], bool] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -158,8 +170,12 @@ class Architecture:
 
     @property
     def adamerging(self) -> bool:
-        """Can coefficients be found by AdaMerging? It has no gradients of mixtures of experts."""
-        return self.forward and not any("{}" in linear.kind for linear in self.linears)
+        """Can coefficients be found by AdaMerging? It has no gradients of mixtures of experts, and asks decoders."""
+        return self.forward and not self.own_heads and not any("{}" in linear.kind for linear in self.linears)
+
+    def classifies(self, config: Mapping) -> bool:
+        """Is the model of this config.json one with a classification head?"""
+        return self.own_heads and str((config.get("architectures") or [""])[0]).endswith(CLASSIFIER)
 
     @property
     def required(self) -> tuple[tuple[str, ...], ...]:

@@ -1,8 +1,9 @@
 """The tensors of a checkpoint: name, shape, role and layer of each, from config.json alone."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +12,11 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from dppa_jax.architecture.row import WRAPPED, Architecture, Linear, Norm, Role, wrapped
+from dppa_jax.architecture.row import PRUNED, WRAPPED, Architecture, Linear, Norm, Role, wrapped
 from dppa_jax.architecture.table import architecture_of, known
 
+ROOT = re.compile(r"^(model|bert|roberta)\.")  # is no part of a tensor's place in the tree
+OUTSIDE = -1  # in place of a layer
 OPTIONAL_SIZES = ("num_key_value_heads", "head_dim")
 LARGEST = 10_000_000  # of a size in config.json; the largest vocabulary of a model is a tenth of it
 MOST_LAYERS = 2_000
@@ -97,6 +100,7 @@ class TensorSpec:
       index: its place in the array of the tree that it belongs to: its layer among those that have such a tensor and,
         in a mixture, its expert. Empty outside the layers.
       stored: its name in most files, where that is another.
+      head: is it of a head: what turns last hidden states into logits?
     """
 
     name: str
@@ -107,6 +111,7 @@ class TensorSpec:
     linear: int | None = None
     index: tuple[int, ...] = ()
     stored: str = ""
+    head: bool = False
 
     @property
     def rows(self) -> int:
@@ -121,16 +126,17 @@ class TensorSpec:
     @property
     def path(self) -> tuple[str, ...]:
         """The place of the tensor in the tree: ('layers', 'self_attn', 'q_proj'), ('embed_tokens',)."""
-        parts = self.name.removeprefix("model.").split(".")
+        parts = ROOT.sub("", self.name).replace("encoder.layer.", "layers.", 1).split(".")
         parts = [p for p in parts if not p.isdigit()]
         return tuple(parts[:-1] if parts[-1] == "weight" else [*parts[:-2], f"{parts[-2]}_{parts[-1]}"])
 
 
 @dataclass(frozen=True)
 class Linears:
-    """The matrices of a model that are pruned, on one axis in the order of the file, with layer and kind beside it.
+    """The tensors of a model that are pruned, on one axis in the order of the file, with layer and kind beside it.
 
-    Every table of a merge (rates, thresholds, densities, weights) has this axis last.
+    Every table of a merge (rates, thresholds, densities, weights) has this axis last. These are the linears of the
+    layers, and with `--prune` more.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -145,13 +151,13 @@ class Linears:
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
-        """Every kind once, in the order in which they first come."""
-        return tuple(dict.fromkeys(spec.kind for spec in self.specs))
+        """Every kind within the layers once, in the order in which they first come."""
+        return tuple(dict.fromkeys(spec.kind for spec in self.specs if spec.layer is not None))
 
     @cached_property
     def layer(self) -> Int[np.ndarray, " linears"]:
-        """The layer of each linear."""
-        return np.array([spec.layer for spec in self.specs], np.int64)
+        """The layer of each linear; OUTSIDE for what is outside the layers."""
+        return np.array([OUTSIDE if spec.layer is None else spec.layer for spec in self.specs], np.int64)
 
     @property
     def layers(self) -> int:
@@ -166,12 +172,13 @@ class Linears:
     def by_layer(self, values: np.ndarray) -> np.ndarray:
         """Spread one value per linear over a table (layers, kinds); NaN where a layer has no linear of a kind.
 
-        Of the experts of a mixture, which have one kind, it has the mean.
+        Of the experts of a mixture, which have one kind, it has the mean. What is outside the layers is left out.
         """
-        places = {kind: place for place, kind in enumerate(self.kinds)}
-        at = self.layer, np.array([places[spec.kind] for spec in self.specs], np.int64)
+        places, inside = {kind: place for place, kind in enumerate(self.kinds)}, self.layer != OUTSIDE
+        kinds = [places[spec.kind] for spec in self.specs if spec.layer is not None]
+        at = self.layer[inside], np.array(kinds, np.int64)
         table, count = np.zeros((2, self.layers, len(self.kinds)))
-        np.add.at(table, at, values)
+        np.add.at(table, at, np.asarray(values)[inside])
         np.add.at(count, at, 1)
         return np.divide(table, count, out=np.full_like(table, np.nan), where=count > 0)
 
@@ -183,6 +190,13 @@ class Linears:
 def linears_of(specs: Mapping[str, TensorSpec]) -> Linears:
     """The axis of the linears among these tensors."""
     return Linears(tuple(spec for spec in specs.values() if spec.linear is not None))
+
+
+def pruned_specs(specs: Mapping[str, TensorSpec], prune: str) -> dict[str, TensorSpec]:
+    """The tensors, of which those that `--prune` names, a key of `PRUNED`, have a place on the axis of linears."""
+    chosen = [name for name, spec in specs.items() if PRUNED[prune](spec.role, spec.head)]
+    place = {name: number for number, name in enumerate(chosen)}
+    return {name: replace(spec, linear=place.get(name)) for name, spec in specs.items()}
 
 
 def layer_count(specs: Mapping[str, TensorSpec]) -> int:
@@ -289,7 +303,7 @@ class _Specs:
             self.add_norm(norm)
         for name in row.heads:
             if f"{name}.weight" not in self.tied:
-                self.add(f"{name}.weight", ("vocabulary", "hidden"), Role.VOCABULARY, name)
+                self.add(f"{name}.weight", ("vocabulary", "hidden"), Role.VOCABULARY, name, head=True)
         return self.specs
 
     def add_layer(self, layer: int) -> None:
@@ -336,6 +350,7 @@ class _Specs:
         layer: int | None = None,
         stored: str = "",
         expert: int | None = None,
+        head: bool = False,
     ) -> None:
         """Add a tensor whose shape is said by the names of sizes."""
         place = self.linears if role is Role.LINEAR else None
@@ -345,7 +360,7 @@ class _Specs:
             self.having[kind] = self.having.get(kind, 0) + (not expert)
             index = (self.having[kind] - 1,) if expert is None else (self.having[kind] - 1, expert)
         sizes = tuple(self.sizes[size] for size in shape)
-        self.specs[name] = TensorSpec(name, sizes, role, kind, layer, place, index, stored)
+        self.specs[name] = TensorSpec(name, sizes, role, kind, layer, place, index, stored, head)
 
 
 def tied_heads(config: Mapping) -> dict[str, str]:

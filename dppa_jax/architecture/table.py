@@ -90,12 +90,13 @@ TASKS = (  # in the names of classes of encoders
 )
 
 
-def encoder(family: str, name: str) -> Architecture:
+def encoder(family: str, name: str, **more: bool) -> Architecture:
     """The row of BERT and what is built like it; models differ in their heads, which belong to their tasks.
 
     Args:
       family: the first part of the names of its classes.
       name: what the names of its tensors begin with, and its model_type.
+      more: further fields of the row.
     """
     root = f"{name}.embeddings."
     return Architecture(
@@ -124,6 +125,8 @@ def encoder(family: str, name: str) -> Architecture:
         own_heads=True,
         keys={"positions": ("max_position_embeddings",), "types": ("type_vocab_size",)},
         defaults={"hidden_act": "gelu", "type_vocab_size": 2, "max_position_embeddings": 512},
+        forward=True,
+        **more,
     )
 
 
@@ -301,8 +304,8 @@ ARCHITECTURES = {
         final_norms=(Norm("gpt_neox.final_layer_norm", bias=True),),
         defaults={"hidden_act": "gelu", "attention_bias": True, "rotary_pct": 0.25, "use_parallel_residual": True},
     ),
-    "BERT": encoder("Bert", "bert"),
-    "RoBERTa": encoder("Roberta", "roberta"),
+    "BERT": encoder("Bert", "bert", pooled=True),
+    "RoBERTa": encoder("Roberta", "roberta", skips_padding=True),
 }
 
 

@@ -27,6 +27,7 @@ from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, NO_WEIGHT, StoredTensor, 
 
 NO_WEIGHT_CODES = {dtype: code for code, dtype in NO_WEIGHT.items()}
 ADAPTER = re.compile(r"^base_model\.model\.|\.(base_layer|modules_to_save)\.|\.lora_")
+POOLER = "pooler."  # of an encoder; files of a model without a head leave out what all names begin with
 PIECE = 1 << 22  # bytes of each of two tensors that are compared at a time
 
 
@@ -115,12 +116,13 @@ class Promised:
         return self.specs[name].shape if name in self.specs else self._stored[self.layout.places[name].stored].shape
 
     def _add_own_heads(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Add what the files have beyond the row: the head of the model's own task."""
-        layout = self.layout
-        for name in layout.rest:
-            role = dense_role(name, shapes[name])
-            self.specs[name] = TensorSpec(name, shapes[name], role, name.removesuffix(".weight"))
-            layout.places[name], layout.shapes[name] = Place(name), shapes[name]
+        """Add what the files have beyond the row: a pooler, and the head of the model's own task."""
+        layout, root = self.layout, self._row.root
+        for stored in layout.rest:
+            name = root + stored if stored.startswith(POOLER) else stored
+            role, kind = dense_role(name, shapes[stored]), name.removesuffix(".weight")
+            self.specs[name] = TensorSpec(name, shapes[stored], role, kind, head=not name.startswith(root))
+            layout.places[name], layout.shapes[stored] = Place(stored), shapes[stored]
         layout.rest = ()
 
 

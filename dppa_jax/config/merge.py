@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+from dppa_jax.architecture.row import PRUNED
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.numbers import Coefficient, default_partitions, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
@@ -48,6 +49,8 @@ class MergeConfig:
       q: the divisor of scale "q": per expert, one number for all its linears or one for every linear; in (0, 1].
       compare: what an element's score is ranked in: its "linear", with one threshold, or its "row", of which
         int(columns · rate) elements are dropped, the first ones of equal score.
+      prune: what is pruned, a key of `architecture.row.PRUNED`: the linears of the layers; or all but heads; or all.
+        What is not pruned carries its dense delta.
       ties: what becomes of elements whose score is the threshold, a key of `delta.tied.TIES`.
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
       method_options: the numbers that the score and the scale have to themselves, by the name of their flag; defaults
@@ -111,6 +114,12 @@ class MergeConfig:
         choices=lambda: axis("ties"),
     )
     compare: str = option("linear", "scores are ranked within a linear or, as WANDA has it, a row", choices=COMPARISONS)
+    prune: str = option(
+        "linears",
+        "linears of layers; backbone: embeddings, norms and biases, too, but no head; all",
+        choices=PRUNED,
+        rare=True,
+    )
     tensor_rates: tuple[tuple[str, float], ...] = option(
         (), "REGEX=RATE, first match wins; 0 keeps a linear dense", flag="tensor_rate", kind="rules",
         complement="tensor_density",
@@ -241,7 +250,12 @@ class MergeConfig:
                 choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
 
     def _check_score(self) -> None:
-        """Refuse a scale and ways to rank that mean nothing for the score."""
+        """Refuse a scale, ways to rank and an allocation that mean nothing for the score or for what is pruned."""
+        if self.is_surveyed and self.prune != type(self).prune:
+            raise ValueError(
+                f"--prune={self.prune}: --allocate={self.allocate} spreads the rate over the linears of layers; give "
+                f"--allocate=uniform, or leave --prune out."
+            )
         if self.score and not axis("score")[self.score].rescaled and self.scale != "none":
             raise ValueError(
                 f"--scale={self.scale}: --score={self.score} drops whole outputs, and the error of those that are "

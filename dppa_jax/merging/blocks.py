@@ -59,6 +59,8 @@ def shares(specs: Mapping[str, TensorSpec], processes: int) -> list[dict[str, Te
 def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, small: bool = False) -> list[Block]:
     """Layers in blocks of `block_layers`, then embeddings and head in chunks no larger than a matrix, then the norm.
 
+    What is pruned outside the layers is not cut.
+
     Args:
       specs: the tensors of a process.
       small: cut a layer with many linears of one kind into matrices of at most CACHED elements, and these into blocks
@@ -80,7 +82,9 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, small: bool 
         blocks += _packed(Block(tuple(map(whole_matrix, parts)), chosen), MOST if is_mixture else 0)
     largest = max((matrix.elements for block in blocks for matrix in block.matrices), default=CHUNK)
     for spec in specs.values():
-        if spec.layer is None:
+        if spec.layer is None and spec.linear is not None:  # its threshold is one of the whole tensor
+            blocks.append(Block((whole_matrix([spec]),)))
+        elif spec.layer is None:
             for start, stop in row_pieces(spec.rows, spec.columns, largest):
                 blocks.append(Block((Matrix((RowRange(spec.name, start, stop),), spec.columns),)))
     return blocks

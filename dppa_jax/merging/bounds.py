@@ -1,11 +1,13 @@
 """Pass 2, before the arithmetic: which bounds and weights every row of every expert gets."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import numpy as np
 
+from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.rules import first_match, nearest
 from dppa_jax.architecture.specs import Linears
 from dppa_jax.config.merge import MergeConfig
@@ -15,7 +17,6 @@ from dppa_jax.delta.scale import SCALES, Numbers
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, random_bound
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, cuts, index, order_statistics, sample_starts
 from dppa_jax.delta.tied import Placed, dropped, place_words
-from dppa_jax.merging.blocks import layer_owners
 from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.runtime import processes
@@ -43,6 +44,16 @@ def merge_rates(config: MergeConfig, linears: Linears, statistics: Sequence[Stat
     nothing = np.zeros(len(linears)), np.zeros(linears.layers)
     statistics = statistics or [Statistics(linears.layer, linears.numel, *nothing)] * len(config.experts)
     return np.array([allocate(config, linears, each) for each in statistics])
+
+
+def q_of_all(q: Mapping[str, float], linears: Linears) -> np.ndarray:
+    """The divisor of everything that is pruned: its own q, that of its weight (a bias), or the mean of all.
+
+    Source: Deng et al. 2024, the authors' code for encoders.
+    """
+    mean = sum(q.values()) / len(q)
+    weights = [re.sub(r"bias$", "weight", name) for name in linears.names]
+    return np.array([q.get(name, q.get(weight, mean)) for name, weight in zip(linears.names, weights, strict=True)])
 
 
 class Pruner:
@@ -80,7 +91,7 @@ class Pruner:
     def _numbers(self, expert: str) -> Numbers:
         config = self.config
         q = config.q.get(expert, 1.0)
-        divisor = np.array([q[name] for name in self.linears.names]) if isinstance(q, Mapping) else q
+        divisor = q_of_all(q, self.linears) if isinstance(q, Mapping) else q
         return Numbers(config.factors.get(expert, ()), config.dpa_combine, divisor)
 
     def _dense_weight(self, expert: str) -> float:
@@ -129,9 +140,8 @@ class Pruner:
         for name, values in decided.items():
             getattr(self, name)[:, :, list(matrix.linears)] = values
 
-    def join(self) -> None:
-        """Learn what the other processes found of their layers."""
-        owners = np.array(layer_owners(self.linears.layers, processes.count()))[self.linears.layer]
+    def join(self, owners: np.ndarray) -> None:
+        """Learn what the other processes found; `owners` says which one has each linear."""
         for name in DECIDED:
             setattr(self, name, processes.joined(name, getattr(self, name), 2, owners))
 
@@ -153,6 +163,8 @@ class Pruner:
         rate = self.rates[e, -1, matrix.linears[i]]
         asks = {"row_sums": lambda: sums.rows(i), "column_sums": lambda: sums.columns(i)} if sums else {}
         norms = self.norms.get(name, {}).get(rows.name)
+        if self.config.is_calibrated and self.linears.specs[matrix.linears[i]].role is not Role.LINEAR:
+            norms = np.ones(matrix.columns, np.float32)  # its inputs are not measured: |δ| alone ranks
         return Rows(self.config.seed, name, rows.name, rows.start, rows.stop, float(rate), norms=norms, **asks)
 
     def _placed(self, matrix: Matrix, inputs: list[np.ndarray] | None):

@@ -9,14 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dppa_jax.architecture.rules import check_patterns
-from dppa_jax.architecture.specs import CheckpointError, Linears, TensorSpec, linears_of
+from dppa_jax.architecture.specs import CheckpointError, Linears, TensorSpec, linears_of, pruned_specs
 from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.protocol import Headers, LastingSink, Sink, Source
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import Statistics
-from dppa_jax.merging.blocks import Block, make_blocks, shares
+from dppa_jax.merging.blocks import Block, make_blocks, owners, shares
 from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import elementwise_of
@@ -125,12 +125,14 @@ class Merger:
     ):
         specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
         check_named(config, specs)
+        specs = pruned_specs(specs, config.prune)
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
         own = shares(specs, layout.processes)[layout.process]
         blocks = make_blocks(own, layout.block_layers, layout.small_blocks)
         self._stream = Stream(base, list(experts.values()), blocks, mesh, layout.resident, layout.refuse_zeros)
         self._kernels, self._dense = kernels_of(mesh, config)
-        self._linears = linears_of(specs)
+        self._linears, owner = linears_of(specs), owners(specs, layout.processes)
+        self._owners = np.array([owner[name] for name in self._linears.names], np.int64)
         self._pruner = Pruner(self._kernels, config, self._linears, norms)
         self._surveyed = False
         self._statistics: list[Statistics] | None = None
@@ -178,7 +180,7 @@ class Merger:
                 progress.advance(stream.bytes_read)
             for future in pending:
                 future.result()
-        pruner.join()
+        pruner.join(self._owners)
         if not self.quiet:
             tell_of_ties(pruner)
         tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec, pruned_specs
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.fold import WAYS
@@ -201,7 +201,7 @@ def make_plan(
     cache already makes the second read a copy in memory. `block_layers` 0 takes one layer per index of the mesh's layer
     axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
     """
-    work = make_work(dtypes, config, math.prod(mesh), save_delta)
+    work, specs = make_work(dtypes, config, math.prod(mesh), save_delta), pruned_specs(specs, config.prune)
     room = DEVICE_SHARE * device_memory * work.devices
     cuts = _Cuts(shares(specs, processes), work, mesh[0], room, small_blocks)
     resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))

@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dppa_jax.architecture.specs import linears_of
+from dppa_jax.architecture.specs import linears_of, pruned_specs
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.q import QConfig
@@ -40,7 +40,7 @@ def q_of_linears(
       mesh: the devices.
     """
     rule, (_, dense) = Q_RULES[q.way], kernels_of(mesh, merge)
-    rate_of = dict(zip(linears_of(base.specs).names, rates.tolist(), strict=True))
+    rate_of = dict(zip(linears_of(pruned_specs(base.specs, merge.prune)).names, rates.tolist(), strict=True))
     of_base: dict[str, np.ndarray] = {}
 
     def delta(name: str, weights: np.ndarray) -> Array:
@@ -54,7 +54,7 @@ def q_of_linears(
             start = of_base.pop(name) if rule.sees_change else base.read(name)
             own = _moments(dense, start, weights, seen.measured[name], rule.sees_products)
             found[name] = [q_of_linear(q.way, own, rate_of[name], eta) for eta in etas]
-    return [{name: found[name][i] for name in rate_of} for i in range(len(etas))]
+    return [{name: found[name][i] for name in rate_of if name in found} for i in range(len(etas))]
 
 
 def _moments(kernels: Kernels, base: np.ndarray, expert: np.ndarray, inputs: InputMoments, whole: bool) -> Moments:

@@ -61,8 +61,13 @@ def settle_rest(base: Any, experts: Mapping[str, Any], quiet: bool = False) -> t
 
 
 def _settle_heads(models: Mapping[str, Any], quiet: bool) -> tuple[dict[str, Any], Rest]:
-    """Take the head of the one expert that has its own; heads that all models have alike are merged."""
-    heads = {name: _heads(model) for name, model in models.items()}
+    """Take the head of the one expert that has its own; what all models have alike, such as a pooler, is merged.
+
+    The output then has the names of the expert's files.
+    """
+    whole = {name: _heads(model) for name, model in models.items()}
+    shared = set.intersection(*(set(own.items()) for own in whole.values()))
+    heads = {name: {t: shape for t, shape in own.items() if (t, shape) not in shared} for name, own in whole.items()}
     base = models["base"]
     other = [name for name in models if heads[name] != heads["base"]]
     if not other:
@@ -80,6 +85,8 @@ def _settle_heads(models: Mapping[str, Any], quiet: bool) -> tuple[dict[str, Any
         lost = [] if quiet else [tensor for tensor in heads[name] if tensor not in heads[owner]]
         if lost:
             logging.warning("%r: %d tensors of its head are not in the output, first %s", name, len(lost), lost[0])
+    if layout := getattr(models[owner], "layout", None):
+        parts["base"].layout = layout
     if not quiet:
         logging.info("the head of %r is copied: %s", owner, ", ".join(heads[owner]) or "none")
     return parts, Rest(models[owner], tuple(heads[owner]), models[owner].config)

@@ -1,4 +1,4 @@
-"""The part of a checkpoint's config.json that the forward pass depends on."""
+"""The part of a checkpoint's config.json that the forward pass of a decoder or an encoder depends on."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -192,6 +192,82 @@ class DecoderConfig:
         if DecoderConfig.from_hf(written) != self:
             raise ValueError("only a LLaMA's config.json can be made; keep the one that the model came with.")
         return written
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What a config.json says of the forward pass of BERT or RoBERTa. It is hashable, as `DecoderConfig`.
+
+    Attributes:
+      activation: as of `DecoderConfig`.
+      first_position: the row of the position embeddings that the first token of a text has.
+      pooled: is the classifier fed by a pooler (BERT)? If not, it has a dense layer of its own (RoBERTa).
+      labels: the names of the classes, by their numbers; one name stands for a number that is predicted (regression);
+        empty for a model without a classification head.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    activation: str = "gelu"
+    first_position: int = 0
+    pooled: bool = True
+    labels: tuple[str, ...] = ()
+
+    @property
+    def positions(self) -> int:
+        """The most tokens that a text can have."""
+        return self.max_position_embeddings - self.first_position
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> "EncoderConfig":
+        """Read a config.json. Absent keys take the defaults of transformers.
+
+        Raises:
+          ValueError: the config asks for what this model does not compute.
+        """
+        row, said = architecture_of(config), said_by(config)
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        kept += ("max_position_embeddings", "type_vocab_size")
+        activation, places = said["hidden_act"], said.get("position_embedding_type", "absolute")
+        if activation not in ACTIVATIONS or places != "absolute" or said.get("is_decoder"):
+            raise ValueError(
+                f"config.json: an encoder with the activation {activation!r}, {places!r} positions and is_decoder "
+                f"{said.get('is_decoder', False)} is not computed; activations {', '.join(ACTIVATIONS)} with absolute "
+                f"positions are."
+            )
+        return cls(
+            **{name: said[name] for name in kept},
+            layer_norm_eps=said.get("layer_norm_eps", 1e-12),
+            activation=ACTIVATIONS[activation],
+            first_position=said.get("pad_token_id", 1) + 1 if row.skips_padding else 0,
+            pooled=row.pooled,
+            labels=labels_of(config) if row.classifies(config) else (),
+        )
+
+
+def labels_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the classes of a config.json, by their numbers; transformers' defaults are two."""
+    names = convert(config.get("id2label"), "config.json: id2label", dict[str, str] | None, "Name classes by number.")
+    if names is None:
+        return ("LABEL_0", "LABEL_1")
+    numbers = {str(i) for i in range(len(names))}
+    if names.keys() != numbers:
+        raise ValueError(f"config.json: id2label names the classes {', '.join(names)}; number them from 0.")
+    return tuple(names[str(i)] for i in range(len(names)))
+
+
+ModelConfig = DecoderConfig | EncoderConfig
+
+
+def model_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read a config.json as what the family's forward pass needs; see `from_hf` of either class."""
+    return (EncoderConfig if architecture_of(config).own_heads else DecoderConfig).from_hf(config)
 
 
 def tensors_of(row: Architecture, said: Mapping) -> Fields:

@@ -1,4 +1,4 @@
-"""The stacked tree of a decoder: its shapes, random weights for it, and a check."""
+"""The stacked tree of a model: its shapes, random weights for it, and a check."""
 
 from functools import partial
 from typing import Any
@@ -7,13 +7,56 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray
 
-from dppa_jax.model.config import DecoderConfig
+from dppa_jax.model.config import DecoderConfig, EncoderConfig, ModelConfig
 
 Tree = dict[str, Any]  # see `abstract_tree`
 
 
-def abstract_tree(config: DecoderConfig, dtype: Any = jnp.float32) -> Tree:
+def abstract_tree(config: ModelConfig, dtype: Any = jnp.float32) -> Tree:
     """Return the stacked tree of a config, as shapes and dtypes without weights."""
+    return (_encoder_tree if isinstance(config, EncoderConfig) else _decoder_tree)(config, dtype)
+
+
+def _encoder_tree(config: EncoderConfig, dtype: Any) -> Tree:
+    """Return the tree of an encoder, with its classification head if it has one."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+
+    def arrays(*stacked: int, **shapes: tuple[int, ...]):
+        whole = {name: jax.ShapeDtypeStruct((*stacked, *shape), dtype) for name, shape in shapes.items()}
+        return whole | {
+            f"{name}_bias": jax.ShapeDtypeStruct((*stacked, shape[0]), dtype)
+            for name, shape in shapes.items()
+            if not name.endswith("embeddings")
+        }
+
+    layers = partial(arrays, config.num_hidden_layers)
+    square, norm = (hidden, hidden), {"LayerNorm": (hidden,)}
+    tree = {
+        "embeddings": arrays(
+            word_embeddings=(config.vocab_size, hidden),
+            position_embeddings=(config.max_position_embeddings, hidden),
+            token_type_embeddings=(config.type_vocab_size, hidden),
+            **norm,
+        ),
+        "layers": {
+            "attention": {
+                "self": layers(query=square, key=square, value=square),
+                "output": layers(dense=square, **norm),
+            },
+            "intermediate": layers(dense=(inner, hidden)),
+            "output": layers(dense=(hidden, inner), **norm),
+        },
+    }
+    if not config.labels:
+        return tree
+    out = (len(config.labels), hidden)
+    if config.pooled:
+        return {**tree, "pooler": arrays(dense=square), **arrays(classifier=out)}
+    return {**tree, "classifier": arrays(dense=square, out_proj=out)}
+
+
+def _decoder_tree(config: DecoderConfig, dtype: Any) -> Tree:
+    """Return the tree of a decoder."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     queries, keys = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
 
@@ -47,7 +90,7 @@ def abstract_tree(config: DecoderConfig, dtype: Any = jnp.float32) -> Tree:
 
 
 @partial(jax.jit, static_argnames=("config", "dtype", "stddev"))
-def init_tree(config: DecoderConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
+def init_tree(config: ModelConfig, key: PRNGKeyArray, dtype: Any = jnp.float32, *, stddev: float = 0.02) -> Tree:
     """Draw random weights for pre-training as transformers does: norms multiply by 1, biases are 0, all others normal.
 
     Args:
@@ -64,14 +107,16 @@ def init_tree(config: DecoderConfig, key: PRNGKeyArray, dtype: Any = jnp.float32
     arrays = []
     for (path, leaf), draw in zip(leaves, draws, strict=True):
         name = path[-1].key
-        if "norm" in name or name.endswith("_bias"):
-            arrays.append(jnp.full(leaf.shape, "norm" in name and not config.unit_norms, dtype))
+        if name.endswith("_bias"):
+            arrays.append(jnp.zeros(leaf.shape, dtype))
+        elif "norm" in name.lower():
+            arrays.append(jnp.full(leaf.shape, not getattr(config, "unit_norms", False), dtype))
         else:
             arrays.append(draw[: leaf.size].reshape(leaf.shape))
     return jax.tree.unflatten(structure, arrays)
 
 
-def check_shapes(config: DecoderConfig, tree: Tree) -> None:
+def check_shapes(config: ModelConfig, tree: Tree) -> None:
     """Refuse a tree whose arrays do not have the shapes that the config says.
 
     Raises:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from absl import logging
 
 from dppa_jax.config.evaluation import EvaluationConfig
@@ -36,7 +35,7 @@ def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome)
     illustrations = [illustration("rates", draw_rates(rates, linears.kinds), caption)]
     if config.ranks_by_magnitude:
         layer = linears.layers // 2
-        places = np.flatnonzero(linears.layer == layer)
+        places = [i for i, spec in enumerate(linears.specs) if spec.layer == layer and len(spec.shape) == 2]
         for e, name in enumerate(config.experts):
             tables = outcome.thresholds[e], outcome.densities[e]
             decided = {linears.names[place]: tuple(table[:, place] for table in tables) for place in places}

@@ -257,7 +257,9 @@ class Mixture:
 
 
 def check_combine(config: MergeConfig) -> None:
-    """Refuse a combination that has no gradient."""
+    """Refuse a combination that has no gradient, and pruning outside the linears."""
+    if config.prune != type(config).prune:
+        raise ValueError(f"--prune={config.prune}: --coefficient=adamerging prunes linears alone; leave it out.")
     if config.combine != "sum":
         raise ValueError(
             f"--coefficient=adamerging needs --combine=sum, not {config.combine!r}: the sign that TIES elects jumps as "

@@ -231,6 +231,26 @@ def test_a_classifier_is_copied_from_its_expert_and_the_backbone_merged(encoders
     assert torch.equal(loaded.classifier.weight, torch.tensor(law["classifier.weight"]))
 
 
+def test_a_pooler_is_merged_where_the_base_has_one(encoders):
+    """The base is saved without its prefix, as a BertModel is; transformers loads the merge with nothing missing."""
+    config = transformers.AutoConfig.for_model("bert", **{**SIZES, **FAMILIES["BERT"][1]})
+    torch.manual_seed(7)
+    base = transformers.BertModel(config)
+    base.load_state_dict(model_of("BERT", 0).bert.state_dict(), strict=False)
+    base.save_pretrained(encoders / "base")
+    launch(*flags(encoders, "--method=task_arithmetic", "--coefficient=0.5"))
+    base, law, found = (tensors(encoders / name) for name in ("base", "law", "out"))
+    assert found.keys() == law.keys()
+    for part in ("pooler.dense.weight", "pooler.dense.bias", "encoder.layer.1.output.dense.weight"):
+        wanted = base[part] + np.float32(0.5) * (law[f"bert.{part}"] - base[part])
+        np.testing.assert_allclose(found[f"bert.{part}"], wanted, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(found["classifier.weight"], law["classifier.weight"])
+    options = {"output_loading_info": True}
+    _, said = transformers.AutoModelForSequenceClassification.from_pretrained(encoders / "out", **options)
+    assert not said["missing_keys"]
+    assert not said["unexpected_keys"]
+
+
 def test_two_classifiers_are_refused_with_the_reason(encoders):
     both = [*flags(encoders), f"--expert=math={encoders / 'math'}"]
     with pytest.raises(SystemExit, match=r"2 experts have heads that the base has not .* a model has one head"):

@@ -93,10 +93,11 @@ def test_two_processes_make_the_bits_of_one_from_their_own_layers_alone(merge, o
 
 
 @pytest.mark.slow
-def test_more_processes_than_layers_make_the_bits_of_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [DARE, [*DARE, "--prune=all"], ["--method=magnitude", "--prune=backbone"]], ids=str)
+def test_more_processes_than_layers_make_the_bits_of_one(flags, tmp_path):
     merge = Merge(write_family(tmp_path, num_hidden_layers=3))
-    check_success(run_processes(4, [*LAUNCH, *merge.flags(), *DARE]))
-    merge(*DARE, f"--output={tmp_path / 'one'}")
+    check_success(run_processes(4, [*LAUNCH, *merge.flags(), *flags]))
+    merge(*flags, f"--output={tmp_path / 'one'}")
     assert_same(merge.output, tmp_path / "one")
 
 
