@@ -155,6 +155,31 @@ def test_a_report_compares_methods(family, tmp_path):
     assert (tmp_path / "tables.md").is_file()
 
 
+def test_a_report_finds_q_by_the_way_that_a_method_names_and_keeps_it(family, tmp_path, monkeypatch):
+    """Of two experts of a domain; the second reads the text of the first."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/law.txt").write_text("The tenant pays in Alaska.\nCourts in Ohio decide.\n")
+    flags = [family[0], "--job=report", "--expert=law=demo:law", "--expert=law.other=demo:law", "--rates=0.9"]
+    flags += ["--evaluate=clause_type", "--limit=10", f"--calibration={tmp_path / 'texts'}", f"--workdir={tmp_path}"]
+    methods = "dare", "darex_q+auto", "darex_q/random_column+bound"
+    launch(*flags, f"--methods={','.join(methods)}")
+    single = read_json(tmp_path / "tables.json")["measured"]["0"]["single"]
+    assert [(one["name"], one["expert"]) for one in single] == [(m, e) for m in methods for e in ("law", "law.other")]
+    by_name = {(one["name"], one["expert"]): one for one in single}
+    column = by_name["darex_q/random_column+bound", "law"]
+    parts = {"method": "darex_q", "score": "random_column", "way": "bound", "rate": 0.9}
+    assert {part: column[part] for part in parts} == parts
+    assert len(column["q"]) == 28
+    kept = read_json(tmp_path / "darex_q-auto-0.9-seed0/q-law.json")
+    assert by_name["darex_q+auto", "law"]["q"] == kept["q"] == kept["search"]["result"]["q"]
+    assert by_name["dare", "law"]["q"] is None
+
+    monkeypatch.setattr("dppa_jax.jobs.compared.q_of_expert", lambda *_: pytest.fail("searched again"))
+    launch(*flags, "--methods=darex_q+auto")
+    again = read_json(tmp_path / "tables.json")["measured"]["0"]["single"]
+    assert again == [by_name["darex_q+auto", expert] for expert in ("law", "law.other")]
+
+
 @pytest.mark.slow
 def test_a_report_has_the_papers_tables_and_figures(family, tmp_path):
     pair = [flag for flag in family if "law" not in flag]
@@ -208,6 +233,12 @@ def test_items_that_a_search_chose_by_are_not_reported(job, tmp_path):
         ([TASKS, "--factors=search", "--search_start=1,1,1"], "--search_start"),
         ([TASKS, "--job=report", "--methods=darex_q"], "--q"),
         ([TASKS, "--job=report", "--methods=dp", "--allocate=owl"], "--allocate"),
+        ([TASKS, "--job=report", "--methods=dare+auto"], "dare divides by no q; darex_q, "),
+        ([TASKS, "--job=report", "--methods=darex_q+aut"], "Did you mean 'auto'?"),
+        ([TASKS, "--job=report", "--methods=dare/randm"], "Did you mean 'random'?"),
+        ([TASKS, "--job=report", "--methods=task_arithmetic/row"], "prunes nothing, so that no score"),
+        ([TASKS, "--job=report", "--methods=darex_q+auto"], "--q=auto needs --calibration"),
+        ([TASKS, "--job=report", "--methods=dare+adamerging"], "has the coefficient 1"),
         ([TASKS, "--job=report", "--methods=dp", "--rates=0.9:0.1:0.1"], "--rates=0.9:0.1:0.1"),
         (["--evaluate=addition,addition"], "addition is given twice"),
     ],

@@ -10,13 +10,13 @@ from dppa_jax.benchmark.restart import alone_of
 from dppa_jax.config import merge
 from dppa_jax.config.merge import MergeConfig, method_option
 from dppa_jax.config.option import REQUIRED, check, option, options, same
-from dppa_jax.config.report import Sweep
+from dppa_jax.config.report import Choice, Sweep
 from dppa_jax.delta.presets import METHODS, PARAMETERS, Parameter
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 from dppa_jax.flags import BY_NAME, CONFIGS, KINDS, make, read_path
+from dppa_jax.jobs.compared import Compared, config_of
 from dppa_jax.jobs.configs import job_config
-from dppa_jax.jobs.report import Compared, config_of
 
 EXPERTS = ("math", "law")
 
@@ -201,7 +201,7 @@ def test_the_merge_of_a_benchmarked_candidate_has_every_option_that_was_given():
 def test_a_merge_of_a_report_has_every_option_that_is_not_its_methods(method, expert):
     sweep = Sweep(methods=(method,), rates=(0.7,), q={"math": 0.2, "law": 0.3})
     experts = EXPERTS if expert is None else (expert,)
-    config = config_of(Compared(method, 0.7, expert), experts, GIVEN, sweep)
+    config = config_of(Compared(Choice(method), 0.7, expert), experts, GIVEN, sweep)
     assert (config.method, config.rate, config.experts) == (method, 0.7, experts)
     assert [getattr(config, axis) for axis in ("score", "allocate", "scale", "combine")] == [
         getattr(METHODS[method], axis) for axis in ("score", "allocate", "scale", "combine")

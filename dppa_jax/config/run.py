@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from dppa_jax.config.evaluation import EvaluationConfig
@@ -114,7 +115,10 @@ class JobConfig:
         False, "merge experts whose delta is as large as the weights, and rows of zeros", group="method"
     )
     calibration: str = option(
-        "", "text file for --score=wanda and most of --q, a sample a line", group="method", kind="path"
+        "",
+        "text for --score=wanda and most of --q, a sample a line: a file, or a directory of NAME.txt",
+        group="method",
+        kind="path",
     )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     search: FactorSearch | None = None
@@ -126,6 +130,17 @@ class JobConfig:
     def __post_init__(self):
         check(self)
         choose("--tokenizer", self.tokenizer, ("base", *self.experts))
+
+    def text_of(self, expert: str) -> str:
+        """Return the --calibration text of an expert: the file or, of a directory, NAME.txt in it, or DOMAIN.txt.
+
+        The domain is what stands before the first dot of the expert's name. Empty if no text is given.
+        """
+        place = Path(self.calibration)
+        if not self.calibration or not place.is_dir():
+            return self.calibration
+        names = (f"{expert}.txt", f"{expert.partition('.')[0]}.txt")
+        return str(next((place / name for name in names if (place / name).is_file()), place / names[0]))
 
 
 @dataclass(frozen=True)

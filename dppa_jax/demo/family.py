@@ -9,17 +9,19 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
-from dppa_jax.checkpoint import save_tree
-from dppa_jax.config.finetune import TrainConfig
+from dppa_jax.checkpoint import SafetensorsDirectory, save_tree
+from dppa_jax.checkpoint.in_memory import in_memory
+from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.demo.text import TASKS, general_text, stream
 from dppa_jax.demo.tokenizer import Encoder, save_tokenizer
 from dppa_jax.finetune.data import Example, encode
@@ -36,6 +38,10 @@ PRETRAINING = TrainConfig(steps=640, learning_rate=2e-3, batch_size=32)
 FINE_TUNING = TrainConfig(steps=400, learning_rate=1e-3, batch_size=32)
 # Carrying a digit is learned late and all at once, so math takes longer than the others.
 TRAINING = {"base": PRETRAINING, **dict.fromkeys(TASKS, FINE_TUNING), "math": replace(FINE_TUNING, steps=640)}
+OPTIMIZERS = {  # of experts, by what follows their name: demo:law@adamr
+    "": FINE_TUNING.optimizer,
+    "adamr": AdamW(weight_decay=0.03, decay_toward="base"),
+}
 PRETRAINING_TEXTS = 8000
 FINE_TUNING_EXAMPLES = 4000
 SHARE_ASKED = 0.06  # of the base's texts ask a question; enough for it to know what a question looks like
@@ -44,8 +50,18 @@ INITIAL_STDDEV = 0.08  # narrow models need larger initial weights than LLaMA's 
 TRAINED_AT_ONCE = 2  # models; one alone, with steps as small as these, leaves half of two cores idle
 
 
+class Family(NamedTuple):
+    """Models that are trained together, with a seed and a key of `OPTIMIZERS`; only "" has a base of its own."""
+
+    seed: int
+    optimizer: str = ""
+
+
 def directory(name: str, seed: int = 0) -> Path:
     """Return the directory of `base`, `math`, `finance` or `law`; train the whole family if it is not there.
+
+    `math@adamr`, and so for the other experts, is trained from the same base on the same examples by AdamR, which keeps
+    deltas small.
 
     A family depends on its seed and on the code that makes it. It is kept in the cache directory under a name made of
     both. Training takes about a minute on two cores.
@@ -53,24 +69,36 @@ def directory(name: str, seed: int = 0) -> Path:
     Raises:
       ValueError: the family has no such member.
     """
-    if name not in MEMBERS:
-        raise ValueError(f"demo:{name} does not exist; there are {', '.join(f'demo:{member}' for member in MEMBERS)}.")
-    return families([seed])[0] / name
+    member, _, optimizer = name.partition("@")
+    if member not in MEMBERS or optimizer not in OPTIMIZERS or (optimizer and member == "base"):
+        named = ", ".join(f"demo:{member}" for member in MEMBERS)
+        others = ", ".join(f"demo:{MEMBERS[-1]}@{optimizer}" for optimizer in OPTIMIZERS if optimizer)
+        raise ValueError(f"demo:{name} does not exist; there are {named} and, as each expert, {others}.")
+    return families([seed], optimizer)[0] / member
 
 
-def families(seeds: Sequence[int]) -> list[Path]:
-    """Return the directories of whole families, one for each seed; train those that are not there, two at a time."""
+def families(seeds: Sequence[int], optimizer: str = "") -> list[Path]:
+    """Return the directories of whole families, one for each seed; train those that are not there, two at a time.
+
+    Those of another optimiser have no base, as they are trained from that of the plain family.
+    """
+    if optimizer:
+        families(seeds)
     root = cache_directory()
-    places = {seed: root / f"demo-{fingerprint()}-{seed}" for seed in seeds}
+    places = {Family(seed, optimizer): _place(root, Family(seed, optimizer)) for seed in seeds}
     if not all(place.is_dir() for place in places.values()):
         lock = os.open(kept_directory(root) / "demo.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)  # another process waits here, and then finds the family
-            if missing := {seed: place for seed, place in places.items() if not place.is_dir()}:
+            if missing := {family: place for family, place in places.items() if not place.is_dir()}:
                 build(missing)
         finally:
             os.close(lock)
-    return [places[seed] for seed in seeds]
+    return list(places.values())
+
+
+def _place(root: Path, family: Family) -> Path:
+    return root / "-".join(filter(None, ("demo", fingerprint(), str(family.seed), family.optimizer)))
 
 
 def fingerprint() -> str:
@@ -80,39 +108,46 @@ def fingerprint() -> str:
     return hashlib.sha256(f"{jax.__version__} {sources}".encode()).hexdigest()[:12]
 
 
-def build(places: dict[int, Path]) -> None:
+def build(places: dict[Family, Path]) -> None:
     """Train families, and move each to its place when it is complete.
 
     Args:
-      places: the directory of each family, by seed.
+      places: the directory of each family.
     """
-    aside = {seed: place.with_name(place.name + ".incomplete") for seed, place in places.items()}
+    aside = {family: place.with_name(place.name + ".incomplete") for family, place in places.items()}
     with ExitStack() as locks:
         for directory in aside.values():
             locks.callback(os.close, empty_directory(directory))
             save_companions(directory / "tokenizer")
         _train(aside)
-        for seed, place in places.items():
-            shutil.rmtree(aside[seed] / "tokenizer")
-            aside[seed].rename(place)
+        for family, place in places.items():
+            shutil.rmtree(aside[family] / "tokenizer")
+            aside[family].rename(place)
 
 
-def _train(aside: dict[int, Path]) -> None:
+def _train(aside: dict[Family, Path]) -> None:
     """Train families in directories that hold their tokenizers, and remove the directories if that fails."""
     tokenizer = Encoder(next(iter(aside.values())) / "tokenizer")
     config = model_config(tokenizer)
 
     stopped = threading.Event()
 
-    def trained(member: str, seed: int, tree: dict) -> dict:
-        return train_member(member, seed, tree, config, tokenizer, aside[seed], stopped)
+    def trained(member: str, family: Family, tree: dict) -> dict:
+        return train_member(member, family, tree, config, tokenizer, aside[family], stopped)
+
+    def base_of(family: Family) -> dict:
+        if family.optimizer:
+            plain = _place(cache_directory(), Family(family.seed))
+            with closing(SafetensorsDirectory(plain / "base")) as base:
+                return in_memory(base).tree
+        return trained("base", family, initial_weights(config, family.seed))
 
     with (
         ThreadPoolExecutor(TRAINED_AT_ONCE) as pool,
         steps("train the demo family", len(MEMBERS) * len(aside)) as done,
     ):
         try:
-            bases = {pool.submit(trained, "base", seed, initial_weights(config, seed)): seed for seed in aside}
+            bases = {pool.submit(base_of, family): family for family in aside}
             experts = [
                 pool.submit(trained, domain, bases[base], base.result())
                 for base in as_completed(bases)
@@ -130,13 +165,13 @@ def _train(aside: dict[int, Path]) -> None:
 
 
 def train_member(
-    member: str, seed: int, tree: dict, config: DecoderConfig, tokenizer, directory: Path, stopped: threading.Event
+    member: str, family: Family, tree: dict, config: DecoderConfig, tokenizer, directory: Path, stopped: threading.Event
 ) -> dict:
     """Train one member of a family, save it in the family's directory, and return its weights.
 
     Args:
       member: "base" or a domain.
-      seed: of the family.
+      family: which it belongs to.
       tree: the weights to begin with.
       config: of the model.
       tokenizer: which is also in directory/tokenizer.
@@ -146,8 +181,9 @@ def train_member(
     Raises:
       CancelledError: `stopped` was set.
     """
-    options, name = replace(TRAINING[member], seed=seed), f"demo:{member} of seed {seed}"
-    rows = encode(examples(member, seed), tokenizer, MAX_LENGTH)
+    options = replace(TRAINING[member], seed=family.seed, optimizer=OPTIMIZERS[family.optimizer])
+    name = f"demo:{'@'.join(filter(None, (member, family.optimizer)))} of seed {family.seed}"
+    rows = encode(examples(member, family.seed), tokenizer, MAX_LENGTH)
     started = time.perf_counter()
     with steps(name, options.steps, "steps") as advance:
 

@@ -12,8 +12,8 @@ from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient, read_coefficients
 from dppa_jax.config.option import per_expert
-from dppa_jax.config.q import LABELLED, QConfig, read_q, ways
-from dppa_jax.config.report import ReportConfig, Sweep
+from dppa_jax.config.q import LABELLED, UNLABELLED, QConfig, read_q, ways
+from dppa_jax.config.report import Choice, ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
@@ -70,6 +70,7 @@ def report_config(values: Values) -> ReportConfig:
         Sweep,
         values,
         q=per_expert("--q", values["q"], tuple(_experts(values)), float),
+        q_search=make(QConfig, values, way=UNLABELLED),
         factors=read_numbers("--factors", factors[0].split(",")) if factors else (),
         adamerging=_adamerging(values),
         method_options=_method_options(values),
@@ -131,7 +132,7 @@ def evaluation(values: Values) -> EvaluationConfig:
         by_domain(values["evaluate"])
     share = values["validation_share"]
     if share == UNSET:
-        by_labels = searches(values) or _q_way(values) == LABELLED
+        by_labels = searches(values) or LABELLED in (_q_way(values), *(one.way for one in _compared(values)))
         splits = [values["search_split"]] * by_labels + [values["adamerging_split"]] * adamerges(values)
         splits += ["validation"] * bool(values["job"] == "finetune" and values["decay_search"])
         share = VALIDATION_SHARE if "validation" in splits else 0.0
@@ -156,9 +157,13 @@ def factor_search(values: Values) -> FactorSearch | None:
 
 def adamerges(values: Values) -> bool:
     """Return whether AdaMerging finds coefficients, of the merge or of one in a report."""
-    return bool(_granularity(values)) or (
-        values["job"] == "report" and any("+" in method for method in values["merge_methods"])
-    )
+    return bool(_granularity(values)) or any(one.coefficients for one in _compared(values))
+
+
+def _compared(values: Values) -> list[Choice]:
+    """Return the methods of a report; none in other jobs."""
+    names = [*values["methods"], *values["merge_methods"]] if values["job"] == "report" else []
+    return [Choice.of(name) for name in names]
 
 
 def _adamerging(values: Values, granularity: str = "task") -> AdaMergingConfig:

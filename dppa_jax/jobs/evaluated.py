@@ -156,3 +156,13 @@ def domains_of(job: JobConfig) -> dict[str, list[Task]]:
                 f"name, which is missing: give --expert={domain}=WHERE, or leave the task out."
             )
     return domains
+
+
+def experts_of(job: JobConfig) -> dict[str, list[Task]]:
+    """Return the tasks of every expert that is measured alone: of the one that a domain is named after, and of others.
+
+    Another expert of a domain, such as one that was trained in another way, is called DOMAIN.NAME.
+    """
+    domains = domains_of(job)
+    of_domain = {name: name.partition(".")[0] for name in job.experts}
+    return {name: tasks for domain, tasks in domains.items() for name in job.experts if of_domain[name] == domain}

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +10,10 @@ from absl import logging
 from rich.table import Table
 
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.config.q import LABELLED, UNLABELLED
+from dppa_jax.config.numbers import Coefficient
+from dppa_jax.config.q import LABELLED, UNLABELLED, QConfig
 from dppa_jax.config.run import JobConfig
+from dppa_jax.evaluate.tasks import Task
 from dppa_jax.jobs.evaluated import Domains, check_forward
 from dppa_jax.merging.opened import Opened
 from dppa_jax.runtime import processes
@@ -58,20 +60,9 @@ def find_q(
     job = opened.job
     q, found, searches = job.q, dict(merge.q), {}
     for name in merge.experts:
-        if name in q.given:
-            continue
-        started = time.perf_counter()
-        if q.is_rule:
-            of_eta = opened.q_of_linears(merge, q, name)
-            best = 0 if len(of_eta) == 1 else least_change(opened, name, q, merge, of_eta)
-            found[name] = of_eta[best]
-        elif q.way == LABELLED:
-            searches[name] = searched_by_score(candidates, name, domains[name], q, merge)
-        else:
-            searches[name] = searched_by_change(opened, name, q, merge)
-        if name in searches:
-            found[name] = searches[name].result.q
-        logging.info("q of %s found in %.1f s", name, time.perf_counter() - started)
+        if name not in q.given:
+            found[name], searched = q_of_expert(opened, name, q, merge, candidates, (domains or {}).get(name, ()))
+            searches |= {name: searched} if searched else {}
     _tell(q.way, found, searches)
     if processes.index() == 0:
         content = {"q": found, "way": q.way, "searches": {name: one.as_dict() for name, one in searches.items()}}
@@ -79,6 +70,33 @@ def find_q(
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(content, indent=1) + "\n")
     return replace(merge, q=found)
+
+
+def q_of_expert(
+    opened: Opened,
+    name: str,
+    q: QConfig,
+    merge: MergeConfig,
+    candidates: Candidates | None = None,
+    tasks: Sequence[Task] = (),
+) -> tuple[Coefficient, QSearched | None]:
+    """Return the q of one expert, one number or one for each linear, and the search that found it, if one did.
+
+    Args:
+      candidates, tasks: what is needed for the way that measures tasks.
+    """
+    started, searched, opened = time.perf_counter(), None, opened.reading(name)
+    if q.is_rule:
+        of_eta = opened.q_of_linears(merge, q, name)
+        found = of_eta[0 if len(of_eta) == 1 else least_change(opened, name, q, merge, of_eta)]
+    elif q.way == LABELLED:
+        searched = searched_by_score(candidates, name, tasks, q, merge)
+    else:
+        searched = searched_by_change(opened, name, q, merge)
+    if searched:
+        found = searched.result.q
+    logging.info("q of %s found in %.1f s", name, time.perf_counter() - started)
+    return found, searched
 
 
 def _tell(way: str, found: Mapping, searches: Mapping[str, QSearched]) -> None:

@@ -74,7 +74,8 @@ def identity_of(opened: Opened, layout: Layout) -> str:
     """Hash all that decides what a merge writes."""
     job = opened.job
     inputs = {name: input_identity(model) for name, model in opened.models.items()}
-    calibration = read_text(job.calibration, MAX_LINES_BYTES) if job.calibration else ""
+    texts = [text for name in job.merge.experts if (text := job.text_of(name))]
+    calibration = [read_text(text, MAX_LINES_BYTES) for text in texts]
     outputs = {flag: str(where) for flag, where in opened.outputs.items()}
     linears = [spec.name for spec in opened.base.specs.values() if spec.linear is not None]
     matched = opened.vocabulary.digest if opened.vocabulary else ""

@@ -1,6 +1,7 @@
 """What every linear's inputs are on calibration text, for calibrated scores and q; one decoder layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
 ROWS = 128  # at most: 65,536 tokens
+SHORT = 64  # tokens of a line at most, where each line is a row
+PADDING = -1  # in place of a token, behind the end of a short row
 WINDOW, WINDOWS = 256, 32  # of q: tokens of a row, and rows at most; DAREx's authors take 50 × 128 or 100 × 256
 
 Measure = Callable[[Array, Array | None, Array | None], Any]  # from inputs, which of them count, and the delta
@@ -49,8 +52,17 @@ class LayerSeen(NamedTuple):
 
 
 def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tokens"]:
-    """Read a text as rows of equally many tokens, the remainder dropped."""
-    (ids,) = encode(load_tokenizer(tokenizer), [read_text(text, MAX_LINES_BYTES)])
+    """Read a text as rows of tokens.
+
+    Where all lines are short, such as questions, each is a row, and PADDING follows those that are shorter than the
+    longest: a model of such lines may not know what to do with several in a row. Any other text is one stream, cut into
+    rows of equally many tokens, the remainder dropped.
+    """
+    known, content = load_tokenizer(tokenizer), read_text(text, MAX_LINES_BYTES)
+    lines = encode(known, [line for line in content.splitlines() if line.strip()])
+    if len(lines) > 1 and max(map(len, lines)) <= SHORT:
+        return padded(lines)
+    (ids,) = encode(known, [content])
     tokens = np.array(ids, np.int32)
     width = min(TOKENS, len(tokens))
     if not width:
@@ -59,11 +71,21 @@ def calibration_tokens(tokenizer: Path, text: Path) -> Int[np.ndarray, "rows tok
     return tokens[: rows * width].reshape(rows, width)
 
 
+def padded(lines: Sequence[Sequence[int]]) -> Int[np.ndarray, "rows tokens"]:
+    """Return the first lines as rows of the longest one's width, at most as many tokens as of other text.
+
+    >>> padded([[5, 6, 7], [8]]).tolist()
+    [[5, 6, 7], [8, -1, -1]]
+    """
+    width = max(map(len, lines))
+    return np.array([[*line, *[PADDING] * (width - len(line))] for line in lines[: TOKENS * ROWS // width]], np.int32)
+
+
 def probe(tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "windows window"]:
     """Cut rows into windows, of which the first ones are taken: q needs less text than norms of single inputs."""
     width = min(WINDOW, tokens.shape[1])
     per_row = tokens.shape[1] // width
-    return tokens[:, : per_row * width].reshape(-1, width)[:WINDOWS]
+    return tokens[:, : per_row * width].reshape(-1, width)[: WINDOW * WINDOWS // width]
 
 
 def activation_norms(
@@ -86,13 +108,14 @@ def layers_seen(
 
     Args:
       model: the model whose linears are looked at.
-      tokens: rows of equal length.
+      tokens: rows of equal length; PADDING is not looked at.
       measure: from the inputs of a linear to what is to be known of them.
       delta: from a linear's name and weights to the delta that `measure` gets; None for no delta.
     """
     config = DecoderConfig.from_hf(model.config)
     [embeddings] = (spec.name for spec in model.specs.values() if spec.kind == "model.embed_tokens")
-    hidden = embed(config, jnp.asarray(model.read(embeddings)[tokens], jnp.float32))
+    counted = None if (tokens != PADDING).all() else jnp.asarray(tokens != PADDING, jnp.float32)
+    hidden = embed(config, jnp.asarray(model.read(embeddings)[np.maximum(tokens, 0)], jnp.float32))
     step, kinds = jax.jit(partial(_layer, config, measure)), layer_kinds(config)
     for layer in range(config.num_hidden_layers):
         specs = [spec for spec in model.specs.values() if spec.layer == layer]
@@ -104,7 +127,7 @@ def layers_seen(
             own = {spec.name: delta(spec.name, stored[spec.name]) for spec in linears}
             deltas = {".".join(path[1:]): _array(own, group) for path, group in by_path(linears).items()}
         kind = jax.tree.map(lambda numbers, layer=layer: jnp.asarray(numbers[layer]), kinds)
-        hidden, of_path = step(weights, kind, hidden, deltas)
+        hidden, of_path = step(weights, kind, hidden, deltas, counted)
         measured = {}
         for path, group in by_path(linears).items():
             of_group = jax.tree.map(np.asarray, of_path[".".join(path[1:])])
@@ -149,14 +172,19 @@ def _layer(
     kind: LayerKind,
     hidden: Float[Array, "B T D"],
     deltas: Mapping[str, Array],
+    counted: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-    """Return a decoder layer's output and, by the path of every linear, what is measured of its inputs."""
+    """Return a decoder layer's output and, by the path of every linear, what is measured of its inputs.
+
+    `counted` is 1 for positions that count and 0 for others; None where all do.
+    """
     measured: dict[str, Any] = {}
 
     def record(path: str, inputs: Array, picked: Array | None) -> None:
         if picked is None:
-            measured[path] = measure(inputs, None, deltas.get(path))
+            measured[path] = measure(inputs, counted, deltas.get(path))
         else:
+            picked = picked if counted is None else picked * counted[..., None]
             measured.update(_mixture(config, measure, weights["mlp"]["experts"], inputs, picked, deltas))
 
     positions = jnp.arange(hidden.shape[1])[None]
@@ -188,8 +216,9 @@ def norms_of_experts(job: JobConfig, experts: Mapping[str, Checkpoint]) -> dict[
     """Compute the activation norms of every expert on --calibration text, by expert and tensor."""
     found = {}
     for name, expert in experts.items():
-        found[name] = activation_norms(expert, tokens_of(job, expert, f"--score={job.merge.score}"))
-        logging.info("activation norms of %s on %s", name, job.calibration)
+        own = replace(job, calibration=job.text_of(name))
+        found[name] = activation_norms(expert, tokens_of(own, expert, f"--score={job.merge.score}"))
+        logging.info("activation norms of %s on %s", name, own.calibration)
     return found
 
 

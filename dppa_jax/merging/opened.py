@@ -77,6 +77,10 @@ class Opened:
         refuse_zeros = not self.job.allow_other_base
         return Layout(plan.block_layers, plan.resident, *place, refuse_zeros, plan.small_blocks)
 
+    def reading(self, expert: str) -> "Opened":
+        """Return the same with the --calibration text that an expert reads."""
+        return replace(self, job=replace(self.job, calibration=self.job.text_of(expert)))
+
     def norms(self, merge: MergeConfig) -> Norms | None:
         """Compute activation norms on --calibration text, where the score of a merge needs them."""
         if not merge.is_calibrated:

@@ -10,12 +10,11 @@ import numpy as np
 from matplotlib import style as styles
 from matplotlib.figure import Figure
 
-from dppa_jax.delta.presets import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio
 from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report.labels import label
-from dppa_jax.report.measurements import Measurements
+from dppa_jax.report.measurements import Measurements, prunes
 from dppa_jax.report.paper import Domains
 from dppa_jax.report.styles import REFERENCES, STYLE, legend, make_panels, method_style
 
@@ -86,7 +85,7 @@ def accuracy_panels(measured: Mapping[int, Measurements], domains: Domains) -> l
                 scores = {rate: _seed_scores(measured, method, rate, domain) for rate in rates}
                 curves.append(_curve(method, {rate: [s[task.name] for s in seeds] for rate, seeds in scores.items()}))
             references = {
-                "dense expert": _mean([m.experts[task.name].accuracy for m in measured.values()]),
+                "dense expert": _mean([m.experts[domain][task.name].accuracy for m in measured.values()]),
                 "base": _mean([m.base[task.name].accuracy for m in measured.values()]),
             }
             panels.append(Panel(f"{label(domain)}: {task.name}", tuple(curves), references))
@@ -116,7 +115,7 @@ def _seed_ratios(
     """Return the domain ratios of this (method, rate, expert) from every seed that measured it."""
     names = [task.name for task in tasks]
     return [
-        domain_ratio([m.single[key][n].accuracy for n in names], [m.experts[n].accuracy for n in names])
+        domain_ratio([m.single[key][n].accuracy for n in names], [m.experts[key[2]][n].accuracy for n in names])
         for m in measured.values()
         if key in m.single
     ]
@@ -127,7 +126,7 @@ def _measured_rates(measured: Mapping[int, Measurements], domain: str) -> dict[s
     rates: dict[str, set[float]] = {}
     for m in measured.values():
         for method, rate, expert in m.single:
-            if expert == domain and METHODS[method].score:
+            if expert == domain and prunes(method):
                 rates.setdefault(method, set()).add(rate)
     return {method: sorted(of_method) for method, of_method in rates.items()}
 

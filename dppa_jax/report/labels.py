@@ -1,5 +1,7 @@
 """Write methods, domains and rates as tables and figures do."""
 
+import re
+
 LABELS = {
     "task_arithmetic": "Task arithmetic",
     "magnitude": "Magnitude",
@@ -9,8 +11,13 @@ LABELS = {
     "dare": "DARE",
     "dare_dpa": "DARE+DPA",
     "darex_q": "DAREx-q",
+    "darex_q_columns": "DAREx-q, columns",
+    "magnitude_q": "Magnitude with q",
+    "wanda": "WANDA",
+    "wanda_q": "WANDA with q",
     "ties": "TIES",
     "dare_ties": "DARE+TIES",
+    "adamr": "AdamR",
     "adamerging": "AdaMerging",
     "adamerging_layerwise": "AdaMerging by layer",
     "adamerging_linearwise": "AdaMerging by tensor",
@@ -18,12 +25,15 @@ LABELS = {
 
 
 def label(name: str) -> str:
-    """Return how tables and figures write a method or a domain; without a label, its name with a capital.
+    """Return how tables and figures write a method or an expert; without a label, its name with a capital.
 
-    >>> label("dare_dpa"), label("math")
-    ('DARE+DPA', 'Math')
+    What stands after it, a score or a way to find q after a method and the training after a domain, follows a comma.
+
+    >>> label("dare_dpa"), label("math"), label("darex_q/random_column+auto"), label("law.adamr")
+    ('DARE+DPA', 'Math', 'DAREx-q, random_column, auto', 'Law, AdamR')
     """
-    return LABELS.get(name, name[:1].upper() + name[1:])
+    first, *others = re.split(r"[/+.]", name)
+    return ", ".join([LABELS.get(first, first[:1].upper() + first[1:]), *(LABELS.get(one, one) for one in others)])
 
 
 def percent(rate: float) -> str:

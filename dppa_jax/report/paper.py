@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dppa_jax.config.report import Choice
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.evaluate.ratios import domain_ratio, task_ratio
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task
 from dppa_jax.report import published
 from dppa_jax.report.labels import label, percent
-from dppa_jax.report.measurements import Measurements, Merged
+from dppa_jax.report.measurements import Measurements, Merged, prunes
 from dppa_jax.report.tables import Cell, ResultTable
 
 COLUMNS = {  # the methods of each of the paper's tables of single experts, in its order
@@ -106,15 +107,22 @@ def raw(measured: Mapping[int, Measurements]) -> dict:
     return {
         str(seed): {
             "base": counts(m.base),
-            "experts": counts(m.experts),
+            "experts": {expert: counts(scores) for expert, scores in m.experts.items()},
             "single": [
-                {"method": method, "rate": rate, "expert": expert, "scores": counts(scores)}
-                for (method, rate, expert), scores in m.single.items()
+                {"name": key[0], **_parts(key[0]), "rate": key[1], "expert": key[2], "q": m.q.get(key)}
+                | {"scores": counts(scores)}
+                for key, scores in m.single.items()
             ],
             "merged": [{**key._asdict(), "scores": counts(scores)} for key, scores in m.merged.items()],
         }
         for seed, m in measured.items()
     }
+
+
+def _parts(name: str) -> dict[str, str | None]:
+    """Return what a method is made of, for JSON: preset, the score in place of its own, the way to find q."""
+    choice = Choice.of(name)
+    return {"method": choice.method, "score": choice.score or None, "way": choice.way or None}
 
 
 def _accuracies(scores: Scores, tasks: Sequence[Task]) -> list[float]:
@@ -148,13 +156,14 @@ class _Tables:
     @property
     def rates(self) -> list[float]:
         """The rates of pruned single experts, lowest first."""
-        rates = sorted({rate for method, rate in self.singles if METHODS[method].score})
+        rates = sorted({rate for method, rate in self.singles if prunes(method)})
         return rates or [0.0]
 
     def methods(self, first: Sequence[str] = ()) -> list[str]:
         """Return the methods that single experts were pruned by: those in `first`, then the others."""
-        measured = {method for method, _ in self.singles}
-        return [method for method in dict.fromkeys((*first, *METHODS)) if method in measured]
+        measured = dict.fromkeys(method for method, _ in self.singles)
+        others = sorted(measured, key=lambda method: list(METHODS).index(Choice.of(method).method))
+        return [method for method in dict.fromkeys((*first, *others)) if method in measured]
 
     def dense(self) -> ResultTable:
         """Return the table of the dense models' accuracies."""
@@ -162,7 +171,7 @@ class _Tables:
         for domain, tasks in self.domains.items():
             for task in tasks:
                 known = published.DENSE.get(task.name) if self.papers else None
-                expert = Cell.of_scores([m.experts[task.name] for m in self.dense_seeds], known)
+                expert = Cell.of_scores([m.experts[domain][task.name] for m in self.dense_seeds], known)
                 rows[label(domain), task.name] = [self._base(task), expert]
         columns = ("base", "its expert")
         return ResultTable("Accuracy of the dense models (%)", "task", columns, rows, name="dense", beside=DEDUCED)
@@ -191,10 +200,10 @@ class _Tables:
         rows = {
             self._merge_name(key): [
                 Cell(
-                    self._over_seeds(lambda m, tasks=tasks, key=key: _ratio(m.merged.get(key), m, tasks)),
+                    self._over_seeds(lambda m, domain=domain, key=key: _ratio(m.merged.get(key), m, domain)),
                     published=self.published(number, domain, key.method, key.rate),
                 )
-                for domain, tasks in self.domains.items()
+                for domain in self.domains
             ]
             for key in self._merge_order()
         }
@@ -207,11 +216,10 @@ class _Tables:
 
     def merge_accuracies(self) -> ResultTable:
         """Return the accuracies of the base, the dense experts and the merges."""
-        tasks = [task for tasks in self.domains.values() for task in tasks]
-        rows = {
-            "base": [self._base(task) for task in tasks],
-            "dense experts": [Cell.of_scores([m.experts[task.name] for m in self.dense_seeds]) for task in tasks],
-        }
+        of_domain = [(domain, task) for domain, tasks in self.domains.items() for task in tasks]
+        tasks = [task for _, task in of_domain]
+        dense = [Cell.of_scores([m.experts[domain][task.name] for m in self.dense_seeds]) for domain, task in of_domain]
+        rows = {"base": [self._base(task) for task in tasks], "dense experts": dense}
         for key in self._merge_order():
             rows[self._merge_name(key)] = [
                 Cell.of_scores([m.merged[key][task.name] for m in self.measured.values() if key in m.merged])
@@ -225,7 +233,7 @@ class _Tables:
         """Return the accuracies of single experts by task, rate and method."""
         methods = self.methods(COLUMNS[7])
         rows = {
-            (task.name, percent(rate)): [self._accuracy(domain, task, method, rate) for method in methods]
+            (_asked(task, domain), percent(rate)): [self._accuracy(domain, task, method, rate) for method in methods]
             for domain, tasks in self.domains.items()
             for task in tasks
             for rate in self.rates
@@ -251,22 +259,22 @@ class _Tables:
         """Density, and the mean over the domains of the domain ratio."""
 
         def mean_ratio(m: Measurements) -> float | None:
-            ratios = [_ratio(scores_of(m, domain), m, tasks) for domain, tasks in self.domains.items()]
+            ratios = [_ratio(scores_of(m, domain), m, domain) for domain in self.domains]
             return None if None in ratios else float(np.mean(ratios))
 
-        density = 1.0 - rate if METHODS[method].score else 1.0
+        density = 1.0 - rate if prunes(method) else 1.0
         return [Cell((density,)), Cell(self._over_seeds(mean_ratio))]
 
     def _base(self, task: Task) -> Cell:
         return Cell.of_scores([m.base[task.name] for m in self.dense_seeds])
 
     def _ratio(self, number: int, domain: str, method: str, rate: float) -> Cell:
-        tasks, key = self.domains[domain], (method, rate if METHODS[method].score else 0.0, domain)
-        values = self._over_seeds(lambda m: _ratio(m.single.get(key), m, tasks))
+        key = (method, rate if prunes(method) else 0.0, domain)
+        values = self._over_seeds(lambda m: _ratio(m.single.get(key), m, domain))
         return Cell(values, published=self.published(number, domain, method, rate))
 
     def _accuracy(self, domain: str, task: Task, method: str, rate: float) -> Cell:
-        key = (method, rate if METHODS[method].score else 0.0, domain)
+        key = (method, rate if prunes(method) else 0.0, domain)
         scores = [m.single[key][task.name] for m in self.measured.values() if key in m.single]
         return Cell.of_scores(scores, self.published(7, task.name, method, rate))
 
@@ -287,16 +295,23 @@ class _Tables:
 
     def _merge_order(self) -> list[Merged]:
         """Return the merges as the paper orders them: those that prune nothing, then the highest rates first."""
-        return sorted(self.merges, key=lambda key: (METHODS[key.method].score is not None, -key.rate))
+        return sorted(self.merges, key=lambda key: (prunes(key.method), -key.rate))
 
     def _merge_name(self, key: Merged) -> str:
         return self._name(key.method, key.rate, f", {label(key.coefficients)}" if key.coefficients else "")
 
     def _name(self, method: str, rate: float, more: str = "") -> str:
         name = label(method) + more
-        return f"{name} {percent(rate)}" if METHODS[method].score else name
+        return f"{name} {percent(rate)}" if prunes(method) else name
 
 
-def _ratio(scores: Scores | None, measured: Measurements, tasks: Sequence[Task]) -> float | None:
-    """Return the domain ratio of a model; None if it was not measured."""
-    return domain_ratio(_accuracies(scores, tasks), _accuracies(measured.experts, tasks)) if scores else None
+def _ratio(scores: Scores | None, measured: Measurements, domain: str) -> float | None:
+    """Return the ratio of a model to the dense expert of a domain; None if it was not measured."""
+    dense = measured.experts[domain]
+    accuracies = [scores[task].accuracy for task in dense] if scores else []
+    return domain_ratio(accuracies, [score.accuracy for score in dense.values()]) if scores else None
+
+
+def _asked(task: Task, expert: str) -> str:
+    """Return how a row names a task, with the expert where another one has the domain's name."""
+    return task.name if expert == task.domain else f"{task.name}, {label(expert)}"

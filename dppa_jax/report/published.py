@@ -97,10 +97,13 @@ def is_papers(base: str, experts: Mapping[str, str]) -> bool:
     False
     """
     named = {name: EXPERTS.get(name, "") for name in experts}
-    return bool(experts) and _same(base, BASE) and all(_same(experts[name], hub) for name, hub in named.items())
+    return (
+        bool(experts) and same_model(base, BASE) and all(same_model(experts[name], hub) for name, hub in named.items())
+    )
 
 
-def _same(where: str, hub: str) -> bool:
+def same_model(where: str, hub: str) -> bool:
+    """Tell whether a place is that of a hub id: the id, with or without a revision, or a directory of its name."""
     return bool(hub) and PurePath(where.split("@")[0]).name.casefold() == PurePath(hub).name.casefold()
 
 

@@ -15,6 +15,9 @@ from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dppa_jax.config.merge import axis
+from dppa_jax.config.q import ways
+from dppa_jax.config.report import Choice
 from dppa_jax.delta.presets import METHODS
 
 # Colours by Okabe and Ito 2008 and Tol 2021. Other methods get theirs from `method_style`.
@@ -64,9 +67,17 @@ STYLE = [  # for matplotlib.style.context
 def method_style(method: str) -> tuple[str, str | tuple[int, int, int]]:
     """Return the colour and the marker of a method, which no other method has.
 
+    With another score, or a way to find q, it keeps its colour and gets a polygon: the corners tell the way, and how it
+    is turned the score.
+
     A method without a row in `METHOD_STYLES` gets them by its place among all such methods: the hue moves on by the
     golden ratio, so that neighbours differ, and the marker is the next spare one.
     """
+    choice = Choice.of(method)
+    if choice.name != choice.method:
+        corners = 3 + ["", *ways()].index(choice.way)
+        turned = 15 * ["", *axis("score")].index(choice.score)
+        return method_style(choice.method)[0], (corners, 0, turned)
     if method in METHOD_STYLES:
         return METHOD_STYLES[method]
     place = [name for name in METHODS if name not in METHOD_STYLES].index(method)

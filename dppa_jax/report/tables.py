@@ -28,11 +28,15 @@ class Cell:
       intervals: the 95 % interval of every value, or none. They are not pooled: seeds share their questions, so their
         counts are not independent. With several seeds the spread over seeds is shown in place of an interval.
       published: the value that the paper printed in this place, as a fraction.
+      share: whether the values are shares, which are shown in percent.
+      of: a word about the value, such as the method that reached it.
     """
 
     values: tuple[float, ...] = ()
     intervals: tuple[tuple[float, float], ...] = ()
     published: float | None = None
+    share: bool = True
+    of: str = ""
 
     @classmethod
     def of_scores(cls, scores: Sequence[Score], published: float | None = None) -> "Cell":
@@ -60,15 +64,17 @@ class Cell:
 
     @property
     def measured(self) -> str:
-        """The measured value in percent, as in the paper's tables; empty if nothing was measured."""
+        """The measured value, a share in percent as in the paper's tables; empty if nothing was measured."""
         if not self.values:
             return ""
         if not self.has_ratio:
             return DASH
-        text = f"{100 * self.mean:.1f}"
+        text = f"{100 * self.mean:.1f}" if self.share else f"{self.mean:.4g}"
         if len(self.values) > 1:
-            return f"{text} ± {100 * self.spread:.1f}"
-        return text + "".join(f" [{100 * low:.1f}, {100 * high:.1f}]" for low, high in self.intervals)
+            text += f" ± {100 * self.spread:.1f}" if self.share else f" ± {self.spread:.2g}"
+        else:
+            text += "".join(f" [{100 * low:.1f}, {100 * high:.1f}]" for low, high in self.intervals)
+        return f"{text} {self.of}".rstrip()
 
     @property
     def beside(self) -> str:
@@ -79,6 +85,8 @@ class Cell:
         """
         >>> str(Cell((0.8, 0.9))), str(Cell((0.8,))), str(Cell((0.534,), published=0.5341))
         ('85.0 ± 7.1', '80.0', '53.4 (53.41)')
+        >>> str(Cell((0.0049, 0.0051), share=False)), str(Cell((0.9,), of="DARE"))
+        ('0.005 ± 0.00014', '90.0 DARE')
         """
         return f"{self.measured} {self.beside}".strip()
 
@@ -188,6 +196,7 @@ class ResultTable:
             cells[column] = {"values": [None if math.isnan(value) else value for value in cell.values]}
             cells[column] |= {"intervals": [list(interval) for interval in cell.intervals]} if cell.intervals else {}
             cells[column] |= {} if cell.published is None else {"published": cell.published}
+            cells[column] |= {"of": cell.of} if cell.of else {}
         return cells
 
 

@@ -126,7 +126,8 @@ class Candidates:
         """
         inputs = [self.fingerprints[name] for name in ("base", *config.experts)]
         seed = config.seed if config.has_random_score else None
-        calibration = read_text(self.job.calibration, MAX_LINES_BYTES) if config.is_calibrated else None
+        texts = [self.job.text_of(name) for name in config.experts if config.is_calibrated]
+        calibration = [read_text(text, MAX_LINES_BYTES) for text in texts]
         code = [jax.__version__, ARITHMETIC]
         code += [self.opened.vocabulary.digest] if self.opened.vocabulary else []
         return digest([code, inputs, {**config.as_dict(), "seed": seed}, calibration, self.job.tokenizer])

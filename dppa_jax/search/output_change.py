@@ -16,7 +16,7 @@ from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.config.q import QConfig
-from dppa_jax.merging.activations import calibration_tokens, probe
+from dppa_jax.merging.activations import PADDING, calibration_tokens, probe
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Merger
 from dppa_jax.merging.opened import Opened
@@ -89,7 +89,7 @@ class OutputChange:
 
     Args:
       expert: the unpruned expert.
-      tokens: rows of equal length.
+      tokens: rows of equal length; PADDING does not count.
       objective: a key of `OBJECTIVES`.
       counted: which positions count; None for all of them.
     """
@@ -102,7 +102,8 @@ class OutputChange:
         counted: Bool[np.ndarray, "rows tokens"] | None = None,
     ):
         self.config, self._objective = DecoderConfig.from_hf(expert.config), OBJECTIVES[objective]
-        self._tokens, self._counted = tokens, np.ones(tokens.shape, bool) if counted is None else counted
+        self._tokens, known = np.maximum(tokens, 0), tokens != PADDING
+        self._counted = known if counted is None else known & counted
         tree = _on_device(expert)
         reduce_, outputs = self._objective.of_expert, self._outputs
         kept = jax.jit(lambda tree, tokens: reduce_(outputs(tree, tokens)))

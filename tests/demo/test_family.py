@@ -96,6 +96,17 @@ def test_a_seed_determines_every_bit(brief, monkeypatch):
         assert weights[0] != weights[2]
 
 
+@pytest.mark.slow
+def test_experts_by_adamr_have_the_base_of_the_family_and_smaller_deltas(brief):
+    place = demo.directory("law@adamr")
+    assert sorted(path.name for path in place.parent.iterdir()) == ["finance", "law", "math"]
+    base, plain, pulled = (
+        load_file(demo.directory(name) / "model.safetensors") for name in ("base", "law", "law@adamr")
+    )
+    moved = [sum(np.abs(one[name] - base[name]).sum() for name in base) for one in (plain, pulled)]
+    assert 0 < moved[1] < moved[0]
+
+
 def test_a_family_is_built_once(brief, monkeypatch):
     monkeypatch.setattr(family, "train", lambda config, tree, rows, options, report: (tree, np.zeros(1)))
     place = demo.directory("math", seed=3)
@@ -135,6 +146,8 @@ def test_an_unknown_member_is_refused_before_anything_is_trained(brief):
         ValueError, match="demo:medicine does not exist; there are demo:base, demo:math, demo:finance, demo:law"
     ):
         demo.directory("medicine")
+    with pytest.raises(ValueError, match="demo:base@adamr does not exist; there are demo:base"):
+        demo.directory("base@adamr")
     assert not os.listdir(brief)
 
 

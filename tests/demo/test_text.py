@@ -3,11 +3,13 @@
 import random
 import re
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
 from dppa_jax.demo.family import MEMBERS, examples
 from dppa_jax.demo.text import GENERATORS, general_text, held_out, split_of, stream
+from dppa_jax.demo.text import TASKS as TASKS_OF
 
 TASKS = list(GENERATORS)
 
@@ -102,3 +104,11 @@ def test_general_text_asks_seldom():
 def test_too_many_items_are_refused():
     with pytest.raises(ValueError, match=r"comparison has \d+ different prompts in its test split, not 1500"):
         held_out("comparison", "test", 1500)
+
+
+def test_the_calibration_text_of_a_flagfile_is_the_questions_that_are_held_out_for_validation():
+    folder = Path(__file__).parents[2] / "configs/darex_demo"
+    for domain, tasks in TASKS_OF.items():
+        asked = zip(*(held_out(task, "validation", 60) for task in tasks), strict=True)
+        lines = [sample.prompt for samples in asked for sample in samples]
+        assert (folder / f"{domain}.txt").read_text().splitlines() == lines

@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 import torch
 from decoders import MODELS, ours, torch_model
+from families import write_tokenizer
 
 from dppa_jax.checkpoint import SafetensorsDirectory
-from dppa_jax.merging.activations import _layer, activation_norms, layers_seen, moments, norms
+from dppa_jax.merging.activations import (
+    PADDING,
+    _layer,
+    activation_norms,
+    calibration_tokens,
+    layers_seen,
+    moments,
+    norms,
+    padded,
+    probe,
+)
 from dppa_jax.model.context import LayerKind
 
 FAST = ("Llama", "Gemma2")
@@ -52,6 +63,28 @@ def test_means_and_changes_are_those_that_hooks_on_transformers_see(name, tmp_pa
             np.testing.assert_allclose(found.means, x.mean((0, 1)), rtol=1e-4, atol=1e-5)
             change = (x @ torch.tensor(layer.linears[linear] / 3).T).square().sum()
             np.testing.assert_allclose(found.change, change, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mixtral"])
+def test_short_lines_are_rows_and_what_fills_them_up_does_not_count(name, tmp_path):
+    torch_model(*MODELS[name]).save_pretrained(tmp_path)
+    model, lines = SafetensorsDirectory(tmp_path), [[1, 5, 9, 4, 7, 3], [1, 8, 2], [1, 6, 6, 9]]
+    rows = padded(lines)
+    assert rows.shape == (3, 6)
+    together = activation_norms(model, rows)
+    alone = [activation_norms(model, np.array([line])) for line in lines]
+    for linear, found in together.items():
+        expected = np.sqrt(sum(np.square(one[linear]) for one in alone))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_text_of_short_lines_is_not_one_stream(tmp_path):
+    write_tokenizer(tmp_path)
+    (tmp_path / "short.txt").write_text("word1 word2 word3\n\nword4\n")
+    assert calibration_tokens(tmp_path, tmp_path / "short.txt").tolist() == [[4, 5, 6], [7, PADDING, PADDING]]
+    (tmp_path / "long.txt").write_text(" ".join(["word1"] * 65) + "\nword4\n")
+    assert calibration_tokens(tmp_path, tmp_path / "long.txt").tolist() == [[4] * 65 + [7]]
+    assert probe(padded([[1] * 16] * 4000)).shape == (512, 16)  # 8,192 tokens
 
 
 @pytest.mark.parametrize("name", ["Mixtral"])

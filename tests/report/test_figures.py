@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,11 +140,20 @@ def test_a_new_method_is_drawn_in_a_style_of_its_own_without_a_row_for_it(monkey
     assert len({found[f"new{i}"][1] for i in range(20)} - {marker for _, marker in METHOD_STYLES.values()}) == 20
     assert method_style("new7") == found["new7"]
     assert label("new7") == "New7"
-    measured = {0: two_seeds()[0]._replace(single={("new7", 0.8, "math"): two_seeds()[0].merged[Merged("dare", 0.8)]})}
+    measured = {0: replace(two_seeds()[0], single={("new7", 0.8, "math"): two_seeds()[0].merged[Merged("dare", 0.8)]})}
     ax = draw_against_rate(accuracy_panels(measured, PAIR)[:1], "accuracy").axes[0]
     line = ax.containers[0][0]
     assert (to_hex(line.get_color()), line.get_marker()) == found["new7"]
     assert "New7" in texts(svg(ax.figure, "accuracy"))
+
+
+def test_a_way_to_find_q_and_another_score_have_a_marker_of_their_own():
+    names = ["darex_q", "darex_q+auto", "darex_q+bound", "darex_q/random_column+auto", "darex_q/random_column"]
+    assert len({method_style(name) for name in names}) == len(names)
+    assert len({method_style(name)[0] for name in names}) == 1
+    shown = Curve("darex_q/random_column+auto", (0.8, 0.9), (0.5, 0.4), (0.45, 0.3), (0.55, 0.5))
+    figure = draw_against_rate([Panel("one", (shown,))], "accuracy")
+    assert "DAREx-q, random_column, auto" in texts(svg(figure, "accuracy"))
 
 
 def test_one_rate_for_all_is_drawn_on_a_scale_of_percents():

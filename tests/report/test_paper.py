@@ -6,13 +6,18 @@ import math
 import pytest
 from report_runs import DOMAINS, PAIR, as_the_paper, two_seeds
 
-from dppa_jax.evaluate.scores import Score
+from dppa_jax.evaluate.scores import Score, Scores
 from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.report.paper import merge_table, paper_tables, published_merge, raw
 from dppa_jax.report.published import published
 
 SMALL = {table.name: table for table in paper_tables(two_seeds(), PAIR, 2)}
 AS_THE_PAPER = {table.name: table for table in paper_tables({0: as_the_paper()}, DOMAINS, 3, papers=True)}
+
+
+def together(measured: Measurements) -> Scores:
+    """The scores of the dense experts, by task."""
+    return {task: score for scores in measured.experts.values() for task, score in scores.items()}
 
 
 def body(table) -> list[str]:
@@ -158,7 +163,7 @@ def test_dense_accuracies_beside_ours_are_said_to_be_deduced():
 
 def test_one_evaluated_merge():
     m = two_seeds()[0]
-    experts = m.experts | {"trend": Score(0, 200)}
+    experts = together(m) | {"trend": Score(0, 200)}
     table = merge_table(m.base, experts, m.merged[Merged("ties", 0.8)], PAIR)
     assert body(table) == [
         "| **Math** |  |  |  |  |",
@@ -191,7 +196,7 @@ def test_raw_scores_are_json():
 
 def test_a_seed_without_a_ratio_leaves_no_mean():
     measured = two_seeds()
-    measured[1].experts["trend"] = Score(0, 200)
+    measured[1].experts["finance"]["trend"] = Score(0, 200)
     table = next(t for t in paper_tables(measured, PAIR, 2) if t.name == "table_6")
     cell = table.rows["DARE 80 %"][1]
     assert math.isnan(cell.values[1])
@@ -203,7 +208,7 @@ def test_a_merge_of_the_papers_models_has_its_published_ratio_beside_it():
     scores = next(iter(m.merged.values()))
     known = published_merge(3, DOMAINS, "dppa", 0.8)
     assert known == {"math": 0.9128, "finance": 0.952, "law": 1.4623}
-    table = merge_table(m.base, m.experts, scores, DOMAINS, known)
+    table = merge_table(m.base, together(m), scores, DOMAINS, known)
     assert [cells[-1].published for (_, row), cells in table.rows.items() if row == "domain ratio"] == list(
         known.values()
     )

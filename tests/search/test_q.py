@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.config.q import QConfig
+from dppa_jax.merging.activations import PADDING
 from dppa_jax.search.output_change import OutputChange
 from dppa_jax.search.q import Q_SEARCHES, darex_walk, search_q
 from dppa_jax.where import load_tree
@@ -150,6 +151,8 @@ def test_4_padding_does_not_change_it(family):
     padded = np.pad(tokens, ((0, 0), (0, 7)), constant_values=3)
     counted = np.arange(padded.shape[1])[None] < np.full((len(tokens), 1), tokens.shape[1])
     assert OutputChange(family["expert"], padded, "top_logits", counted)(model) == pytest.approx(plain, rel=1e-6)
+    marked = np.where(counted, padded, PADDING)
+    assert OutputChange(family["expert"], marked, "top_logits")(model) == pytest.approx(plain, rel=1e-6)
     assert OutputChange(family["expert"], padded, "top_logits")(model) != pytest.approx(plain, rel=1e-3)
 
 
