@@ -1,4 +1,4 @@
-"""The program: `dppa_jax JOB --FLAG=VALUE ...`, or `python -m dppa_jax.launch`. Flags in, one job out.
+"""The program: `dppa_jax JOB --FLAG=VALUE ...`, `dppa_jax RECIPE.yaml OUTPUT`, or `python -m dppa_jax.launch`.
 
 This module has what is the same for all jobs: the command line, logging, signals, errors, and the start of processes.
 """
@@ -24,6 +24,7 @@ from dppa_jax.runtime.signals import end_on_signals
 from dppa_jax.runtime.streams import LogFormatter, open_streams
 
 FLAGS = flags.FLAGS
+RECIPES = (".yaml", ".yml")  # how the names of recipes end
 
 
 # ---- the command line
@@ -37,11 +38,16 @@ class Word(NamedTuple):
 
 
 def arguments(given: Sequence[str]) -> list[str]:
-    """Return the flags that a command line stands for: a first word that is no flag is the job.
+    """Return the flags that a command line stands for: a first word that is no flag is the job, or a recipe.
 
     >>> arguments(["plan", "--flagfile=merge.cfg"])
     ['--flagfile=merge.cfg', '--job=plan']
+    >>> arguments(["merge.yaml", "merged", "--seed=1"])
+    ['--recipe=merge.yaml', '--output=merged', '--seed=1']
     """
+    if given and given[0].endswith(RECIPES) and not given[0].startswith("-"):
+        outputs = [f"--output={word}" for word in given[1:2] if not word.startswith("-")]
+        return [f"--recipe={given[0]}", *outputs, *given[1 + len(outputs) :]]
     if given and not given[0].startswith("-"):
         return [*given[1:], f"--job={given[0]}"]  # at the end, as it also counts where a flagfile has another job
     return list(given)

@@ -1,7 +1,11 @@
-"""Find and open a model by what a flag says of it: a directory, a hub id, `orbax:DIR`, `demo:NAME` or BASE+ADAPTER."""
+"""Find and open a model by what a flag says of it.
+
+That is a directory, a hub id, `orbax:DIR`, `demo:NAME`, BASE+ADAPTER, or `layers:MODEL[FIRST:END],MODEL[FIRST:END]`.
+"""
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +14,7 @@ from pathlib import Path
 from absl import logging
 
 from dppa_jax.architecture.generic import GENERIC, Stated
-from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
+from dppa_jax.architecture.specs import CheckpointError, TensorSpec, layer_count, tensor_specs
 from dppa_jax.checkpoint import Checkpoint, read_config
 from dppa_jax.checkpoint.adapter import CONFIG, Adapter, is_adapter
 from dppa_jax.checkpoint.hub import HUB_ID, HubError, HubModel, check_room, fetch_adapter, fetch_small_files
@@ -18,13 +22,17 @@ from dppa_jax.checkpoint.in_memory import Model, in_memory
 from dppa_jax.checkpoint.lora import Adapted, AdaptedHeaders
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory
+from dppa_jax.checkpoint.spliced import Run, Spliced, SplicedHeaders, spliced_config
 from dppa_jax.checkpoint.tokenizer import has_tokenizer
 from dppa_jax.checkpoint.weights import has_all_weights
 from dppa_jax.config.run import PREFIX, JobConfig
+from dppa_jax.merging.configs import compare_configs
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.reading import printable, read_json
 
-Looked = Checkpoint | HubModel | AdaptedHeaders  # a model that is open, or on the hub and looked at
+Looked = Checkpoint | HubModel | AdaptedHeaders | SplicedHeaders  # a model that is open, or on the hub and looked at
+LAYERS = "layers:"  # what a model of layers of others begins with
+RUN = re.compile(r"(.+?)\[(\d{1,5}):(\d{1,5})\](?:,|$)")
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -
     Raises:
       CheckpointError: the model is damaged, or not one that can be merged.
     """
+    if runs := runs_of(where):
+        return _spliced({place: look(place, seed, stated) for place in runs}, where)
     base, adapter = parts_of(where)
     if adapter:
         return _adapted(look(base, seed, stated), adapter)
@@ -79,6 +89,9 @@ def stated_architecture(flag: str) -> Stated | str | None:
 
 def look_for_plan(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Looked | ConfigAlone:
     """Look at a model as `look` does; where neither weights nor headers can be read, its config.json is enough."""
+    if runs := runs_of(where):
+        models = {place: look_for_plan(place, seed, stated) for place in runs}
+        return _spliced(models, where)
     base, adapter = parts_of(where)
     if adapter:
         planned = look_for_plan(base, seed, stated)
@@ -132,7 +145,7 @@ def parts_of(where: str | Path) -> tuple[str, str]:
     A + may also be part of the name of a directory.
     """
     text = str(where)
-    if "+" not in text or os.path.lexists(os.path.expanduser(text.removeprefix(PREFIX))):
+    if "+" not in text or text.startswith(LAYERS) or os.path.lexists(os.path.expanduser(text.removeprefix(PREFIX))):
         return text, ""
     pairs = [(text[:at], text[at + 1 :]) for at, character in enumerate(text) if character == "+"]
     found = next((pair for pair in pairs if os.path.lexists(os.path.expanduser(pair[1]))), pairs[-1])
@@ -141,13 +154,38 @@ def parts_of(where: str | Path) -> tuple[str, str]:
     return found
 
 
+def runs_of(where: str | Path) -> dict[str, list[tuple[int, int, int]]]:
+    """Return the runs of layers that `layers:` names, by where their models are; {} of any other place.
+
+    Each run has its place among all, its first layer and the one after its last.
+
+    >>> runs_of("layers:models/a[0:24],owner/b[8:32],models/a[30:32]")
+    {'models/a': [(0, 0, 24), (2, 30, 32)], 'owner/b': [(1, 8, 32)]}
+    """
+    text = str(where)
+    if not text.startswith(LAYERS):
+        return {}
+    text = text.removeprefix(LAYERS)
+    found = list(RUN.finditer(text))
+    if "".join(one[0] for one in found) != text or not found or text.endswith(","):
+        raise CheckpointError(
+            f"{printable(str(where))}: give {LAYERS}MODEL[FIRST:END],MODEL[FIRST:END], layers that are counted from 0, "
+            f"END not among them."
+        )
+    runs: dict[str, list[tuple[int, int, int]]] = {}
+    for place, (model, first, last) in enumerate(one.groups() for one in found):
+        runs.setdefault(model, []).append((place, int(first), int(last)))
+    return runs
+
+
 def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
     """Return the directory of a model; fetch it from the hub or train it first, where it is not there.
 
     A model with an adapter has the directory of its tokenizer: the adapter's, if it has one, or the base's.
 
     Args:
-      where: a directory, `orbax:DIR`, `demo:NAME`, a hub id (`owner/name` or `owner/name@revision`), or BASE+ADAPTER.
+      where: a directory, `orbax:DIR`, `demo:NAME`, a hub id (`owner/name` or `owner/name@revision`), BASE+ADAPTER, or
+        `layers:`, for the directory of the first model's tokenizer.
       seed: of the demo family.
       weights: also fetch the weights of a hub id. Without them, the directory has the small files.
 
@@ -156,6 +194,8 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
       ValueError: the demo family has no such member.
     """
     text = str(where)
+    if runs := runs_of(where):
+        return locate(next(iter(runs)), seed, weights)
     base, adapter = parts_of(where)
     if adapter:
         directory = _adapter_directory(adapter)
@@ -185,6 +225,20 @@ def locate(where: str | Path, seed: int = 0, weights: bool = True) -> Path:
     raise CheckpointError(f"{shown}: no such directory, and not of the form owner/name of a hub id.")
 
 
+def hub_ids(places: Iterable[str]) -> list[str]:
+    """Return the hub ids in what says where models are, each once, without revisions.
+
+    >>> hub_ids(["layers:owner/a[0:2],owner/b@main[1:4]", "owner/a+owner/adapter", "/models/mine"])
+    ['owner/a', 'owner/b', 'owner/adapter']
+    """
+    found: dict[str, None] = {}
+    for where in places:
+        parts = [*runs_of(where)] or [part for part in parts_of(where) if part]
+        own = [where.partition("@")[0]] if _is_on_hub(where) else []
+        found |= dict.fromkeys(own if parts == [where] else hub_ids(parts))
+    return list(found)
+
+
 def _is_on_hub(where: str | Path) -> bool:
     """Return whether this is a hub id, and nothing of that name is here."""
     text = str(where)
@@ -211,6 +265,28 @@ def _adapted(base: Looked, adapter: str) -> AdaptedHeaders:
     return (Adapted if hasattr(base, "read_rows") else AdaptedHeaders)(base, opened)
 
 
+def _spliced(models: Mapping[str, Looked | ConfigAlone], where: str | Path) -> Looked | ConfigAlone:
+    """Make one model of the layers that `layers:` names; one run of all layers of a model is that model.
+
+    Args:
+      models: by where they are; weights may not be here yet.
+    """
+    opened, runs = list(models.values()), {}
+    for model, own in enumerate(runs_of(where).values()):
+        runs |= {place: Run(model, first, last) for place, first, last in own}
+    taken = [runs[place] for place in sorted(runs)]
+    if len(taken) == 1 and (taken[0].first, taken[0].last) == (0, layer_count(opened[0].specs)):
+        return opened[0]
+    shown = printable(str(where))
+    if any(isinstance(model, ConfigAlone) for model in opened):
+        config = spliced_config([model.config for model in opened], taken, shown)
+        return ConfigAlone(opened[taken[0].model].directory, config)
+    for place, model in models.items():
+        compare_configs(opened[taken[0].model].config, model.config, place)
+    readable = all(hasattr(model, "read_rows") for model in opened)
+    return (Spliced if readable else SplicedHeaders)(opened, taken, shown)
+
+
 def _adapter_directory(where: str) -> Path:
     """Return the directory of an adapter; fetch it from the hub, if it is there.
 
@@ -227,6 +303,8 @@ def _adapter_directory(where: str) -> Path:
 
 def _is_adapter(where: str) -> bool:
     """Return whether an adapter, and no model, is at a place."""
+    if where.startswith(LAYERS):
+        return False
     return is_adapter(fetch_small_files(where) if _is_on_hub(where) else Path(os.path.expanduser(where)))
 
 
@@ -245,7 +323,7 @@ def load(where: str | Path, seed: int = 0) -> Model:
 
     Args:
       where: a directory, a hub id (`owner/name`, `owner/name@revision`), `orbax:DIR`, one of `demo:base`, `demo:math`,
-        `demo:finance` and `demo:law`, or BASE+ADAPTER.
+        `demo:finance` and `demo:law`, BASE+ADAPTER, or layers of models: `layers:MODEL[0:24],MODEL[8:32]`.
       seed: of the demo family.
 
     Raises:
@@ -273,6 +351,8 @@ def open_models(
 
 def _pinned(where: str) -> str:
     """Return a hub id with the commit that its revision is now; any other place as it is."""
+    if runs_of(where):
+        return LAYERS + RUN.sub(lambda run: run[0].replace(run[1], _pinned(run[1]), 1), where.removeprefix(LAYERS))
     base, adapter = parts_of(where)
     if adapter:
         return f"{_pinned(base)}+{_pinned(adapter)}"

@@ -58,6 +58,7 @@ GEMMA2 = replace(
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
+        "sliding_window_pattern": 2,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
         "max_position_embeddings": 8192,
@@ -164,6 +165,7 @@ ARCHITECTURES = {
         norms=(*GEMMA2.norms, *HEAD_NORMS),
         defaults={
             **GEMMA2.defaults,
+            "sliding_window_pattern": 6,
             "rope_theta": 1e6,
             "rope_local_base_freq": 1e4,
             "attn_logit_softcapping": None,
@@ -176,7 +178,13 @@ ARCHITECTURES = {
         OLMO2,
         classes=("Olmo3ForCausalLM",),
         model_type="olmo3",
-        defaults={**OLMO2.defaults, "rope_theta": 5e5, "rope_local_base_freq": 5e5, "sliding_window": 4096},
+        defaults={
+            **OLMO2.defaults,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
     ),
     "SmolLM3": replace(
         LLAMA,
@@ -187,6 +195,7 @@ ARCHITECTURES = {
             "num_key_value_heads": 4,
             "rope_theta": 2e6,
             "use_sliding_window": False,
+            "no_rope_layer_interval": 4,
             "max_position_embeddings": 32768,
             "bos_token_id": 128000,
             "eos_token_id": 128001,

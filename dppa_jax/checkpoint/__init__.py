@@ -7,6 +7,7 @@ from dppa_jax.checkpoint.matched import Matched, Part
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, read_config
 from dppa_jax.checkpoint.safetensors_writer import SafetensorsWriter
+from dppa_jax.checkpoint.spliced import Spliced
 from dppa_jax.checkpoint.stacked import save_tree
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "OrbaxDirectory",
     "SafetensorsDirectory",
     "SafetensorsWriter",
+    "Spliced",
     "TensorSpec",
     "is_orbax",
     "read_config",
@@ -25,4 +27,5 @@ __all__ = [
     "tensor_specs",
 ]
 
-Checkpoint = SafetensorsDirectory | OrbaxDirectory | Adapted | Part | Matched  # an open checkpoint, whatever its format
+# an open checkpoint, whatever its format
+Checkpoint = SafetensorsDirectory | OrbaxDirectory | Adapted | Spliced | Part | Matched

@@ -73,6 +73,8 @@ def model_card(
     licences: Sequence[str],
     command: str = "",
     notes: Sequence[str] = (),
+    parents: Sequence[str] = (),
+    configuration: str = "",
 ) -> str:
     """Return the README.md of a merged model, with the metadata block that the hub reads.
 
@@ -84,19 +86,17 @@ def model_card(
       licences: those of all models.
       command: the command line that repeats the merge; none without it.
       notes: what else a user of the model should know, in sentences.
+      parents: the hub ids of the models, to which the hub links.
+      configuration: the recipe, as YAML, if there is one.
     """
     licence = licences[0] if len(set(licences)) == 1 else "other"
-    header = _metadata(base, experts.values(), config["method"], licence)
-    rows = "\n".join(
-        markdown.row(
-            [markdown.text(expert), markdown.code(where), _coefficient(config, expert), _factors(config, expert)]
-        )
-        for expert, where in experts.items()
-    )
+    header = _metadata(parents, experts.values(), config["method"], licence)
+    rows = "\n".join(_row(expert, where, config) for expert, where in experts.items())
     pruned = f" {100 * config['rate']:g} % of each expert's delta is removed." if config["score"] else ""
     named = markdown.text(", ".join(dict.fromkeys(licences)))
     licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
     repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""
+    recipe = f"\nThe recipe:\n\n{markdown.block(configuration.rstrip(), 'yaml')}\n" if configuration else ""
     noted = "".join(f"\n- {markdown.text(note)}" for note in notes) + "\n" * bool(notes)
     return f"""{header}
 
@@ -111,15 +111,23 @@ combine {config["combine"]}).{pruned}
 {rows}
 {noted}
 `recipe.json` holds every flag, the rates and thresholds of every linear, and fingerprints of the inputs.
-{repeat}
+{repeat}{recipe}
 {licence_note}
 """
 
 
-def _metadata(base: str, experts: Iterable[str], method: str, licence: str) -> str:
+def _row(expert: str, where: str, config: Mapping) -> str:
+    """Return the row of an expert."""
+    numbers = _coefficient(config, expert), _factors(config, expert)
+    return markdown.row([markdown.text(expert), markdown.code(where), *numbers])
+
+
+def _metadata(parents: Sequence[str], experts: Iterable[str], method: str, licence: str) -> str:
     """Return the block of YAML that the hub reads."""
     quoted = json.dumps  # a JSON string is a YAML string, whatever is in it
-    metadata = ["---", f"base_model: {quoted(base)}", "base_model_relation: merge", "library_name: transformers"]
+    metadata = ["---", "library_name: transformers"]
+    if parents:
+        metadata += ["base_model:", *(f"- {quoted(parent)}" for parent in parents), "base_model_relation: merge"]
     metadata += [f"license: {quoted(licence)}", "pipeline_tag: text-generation", "tags:", "- merge", "- dppa_jax"]
     metadata += [f"- {method}", "merged_models:", *(f"- {quoted(where)}" for where in experts), "---"]
     return "\n".join(metadata)

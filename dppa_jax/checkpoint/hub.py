@@ -24,6 +24,7 @@ from dppa_jax.checkpoint.inside import COPIED
 from dppa_jax.checkpoint.lora import AdaptedHeaders
 from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, SafetensorsHeaders
+from dppa_jax.checkpoint.spliced import SplicedHeaders
 from dppa_jax.runtime.memory import size_text
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -158,13 +159,15 @@ def bytes_to_fetch(models: Iterable[Any]) -> int:
 
 def _to_fetch(models: Iterable[Any]) -> dict[Path, int]:
     """Return the bytes that are to be fetched, by directory."""
-    bases = map(_base, models)
+    bases = [base for model in models for base in _bases(model)]
     return {model.directory: model.nbytes for model in bases if isinstance(model, HubModel)}
 
 
-def _base(model: Any) -> Any:
-    """Return the model that adapters were put onto; a model without any is its own."""
-    return _base(model.base) if isinstance(model, AdaptedHeaders) else model
+def _bases(model: Any) -> list[Any]:
+    """Return the models that adapters were put onto, and those whose layers are taken; any other is its own."""
+    if isinstance(model, SplicedHeaders):
+        return [base for one in model.models for base in _bases(one)]
+    return _bases(model.base) if isinstance(model, AdaptedHeaders) else [model]
 
 
 class _HubFiles:

@@ -18,14 +18,15 @@ def copies(files: Iterable[Path], directory: Path | str) -> dict[str, bytes]:
 def beside(model: Any) -> dict[str, bytes]:
     """Read what belongs beside the weights of a model when they are written anew, by name.
 
-    Of a base with an adapter these are no records, as neither's are about both, and a generation config, which adapters
-    do not have.
+    Of a model that is made of others these are no records, as none are about the whole. An adapter has no generation
+    config, so that of its base is taken.
     """
     files = companions(model.directory)
-    if len(directories := getattr(model, "directories", ())) < 2:
+    if not (directories := getattr(model, "directories", ())):
         return copies([*files, *records(model.directory)], model.directory)
-    generation = [file for file in companions(directories[1]) if file.name.startswith("generation_config")]
-    return copies(generation, directories[1]) | copies(files, model.directory)
+    other = directories[min(1, len(directories) - 1)]
+    generation = [file for file in companions(other) if file.name.startswith("generation_config")]
+    return copies(generation, other) | copies(files, model.directory)
 
 
 def write_small_files(directory: Path, contents: Mapping[str, str | bytes]) -> None:

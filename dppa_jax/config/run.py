@@ -30,6 +30,21 @@ class StartConfig:
 
 
 @dataclass(frozen=True)
+class FromRecipe:
+    """What a merge keeps of the recipe that it was made from.
+
+    Attributes:
+      text: the recipe, as YAML.
+      rows: the resolved table: of some tensors and layers, the value of every parameter.
+      chat_template: of the output: auto for the one that most models have, a template, or "" for the tokenizer's.
+    """
+
+    text: str
+    rows: tuple[Mapping[str, str], ...] = ()
+    chat_template: str = ""
+
+
+@dataclass(frozen=True)
 class JobConfig:
     """Where the models are and go, and on what devices; `merge` says what is computed.
 
@@ -39,6 +54,8 @@ class JobConfig:
       search: how factors are searched; None where they are given.
       adamerging: how coefficients are found; None where they are given.
       q: how DAREx's q is found; None where it is given.
+      from_recipe: what the recipe says, if the job is made from one.
+      earlier: jobs whose outputs this one reads, in their order; they come first.
       flags: every flag's value, for recipe.json.
       command: the command line that repeats the job, for the model card.
     """
@@ -55,6 +72,8 @@ class JobConfig:
         flag="expert",
         kind="experts",
     )
+    recipe: str = option("", "FILE.yaml, as mergekit has it, that says models, method and numbers", kind="path")
+    print_recipe: bool = option(False, "plan: print the merge as such a recipe", rare=True)
     output: str = option("", "directory of the merged model; convert: also orbax:DIR", kind="path")
     architecture: str = option(
         "",
@@ -124,6 +143,8 @@ class JobConfig:
     search: FactorSearch | None = None
     adamerging: AdaMergingConfig | None = None
     q: QConfig | None = None
+    from_recipe: FromRecipe | None = None
+    earlier: tuple["JobConfig", ...] = ()
     flags: Mapping = field(default_factory=dict)
     command: str = ""
 

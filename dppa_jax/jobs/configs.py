@@ -14,7 +14,7 @@ from dppa_jax.config.numbers import Coefficient, read_coefficients
 from dppa_jax.config.option import per_expert
 from dppa_jax.config.q import LABELLED, UNLABELLED, QConfig, read_q, ways
 from dppa_jax.config.report import Choice, ReportConfig, Sweep
-from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, JobConfig, ValidateConfig
+from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, FromRecipe, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
 from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path
@@ -25,7 +25,27 @@ UNSET = -1.0
 
 
 def job_config(values: Values) -> JobConfig:
-    """Make the config of a job that merges, or looks at what would be merged."""
+    """Make the config of a job that merges, or looks at what would be merged.
+
+    Of a file of several recipes it is that of the last one, which has those of the others as `earlier`.
+    """
+    if not values["recipe"]:
+        return _job_config(values, values)
+    from dppa_jax.recipes.file import of_recipes  # here, as it imports JAX, which --help does without
+
+    return of_recipes(values, lambda said: _job_config(values, values | said.values, said.merge, said.recipe))
+
+
+def _job_config(
+    flags: Values, values: Values, merge_fields: Mapping[str, Any] | None = None, recipe: FromRecipe | None = None
+) -> JobConfig:
+    """Make a config of what flags and a recipe say together.
+
+    Args:
+      flags: as they were given.
+      values: with those that the recipe says.
+      merge_fields: fields of `MergeConfig` that the recipe says.
+    """
     _check_directory(values)
     if values["job"] != "merge" or values["evaluate"] or _q_way(values):  # a merge alone writes nothing there
         _check_workdir(values)
@@ -34,15 +54,13 @@ def job_config(values: Values) -> JobConfig:
         raise ValueError("--base is empty: give the model that the experts were fine-tuned from.")
     names = tuple(experts)
     granularity = _granularity(values)
-    merge = make(
-        MergeConfig,
-        values,
-        experts=names,
-        factors={} if searches(values) else _factors(values, names),
-        coefficients=_coefficients(values, names),
-        q=_q(values, names),
-        method_options=_method_options(values),
-    )
+    numbers = {
+        "factors": {} if searches(values) else _factors(values, names),
+        "coefficients": _coefficients(values, names),
+        "q": _q(values, names),
+        "method_options": _method_options(values),
+    }
+    merge = make(MergeConfig, values, experts=names, **(numbers | (merge_fields or {})))
     return make(
         JobConfig,
         values,
@@ -53,8 +71,9 @@ def job_config(values: Values) -> JobConfig:
         search=factor_search(values),
         adamerging=_adamerging(values, granularity) if granularity else None,
         q=q_config(values, merge),
-        flags=values,
-        command=command(values),
+        from_recipe=recipe,
+        flags=flags,
+        command=command(flags),
     )
 
 

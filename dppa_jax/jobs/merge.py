@@ -8,7 +8,12 @@ from dppa_jax.merging.merger import Outcome
 
 
 def run_merge(job: JobConfig) -> Outcome:
-    """Merge into job.output; search factors, find coefficients and evaluate where the job asks for it."""
+    """Merge into job.output; search factors, find coefficients and evaluate where the job asks for it.
+
+    Earlier merges of the same file of recipes, whose outputs this one reads, are made first.
+    """
+    for earlier in job.earlier:
+        run_merge(earlier)
     if job.search or job.adamerging or job.evaluation.tasks or (job.q and job.q.way == LABELLED):
         from dppa_jax.jobs.evaluated_merge import run_evaluated_merge  # a second of imports
 

@@ -43,11 +43,11 @@ def check_apart(outputs: Mapping[str, str], inputs: Mapping[str, Path], workdir:
 
 
 def directories(models: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the directories that models are read from, by name; a base with an adapter has two."""
+    """Return the directories that models are read from, by name; one that is made of others has several."""
     found = {}
     for name, model in models.items():
         for place, directory in enumerate(getattr(model, "directories", (model.directory,))):
-            found[f"{name} (base)" if place else name] = directory
+            found[f"{name} ({place + 1})" if place else name] = directory
     return found
 
 

@@ -1,7 +1,7 @@
 """--job=plan: memory, bytes, passes and time of a merge, before it is made."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -13,6 +13,7 @@ from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.plan import Plan, dtype_name, plan_of
 from dppa_jax.merging.speed import measure_speeds
+from dppa_jax.recipes.output import recipe_text
 from dppa_jax.runtime.memory import size_text
 from dppa_jax.runtime.mesh import make_mesh, mesh_shape
 from dppa_jax.runtime.progress import console, write_json
@@ -23,8 +24,13 @@ def run_plan(job: JobConfig) -> Plan:
     """Print the plan, and write it as JSON to plan.json in --workdir.
 
     Headers of the weights are read, also on the hub; where there are no weights, config.json is enough. Devices of the
-    mesh are needed only for the time.
+    mesh are needed only for the time. Of a recipe the value of every parameter is printed as well. Merges that come
+    first are not planned, and what they would write is taken for the base that they read.
     """
+    for one in (*job.earlier, job):
+        if one.from_recipe:
+            _print_resolved(one)
+    job = _without_earlier(job)
     where = with_bases({"base": job.base, **job.experts})
     options = job.merge.seed, stated_architecture(job.architecture)
     models = {name: look_for_plan(place, *options) for name, place in where.items()}
@@ -40,8 +46,29 @@ def run_plan(job: JobConfig) -> Plan:
     for row in (*rows, *plan.lines(), ("time", told)):
         table.add_row(*row)
     console().print(table)
+    if job.print_recipe:
+        print(recipe_text(job, prepared.base.specs, needed=True), end="")
     write_json(Path(job.workdir) / "plan.json", asdict(plan) | {"bytes_fetched": fetched} | predicted)
     return plan
+
+
+def _print_resolved(job: JobConfig) -> None:
+    """Print the value of every parameter of a recipe."""
+    rows = job.from_recipe.rows
+    titles = list(dict.fromkeys(title for row in rows for title in row))
+    table = Table(*titles, title=f"{job.merge.method} into {job.output or 'no output'}")
+    for row in rows:
+        table.add_row(*(row.get(title, "") for title in titles))
+    console().print(table)
+
+
+def _without_earlier(job: JobConfig) -> JobConfig:
+    """Put what an earlier merge reads as its base in the place of its output, which has the same tensors."""
+    like: dict[str, str] = {}
+    for one in job.earlier:
+        like[one.output] = like.get(one.base, one.base)
+    experts = {name: like.get(where, where) for name, where in job.experts.items()}
+    return replace(job, base=like.get(job.base, job.base), experts=experts)
 
 
 def _dtype(model: Looked | ConfigAlone) -> str:

@@ -25,9 +25,11 @@ from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoin
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import copy_rest
 from dppa_jax.merging.survey import NonfiniteError
+from dppa_jax.recipes.output import RECIPE_FILE, chat_template, recipe_text
 from dppa_jax.runtime import processes, signals
 from dppa_jax.runtime.memory import peak_resident
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
+from dppa_jax.where import hub_ids
 
 
 def write_merge(opened: Opened) -> Outcome:
@@ -116,7 +118,7 @@ def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> Checkpo
 
 
 def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
-    """Return the contents of recipe.json and README.md, by name."""
+    """Return the contents of recipe.json, README.md and what a recipe asks for, by name."""
     job, models = opened.job, opened.models
     config, where = job.merge.as_dict(), {"base": job.base, **job.experts}
     inputs = {
@@ -128,8 +130,12 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     vocabulary, linears = opened.vocabulary, outcome.linears
     notes = vocabulary.notes() if vocabulary else []
     said = vocabulary.as_dict() if vocabulary else {}
-    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, notes)
+    text = recipe_text(job, opened.base.specs)
+    more = {"notes": notes, "parents": hub_ids(where.values()), "configuration": text}
+    card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, **more)
     return {
         "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.rates, cost, said),
         "README.md": card,
+        **({RECIPE_FILE: text} if text else {}),
+        **chat_template(job, opened.models),
     }

@@ -17,7 +17,7 @@ from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.architecture.table import vocabulary_size
 from dppa_jax.checkpoint.inside import AGAIN, MAX_COPIED, inside
 from dppa_jax.checkpoint.tokenizer import VOCABULARIES
-from dppa_jax.runtime.reading import printable, read_bytes, read_json
+from dppa_jax.runtime.reading import printable, read_bytes, read_json, read_text
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")  # of tokenizer_config.json
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -138,6 +138,14 @@ class Tokenizer:
     def has_template(self) -> bool:
         """Has it a chat template?"""
         return "chat_template" in self.settings or any(map(self._file, TEMPLATES))
+
+    @property
+    def template(self) -> str:
+        """The chat template; "" where there is none, or several with names."""
+        if path := self._file("chat_template.jinja"):
+            return read_text(path, fix=AGAIN, error=CheckpointError)
+        said = self.settings.get("chat_template") or self._json("chat_template.json").get("chat_template")
+        return said if isinstance(said, str) else ""
 
     def differs(self, other: "Tokenizer") -> str:
         """Return the name of the tokenizer's file where both have it, with other bytes; else the empty string."""

@@ -29,11 +29,11 @@ class Said(msgspec.Struct, frozen=True):
     original_max_position_embeddings: Count | None = None
     partial_rotary_factor: Share = 1.0
     no_rope_layers: list[int] | None = None
-    no_rope_layer_interval: Count = 4
+    no_rope_layer_interval: Count = 1
     layer_types: list[str] | None = None
     sliding_window: Count | None = None
     use_sliding_window: bool = True
-    sliding_window_pattern: Count | None = None
+    sliding_window_pattern: Count = 1
     max_window_layers: int = 28
     hidden_activation: str = "gelu_pytorch_tanh"
     query_pre_attn_scalar: Factor = 256.0
@@ -98,21 +98,17 @@ def late_windows(said: Said) -> Fields:
     return window(said, layer_types(said, lambda layer: layer >= said.max_window_layers))
 
 
-def full_every(interval: int, own_rope: bool = False) -> Trait:
-    """Every layer has a window but each one after `interval` − 1 others; config.json may say another interval.
+def full_every_so_often(said: Said) -> Fields:
+    """Every layer has a window but the last one of each sliding_window_pattern."""
+    each = said.sliding_window_pattern
+    return window(said, layer_types(said, lambda layer: (layer + 1) % each > 0))
 
-    Args:
-      interval: the family's own.
-      own_rope: do layers with a window rotate by a table of their own?
-    """
 
-    def trait(said: Said) -> Fields:
-        each = said.sliding_window_pattern or interval
-        windowed = layer_types(said, lambda layer: (layer + 1) % each > 0)
-        ropes = {"ropes": two_ropes(said), "rope_of_layer": tuple(map(int, windowed))} if own_rope else {}
-        return window(said, windowed) | ropes
-
-    return trait
+def full_with_own_rope(said: Said) -> Fields:
+    """Layers have windows as in `full_every_so_often`, and those with one rotate by a table of their own."""
+    fields = full_every_so_often(said)
+    windowed = layer_types(said, lambda layer: (layer + 1) % said.sliding_window_pattern > 0)
+    return fields | {"ropes": two_ropes(said), "rope_of_layer": tuple(map(int, windowed))}
 
 
 def two_ropes(said: Said) -> tuple[Rope, Rope]:
@@ -199,10 +195,10 @@ FAMILIES: dict[str, tuple[Trait, ...]] = {  # by model_type
     "ministral": (typed_windows,),
     "qwen2": (late_windows,),
     "qwen3": (late_windows,),
-    "gemma2": (gemma, attention_cap, full_every(2)),
-    "gemma3_text": (gemma, full_every(6, own_rope=True)),
+    "gemma2": (gemma, attention_cap, full_every_so_often),
+    "gemma3_text": (gemma, full_with_own_rope),
     "olmo2": (),
-    "olmo3": (full_every(4, own_rope=True),),
+    "olmo3": (full_with_own_rope,),
     "smollm3": (some_ropes,),
     "granite": (multipliers,),
     "phi3": (window, partial_rope),

@@ -23,11 +23,11 @@ def code(given: str) -> str:
     return f"{ticks}{space}{shown}{space}{ticks}"
 
 
-def block(given: str) -> str:
+def block(given: str, language: str = "") -> str:
     """Return a code block."""
     shown = printable(given)
     ticks = _ticks(shown, 3)
-    return f"{ticks}\n{shown}\n{ticks}"
+    return f"{ticks}{language}\n{shown}\n{ticks}"
 
 
 def row(cells: Iterable[str]) -> str:

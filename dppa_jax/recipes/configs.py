@@ -1,0 +1,231 @@
+"""From a recipe to the configs of a merge: what flags would say, and what only a recipe can, by tensor and model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from dppa_jax.config.numbers import Coefficient, rate_of_density
+from dppa_jax.config.run import FromRecipe
+from dppa_jax.delta.presets import METHODS
+from dppa_jax.flags import BY_NAME, Values
+from dppa_jax.recipes.document import RecipeError
+from dppa_jax.recipes.methods import MERGE_METHODS
+from dppa_jax.recipes.models import BASE, Models, models_of, tensors_of
+from dppa_jax.recipes.recipe import Recipe, Scalar
+from dppa_jax.recipes.resolve import Resolved, Tensor, resolve
+from dppa_jax.recipes.table import rows_of
+from dppa_jax.where import look_for_plan, runs_of, stated_architecture
+
+SAYS = (  # flags of which a recipe says all
+    *("base", "expert", "method", "rate", "coefficient", "score", "allocate", "scale", "combine", "partitions"),
+    *("factors", "q", "tensor_rate", "tensor_coefficient", "tokenizer", "vocabulary", "output_dtype"),
+)
+
+
+class Meaning(NamedTuple):
+    """What a merge method of a recipe is here.
+
+    Attributes:
+      method: of --method.
+      options: the parameters that are options of the method, with the flag and a factor.
+      coefficient: the parameter that is the experts' coefficient.
+      base: has the base a coefficient, too?
+    """
+
+    method: str
+    options: Mapping[str, tuple[str, float]] = {}
+    coefficient: str = "weight"
+    base: bool = False
+
+
+WINDOW = {"epsilon": ("della_window", 2.0)}  # which is the whole window, and epsilon half of it
+GAMMA = {"gamma": ("breadcrumbs_gamma", 1.0)}
+MEANINGS = {
+    "task_arithmetic": Meaning("task_arithmetic"),
+    "ties": Meaning("ties"),
+    "dare_linear": Meaning("dare"),
+    "dare_ties": Meaning("dare_ties"),
+    "della": Meaning("della", WINDOW),
+    "della_linear": Meaning("della_linear", WINDOW),
+    "breadcrumbs": Meaning("breadcrumbs", GAMMA),
+    "breadcrumbs_ties": Meaning("breadcrumbs_ties", GAMMA),
+}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a recipe says.
+
+    Attributes:
+      values: of flags, by name.
+      merge: fields of `MergeConfig` that flags cannot say.
+      recipe: what the output keeps of it, and what a plan prints.
+      name: under which later recipes of the file refer to its result; "" for none.
+    """
+
+    values: Values
+    merge: Mapping[str, Any] = field(default_factory=dict)
+    recipe: FromRecipe | None = None
+    name: str = ""
+
+
+def check_flags(values: Values) -> None:
+    """Refuse flags that say what the recipe says.
+
+    Raises:
+      ValueError: names the flag.
+    """
+    for name in SAYS:
+        if values[name] != BY_NAME[name].default:
+            raise ValueError(
+                f"--{name}: --recipe={values['recipe']} says it; leave out the flag, or change the recipe."
+            )
+
+
+def said_by(recipe: Recipe, values: Values, named: Mapping[str, str], like: Mapping[str, str]) -> Said:
+    """Return what a recipe says; the base's config.json and headers are looked at, for its tensors and layers.
+
+    Args:
+      values: of all flags.
+      named: where the results of earlier recipes of the file are, by name.
+      like: of each of these places, a model with the same tensors that is there already.
+
+    Raises:
+      RecipeError: the recipe says what cannot be meant, or what this program does not do.
+    """
+    if recipe.method not in MEANINGS or MEANINGS[recipe.method].method not in METHODS:
+        raise RecipeError(f"{recipe.place}: merge_method {recipe.method} is not done here; --help names the methods.")
+    found = models_of(recipe, named)
+    options = values["seed"], stated_architecture(values["architecture"])
+    model = look_for_plan(_replaced(found.base, like), *options)
+    places = getattr(getattr(model, "layout", None), "places", {})
+    tensors, layers = tensors_of(model.specs, {name: place.stored for name, place in places.items()})
+    _check_layers(recipe, layers)
+    resolved = resolve(recipe, tensors, layers, found.names)
+    return Said(
+        values={
+            "base": _plain(found.base, like, options),
+            "expert": [f"{name}={_plain(where, like, options)}" for name, where in found.experts.items()],
+            "method": MEANINGS[recipe.method].method,
+            **_output(recipe, found),
+        },
+        merge=_numbers(recipe, found, resolved, tensors),
+        recipe=FromRecipe(recipe.text, tuple(rows_of(resolved, tensors, found.names)), recipe.chat_template),
+        name=recipe.name,
+    )
+
+
+def _replaced(where: str, like: Mapping[str, str]) -> str:
+    """Put models that are there in the place of results that are yet to come."""
+    for place, other in like.items():
+        where = other if where == place else where.replace(f"{place}[", f"{other}[")
+    return where
+
+
+def _plain(where: str, like: Mapping[str, str], options: tuple) -> str:
+    """Return a model in place of all its layers."""
+    runs = runs_of(where)
+    if len(runs) != 1:
+        return where
+    ((model, [(_, first, last), *more]),) = runs.items()
+    if first or more:
+        return where
+    looked = look_for_plan(_replaced(model, like), *options)
+    return model if last == tensors_of(looked.specs, {})[1] else where
+
+
+def _check_layers(recipe: Recipe, layers: int) -> None:
+    """Refuse slices with other layers than the model that is looked at."""
+    total = sum(one.parts[0].layers[1] - one.parts[0].layers[0] for one in recipe.slices if one.parts[0].layers)
+    if total and total != layers:
+        raise RecipeError(f"{recipe.place}: the slices have {total} layers, and the base {layers}.")
+
+
+def _output(recipe: Recipe, models: Models) -> dict[str, Any]:
+    """Return the flags of the output's dtype and tokenizer."""
+    said: dict[str, Any] = {"output_dtype": recipe.out_dtype or recipe.dtype}
+    if recipe.tokenizer == "union":
+        return said | {"vocabulary": "union"}
+    if recipe.tokenizer in ("", BASE, models.base, recipe.base):
+        return said
+    for name, place in models.places.items():
+        if any(one.parts[place].model == recipe.tokenizer for one in recipe.slices):
+            return said | {"tokenizer": name}
+    raise RecipeError(
+        f"{recipe.place}: the tokenizer is that of {recipe.tokenizer}, which is none of the models; give base, union, "
+        f"or one of them."
+    )
+
+
+# ---- the numbers of a merge
+
+
+def _numbers(recipe: Recipe, models: Models, resolved: Resolved, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the fields of `MergeConfig` for the values of the parameters."""
+    meaning, reader = MEANINGS[recipe.method], _Reader(recipe, models, resolved, tensors)
+    said: dict[str, Any] = {"coefficients": reader.of_experts(meaning.coefficient)}
+    _check_conventions(reader, said["coefficients"])
+    if "lambda" in resolved.merge and (factor := reader.one("lambda")) != 1:
+        said["coefficients"] = {name: _times(one, factor) for name, one in said["coefficients"].items()}
+    said["method_options"] = {flag: reader.one(name) * factor for name, (flag, factor) in meaning.options.items()}
+    if "density" in resolved.models:
+        densities = reader.of_experts("density")
+        given = {str(one) for one in densities.values()}
+        if len(given) > 1 or any(isinstance(one, Mapping) for one in densities.values()):
+            raise reader.error("density", "differs by model or tensor; here it is one for all")
+        said["rate"] = rate_of_density("density", next(iter(densities.values())))
+    return said
+
+
+def _check_conventions(reader: "_Reader", coefficients: Mapping[str, Coefficient]) -> None:
+    """Refuse sums and scales for which there is no counterpart."""
+    defaults = MERGE_METHODS[reader.recipe.method].parameters
+    for name in ("normalize", "rescale"):
+        if name in defaults and reader.one(name) != defaults[name]:
+            raise reader.error(name, f"is always {str(defaults[name]).lower()} here; leave it out")
+    if defaults.get("normalize") and len({str(one) for one in coefficients.values()}) > 1:
+        raise reader.error("weight", "differs, and the sum is divided by the count of models here; give equal weights")
+
+
+def _times(coefficient: Coefficient, factor: float) -> Coefficient:
+    """Multiply a coefficient, or that of each tensor."""
+    if isinstance(coefficient, Mapping):
+        return {name: value * factor for name, value in coefficient.items()}
+    return coefficient * factor
+
+
+class _Reader:
+    """Reads the values of parameters as the fields of a merge need them."""
+
+    def __init__(self, recipe: Recipe, models: Models, resolved: Resolved, tensors: Sequence[Tensor]):
+        self.recipe, self.models, self.resolved, self.tensors = recipe, models, resolved, tensors
+
+    def of_experts(self, name: str) -> dict[str, Coefficient]:
+        """Return a parameter by expert: a number, or one for each tensor."""
+        if name in self.resolved.merge:
+            return {expert: _one_or_all(self.resolved.merge[name]) for expert in self.models.places}
+        by_place = self.resolved.models[name]
+        return {expert: _one_or_all(by_place[place]) for expert, place in self.models.places.items()}
+
+    def one(self, name: str) -> Scalar:
+        """Return the one value that a parameter has for all tensors and models."""
+        by_model = [self.resolved.merge[name]] if name in self.resolved.merge else self.resolved.models[name]
+        found = {value for values in by_model for value in values.values()}
+        if len(found) > 1:
+            raise self.error(name, "differs by model or tensor; here it is one for all")
+        return found.pop()
+
+    def error(self, name: str, message: str) -> RecipeError:
+        """Return an error about a parameter, with the first line that says it."""
+        return RecipeError(f"{next(_said_in(self.recipe, name), self.recipe.place)}: {name} {message}.")
+
+
+def _one_or_all(values: Mapping[str, Scalar]) -> Coefficient:
+    """Return the value that all tensors have, or those of each."""
+    found = set(values.values())
+    return float(found.pop()) if len(found) == 1 else {name: float(value) for name, value in values.items()}
+
+
+def _said_in(recipe: Recipe, name: str) -> Iterator[str]:
+    """Yield the lines that say a parameter."""
+    return (level[name].place for level in recipe.levels if name in level)
