@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.demo.family import examples, model_config, save_companions
+from dppa_jax.finetune.data import Rows
 from dppa_jax.model import DecoderConfig, init_tree
 
 SMALL = DecoderConfig(
@@ -22,6 +23,12 @@ SMALL = DecoderConfig(
 )
 STEPS = 30
 WEIGHTS = "model.safetensors"
+
+
+def random_rows() -> Rows:
+    """Random rows for the model `SMALL`, each learned from a place of its own on."""
+    tokens = np.random.default_rng(0).integers(0, SMALL.vocab_size, (16, 12)).astype(np.int32)
+    return Rows(tokens, np.arange(12) >= np.random.default_rng(1).integers(1, 9, 16)[:, None])
 
 
 def write_material(root: Path) -> Path:

@@ -93,7 +93,7 @@ class MergeConfig:
         {}, "DPA: a factor for each partition: 1.8,1.3 or NAME=1.8,1.3 (repeat), or search", kind="named"
     )
     q: Mapping[str, Coefficient] = option(
-        {}, "DAREx-q, a divisor: 0.2, NAME=0.2, FILE.json, bound, mse, reference, auto, search", kind="named"
+        {}, "DAREx-q, a divisor: 0.2, NAME=0.2, FILE.json, bound, mse, reference, auto, gradient, search", kind="named"
     )
     max_fluctuation: float = option(
         0.08,

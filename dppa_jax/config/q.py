@@ -1,4 +1,4 @@
-"""How DAREx's q is found: by a rule for each linear, by the change of outputs, or by a validation score."""
+"""How DAREx's q is found: by a rule or by gradient for each linear, by the change of outputs, or by a score."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from dppa_jax.config.option import check, option, same
 from dppa_jax.config.search import FactorSearch
 from dppa_jax.runtime.reading import MAX_KEPT_BYTES, read_json
 
-UNLABELLED, LABELLED = "auto", "search"  # ways that measure a whole model
+UNLABELLED, LABELLED, GRADIENT = "auto", "search", "gradient"  # ways that measure a whole model
 FIX = 'Give --q a file with {"q": {"NAME": 0.2}}, or with a number for each linear in place of 0.2.'
 
 
 def ways() -> tuple[str, ...]:
     """Return the values of --q that ask for it to be found: the rules for linears, and what measures a whole model."""
-    return (*rules(), UNLABELLED, LABELLED)
+    return (*rules(), UNLABELLED, LABELLED, GRADIENT)
 
 
 def rules() -> Collection[str]:
@@ -49,8 +49,8 @@ class QConfig:
     """How DAREx's q is found.
 
     Attributes:
-      way: a rule of `delta.q_rules.Q_RULES`; "auto", by the change of outputs on --calibration text; or "search", by
-        the score on validation items.
+      way: a rule of `delta.q_rules.Q_RULES`; "auto", by the change of outputs on --calibration text; "gradient", of
+        every linear by the derivative of that change; or "search", by the score on validation items.
       eta: the parameter η of the bound, whose unit is that of 1/h: deltas that are twice as large need half of it. Of
         several the one is taken whose q changes the outputs least.
       objective: the change of outputs that "auto" makes small.
@@ -58,6 +58,7 @@ class QConfig:
       walk: HIGH and STEP of the authors' walk; by default those of their example at rate 0.99, in proportion to the
         density: ten and five times 1−p.
       split, limit: the items of "search".
+      steps: how many steps "gradient" takes at most.
       given: experts whose q is not searched.
     """
 
@@ -79,14 +80,25 @@ class QConfig:
         choices=("parabola", "darex"),
     )
     walk: tuple[float, ...] = option((), "HIGH,STEP of --q_rule=darex; default 10 and 5 times 1-rate")
+    steps: int = option(200, "gradient: steps at most, over which the learning rate falls to 0", least=1, rare=True)
     split: Split = same(FactorSearch, "split")
     limit: int | None = same(FactorSearch, "limit")
     given: tuple[str, ...] = ()
 
     @property
     def is_rule(self) -> bool:
-        """Whether each linear has its own q, by a rule."""
+        """Whether a rule finds the q of each linear, in closed form."""
         return self.way in rules()
+
+    @property
+    def holds_models(self) -> bool:
+        """Whether base and expert are whole on the devices meanwhile."""
+        return self.way == GRADIENT
+
+    @property
+    def is_of_linears(self) -> bool:
+        """Whether each linear has its own q."""
+        return self.is_rule or self.holds_models
 
     def __post_init__(self):
         check(self)

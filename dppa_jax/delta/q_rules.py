@@ -113,19 +113,21 @@ def mean_square(change: float, separate: float, rate: float) -> float:
 
 
 def reference_rows(
-    products: Float[np.ndarray, "rows columns"], rate: float, eta: float
+    products: Float[np.ndarray, "rows columns"], rate: float, eta: float, dtype: type = np.float16
 ) -> tuple[Float[np.ndarray, " rows"], int]:
     """Return the q of each row as the authors' code finds it, in float16 with its rounding, and how many q it tries.
+
+    In float64 it shows what the same walk finds without that rounding.
 
     The code walks q = k/1000 from int(1000·(1−p)) on. A row whose objective does not fall keeps its q but is marked;
     the walk ends when 80 % of the rows are marked. S keeps its sign. The published q of small deltas comes from ties of
     float16 and from that end: it is neither the minimum of the bound nor stable. For comparison only.
     Source: Deng et al. 2024, the authors' repository at commit 0873fc2.
     """
-    half = products.astype(np.float16)
-    sums = half.sum(axis=1, dtype=np.float32).astype(np.float16)
-    squares = (half * half).sum(axis=1, dtype=np.float32).astype(np.float16)
-    found, best = np.full(len(half), 1.0 - rate), np.full(len(half), np.float16(FIRST_BEST))
+    half, wide = products.astype(dtype), np.result_type(dtype, np.float32)
+    sums = half.sum(axis=1, dtype=wide).astype(dtype)
+    squares = (half * half).sum(axis=1, dtype=wide).astype(dtype)
+    found, best = np.full(len(half), 1.0 - rate), np.full(len(half), FIRST_BEST, dtype)
     marked, steps = np.zeros(len(half), bool), 0
     for k in range(int((1.0 - rate) * 1000), 999):
         q, steps = k * 0.001, steps + 1
@@ -139,16 +141,17 @@ def reference_rows(
 
 
 def _reference_objective(sums: np.ndarray, squares: np.ndarray, rate: float, eta: float, q: float) -> np.ndarray:
-    """|η·bias + η²·Φ·Q/(4q²) + ln(2/γ)|, rounded to float16 after each operation with a number, as PyTorch does."""
+    """|η·bias + η²·Φ·Q/(4q²) + ln(2/γ)|, rounded after each operation with a number, as PyTorch rounds float16."""
+    dtype, wide = sums.dtype.type, np.result_type(sums.dtype, np.float32).type
 
     def times(array: np.ndarray, number: float) -> np.ndarray:
-        return (array.astype(np.float32) * np.float32(number)).astype(np.float16)
+        return (array.astype(wide) * wide(number)).astype(dtype)
 
     phi = (1 - 2 * rate) / np.log((1 - rate) / rate) if rate != 0.5 else 0.5
     bias = times(times(sums, 1 - (1 - rate) / q), eta)
     spread = times(squares, eta**2 * phi)
-    spread = (spread.astype(np.float32) / np.float32(4 * q * q)).astype(np.float16)
-    constant = np.float16(np.log(2 / GAMMA))
+    spread = (spread.astype(wide) / wide(4 * q * q)).astype(dtype)
+    constant = dtype(np.log(2 / GAMMA))
     return np.abs(bias + (spread + constant))
 
 

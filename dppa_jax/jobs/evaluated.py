@@ -106,20 +106,33 @@ def check_forward(looked: Looked, needs: str | None) -> None:
             f"have. It can be merged, and evaluated with --evaluator=vllm."
         )
     try:
-        model = DecoderConfig.from_hf(looked.config)
+        DecoderConfig.from_hf(looked.config)
     except ValueError as error:
         raise ValueError(f"{directory}: {needs}: {error}") from None
-    if model.num_experts and needs == ADAMERGING:
+
+
+def check_whole_layers(looked: Looked, needs: str, instead: str) -> None:
+    """Refuse a mixture of experts, of a model that this program computes, where a gradient by coefficients is needed.
+
+    Args:
+      looked: the model.
+      needs: the flag that needs it.
+      instead: what to give in its place.
+    """
+    if DecoderConfig.from_hf(looked.config).num_experts:
         raise ValueError(
-            f"{directory}: {needs} merges one matrix of a layer at a time, and this layer is a mixture of experts: "
-            f"give numbers as --coefficient, or search for factors."
+            f"{looked.directory}: {needs} merges one matrix of a layer at a time, and this layer is a mixture of "
+            f"experts: give {instead}."
         )
 
 
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
     needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
-    check_forward(look(job.base, job.merge.seed), needs)
+    looked = look(job.base, job.merge.seed)
+    check_forward(looked, needs)
+    if job.adamerging:
+        check_whole_layers(looked, ADAMERGING, "numbers as --coefficient, or search for factors")
     given = {"base": job.base, **job.experts}
     tokenizer = with_bases({"base": job.base, job.tokenizer: given[job.tokenizer]})[job.tokenizer]
     return open_evaluation(job.evaluation, locate(tokenizer, job.merge.seed, weights=False), Path(job.workdir))

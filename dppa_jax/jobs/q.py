@@ -1,4 +1,4 @@
-"""Find DAREx's q as a job asks: by a rule for each linear, by the change of outputs, or by validation items."""
+"""Find DAREx's q as a job asks: by a rule or by gradient for each linear, by the change of outputs, or by items."""
 
 import json
 import time
@@ -11,18 +11,22 @@ from rich.table import Table
 
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
-from dppa_jax.config.q import LABELLED, UNLABELLED, QConfig
+from dppa_jax.config.q import GRADIENT, LABELLED, UNLABELLED, QConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.tasks import Task
-from dppa_jax.jobs.evaluated import Domains, check_forward
+from dppa_jax.jobs.evaluated import Domains, check_forward, check_whole_layers
 from dppa_jax.merging.opened import Opened
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import console
 from dppa_jax.search.candidates import Candidates
+from dppa_jax.search.mixture import check_combine
 from dppa_jax.search.output_change import least_change, searched_by_change
 from dppa_jax.search.q import QSearched, searched_by_score
+from dppa_jax.search.q_gradient import QDescended, q_by_gradient
 from dppa_jax.where import look
+
+BY_TEXT = {UNLABELLED: searched_by_change, GRADIENT: q_by_gradient}  # ways that measure a whole model on text
 
 
 def check_q(job: JobConfig, domains: Domains | None = None) -> None:
@@ -38,9 +42,13 @@ def check_q(job: JobConfig, domains: Domains | None = None) -> None:
         return
     if not job.calibration:
         raise ValueError(f"--q={q.way} needs --calibration=FILE, a text file whose lines the experts read.")
-    if q.way == UNLABELLED and processes.count() > 1:
+    if q.way in BY_TEXT and processes.count() > 1:
         raise ValueError(f"--q={q.way}: one process computes whole models; give a number, or a rule such as bound.")
-    check_forward(look(job.base, merge.seed), f"--q={q.way}")
+    looked, needs = look(job.base, merge.seed), f"--q={q.way}"
+    check_forward(looked, needs)
+    if q.way == GRADIENT:
+        check_combine(merge, needs)
+        check_whole_layers(looked, needs, f"a number or a rule such as bound, or --q={UNLABELLED}")
 
 
 def with_q(opened: Opened) -> Opened:
@@ -79,7 +87,7 @@ def q_of_expert(
     merge: MergeConfig,
     candidates: Candidates | None = None,
     tasks: Sequence[Task] = (),
-) -> tuple[Coefficient, QSearched | None]:
+) -> tuple[Coefficient, QSearched | QDescended | None]:
     """Return the q of one expert, one number or one for each linear, and the search that found it, if one did.
 
     Args:
@@ -92,14 +100,14 @@ def q_of_expert(
     elif q.way == LABELLED:
         searched = searched_by_score(candidates, name, tasks, q, merge)
     else:
-        searched = searched_by_change(opened, name, q, merge)
+        searched = BY_TEXT[q.way](opened, name, q, merge)
     if searched:
-        found = searched.result.q
+        found = searched.q
     logging.info("q of %s found in %.1f s", name, time.perf_counter() - started)
     return found, searched
 
 
-def _tell(way: str, found: Mapping, searches: Mapping[str, QSearched]) -> None:
+def _tell(way: str, found: Mapping, searches: Mapping[str, QSearched | QDescended]) -> None:
     """Print the q of every expert, beside what was measured of it."""
     table = Table("expert", "q", "measured", title=f"q, which divides what is kept, by --q={way}")
     for name, q in found.items():

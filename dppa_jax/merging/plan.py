@@ -135,11 +135,18 @@ class Plan:
             lines.append(("peak per device", self._fit(self.device_bytes, self.device_memory)))
         return [*lines, ("peak per process", self._fit(self.host_bytes, self.host_memory))]
 
-    def with_another_pass(self, dtypes: Sequence[str]) -> "Plan":
-        """Add the pass in which every process reads base and experts, to find the q of every linear."""
-        whole = self.parameters * sum(ITEMSIZE[each] for each in dtypes)
+    def with_another_pass(self, dtypes: Sequence[str], held: bool = False) -> "Plan":
+        """Add the pass in which every process reads base and experts, to find the q of every linear.
+
+        With `held`, the devices hold the base and one expert after another meanwhile, whole.
+        """
+        sizes = [self.parameters * ITEMSIZE[each] for each in dtypes]
+        whole, models = sum(sizes), held * (sizes[0] + max(sizes[1:]))
+        on_host = models if self.platform == "cpu" else 0
         return replace(
             self,
+            device_bytes=max(self.device_bytes, models // math.prod(self.mesh)),
+            host_bytes=max(self.host_bytes, RUNTIME + on_host),
             passes=self.passes + 1,
             bytes_read=self.bytes_read + whole * self.processes,
             process_read=self.process_read + whole,
@@ -336,4 +343,4 @@ def plan_of(
     several = job.num_processes or processes.count()
     cut = (job.block_layers, job.residency, memory, platform, several)
     plan = make_plan(specs, dtypes, job.merge, tuple(mesh), *cut, bool(job.save_delta), free, small_blocks)
-    return plan.with_another_pass(dtypes) if job.q and job.q.is_rule else plan
+    return plan.with_another_pass(dtypes, job.q.holds_models) if job.q and job.q.is_of_linears else plan

@@ -2,6 +2,8 @@
 
     merged = base + Σₖ λ[k, tensor] · scaleₖ(keepₖ(expertₖ − base)),    loss = Σ weight · H(softmax(logits of merged))
 
+`q_gradient.py` has another loss, on the same hidden states and chunks of logits.
+
 No merged model exists at any time. One `lax.scan` runs the decoder layers and merges each one's weights when it gets
 there, with the arithmetic of any merge (`merging.elementwise`); the backward pass merges them again. The head is
 merged, and its logits are formed, a chunk of the vocabulary at a time. So beside base and experts a device holds one
@@ -25,6 +27,7 @@ from dppa_jax.model.decoder import decoder_layer, embed, norm, unembed
 from dppa_jax.runtime.mesh import PerTensor
 from dppa_jax.search.mixture import Arithmetic, Tensor, chunks_of, decoded, is_tensor, some_rows
 
+Weights = Callable[[Tensor], Array]  # makes the weights of a tensor of base and experts
 LEAST = -1e30  # a maximum of nothing; a difference from it is finite in float32
 
 
@@ -49,46 +52,58 @@ def row_entropies(
       tree: of a `Mixture`.
       zero: the int32 number 0, unknown to the compiler; see `delta.combine.rounded`.
     """
-    model, embedding = arithmetic.model, tree["embed_tokens"]
-    merge = lambda tensor: merged(arithmetic, coefficients[tensor.place], decoded(tensor), zero)  # noqa: E731
+    merge = merge_with(arithmetic, coefficients, zero)
+    hidden = last_states(arithmetic.model, tree, batch, merge)
+    entropies = head_entropies(arithmetic.model, head_of(tree), merge, hidden)
+    return (entropies * batch.weights).sum(axis=1)
+
+
+def merge_with(arithmetic: Arithmetic, coefficients: Float[Array | np.ndarray, "tensors experts"], zero) -> Weights:
+    """Return the function that merges one tensor with its coefficients."""
+    return lambda tensor: merged(arithmetic, coefficients[tensor.place], decoded(tensor), zero)
+
+
+def head_of(tree: dict) -> Tensor:
+    """Return the head, or the embeddings if they are tied."""
+    return tree.get("lm_head", tree["embed_tokens"])
+
+
+def last_states(model: DecoderConfig, tree: dict, batch: Batch, weights_of: Weights) -> Float[Array, "B M D"]:
+    """Compute the hidden states after the last norm, at the positions that are chosen.
+
+    Args:
+      model: sizes and constants.
+      tree: of a `Mixture`.
+      batch: what is read.
+      weights_of: makes the weights of each tensor when they are needed.
+    """
     rows, time = batch.tokens.shape
-    looked_up = some_rows(embedding, lambda table: table[batch.tokens.reshape(-1)])
-    hidden = embed(model, merge(looked_up).reshape(rows, time, -1))
+    looked_up = some_rows(tree["embed_tokens"], lambda table: table[batch.tokens.reshape(-1)])
+    hidden = embed(model, weights_of(looked_up).reshape(rows, time, -1))
     slots = jnp.arange(time)[None]
     context = context_of(model, slots, slots)
 
     def step(hidden, scanned):
         layer, kind = scanned
-        weights = jax.tree.map(merge, layer, is_leaf=is_tensor)
+        weights = jax.tree.map(weights_of, layer, is_leaf=is_tensor)
         return decoder_layer(model, weights, hidden, None, context.of(kind))[0], None
 
     # In a scan the backward pass cannot share work with the forward pass, so nothing need keep them apart.
     scanned = tree["layers"], layer_kinds(model)
     hidden, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), hidden, scanned)
     hidden = jnp.take_along_axis(hidden, batch.chosen[..., None], axis=1)
-    hidden = norm(model, {"norm": merge(tree["norm"])}, "norm", hidden)
-    entropies = head_entropies(model, tree.get("lm_head", embedding), merge, hidden)
-    return (entropies * batch.weights).sum(axis=1)
+    return norm(model, {"norm": weights_of(tree["norm"])}, "norm", hidden)
 
 
 def head_entropies(
-    model: DecoderConfig, head: Tensor, merge: Callable[[Tensor], Array], hidden: Float[Array, "B M D"]
+    model: DecoderConfig, head: Tensor, weights_of: Weights, hidden: Float[Array, "B M D"]
 ) -> Float[Array, "B M"]:
-    """H = log Σ e^z − Σ z e^z / Σ e^z, with the largest z of the vocabulary seen so far taken off.
-
-    Chunk c holds the rows c, c + chunks, c + 2·chunks, … of the head, so that each is spread over all devices.
-    """
-    vocabulary = model.vocab_size
-    chunks = chunks_of(vocabulary)
-    split = some_rows(head, lambda table: table.reshape(-1, chunks, table.shape[-1]))
-    rows = split.base.shape[0]
+    """H = log Σ e^z − Σ z e^z / Σ e^z, with the largest z of the vocabulary seen so far taken off."""
+    chunks, logits_of = logits_by_chunk(model, head, weights_of, hidden)
 
     def step(carry, chunk):
         largest, total, moment = carry
-        part = some_rows(split, lambda table: lax.dynamic_index_in_dim(table, chunk, axis=1, keepdims=False))
-        logits = unembed(model, {"lm_head": merge(part)}, hidden)
-        if rows * chunks > vocabulary:
-            logits = jnp.where(jnp.arange(rows) * chunks + chunk < vocabulary, logits, LEAST)
+        logits, _ = logits_of(chunk)
         new = lax.stop_gradient(jnp.maximum(largest, logits.max(axis=-1)))
         logits = jnp.maximum(logits - new[..., None], LEAST)
         exponentials, kept = jnp.exp(logits), jnp.exp(largest - new)
@@ -99,6 +114,28 @@ def head_entropies(
     carry, _ = lax.scan(jax.checkpoint(step, prevent_cse=False), (nothing + LEAST, nothing, nothing), np.arange(chunks))
     _, total, moment = carry
     return jnp.log(total) - moment / total
+
+
+def logits_by_chunk(
+    model: DecoderConfig, head: Tensor, weights_of: Weights, hidden: Float[Array, "B M D"]
+) -> tuple[int, Callable[[Array], tuple[Float[Array, "B M rows"], Int[Array, " rows"]]]]:
+    """Return how many chunks the vocabulary has, and a function from the number of one to its logits and tokens.
+
+    Chunk c holds the rows c, c + chunks, c + 2·chunks, … of the head, so that each is spread over all devices. Rows
+    beyond the vocabulary have the logit LEAST.
+    """
+    chunks = chunks_of(model.vocab_size)
+    split = some_rows(head, lambda table: table.reshape(-1, chunks, table.shape[-1]))
+    rows = split.base.shape[0]
+
+    def logits_of(chunk):
+        part = some_rows(split, lambda table: lax.dynamic_index_in_dim(table, chunk, axis=1, keepdims=False))
+        logits, tokens = unembed(model, {"lm_head": weights_of(part)}, hidden), jnp.arange(rows) * chunks + chunk
+        if rows * chunks > model.vocab_size:
+            logits = jnp.where(tokens < model.vocab_size, logits, LEAST)
+        return logits, tokens
+
+    return chunks, logits_of
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -1,4 +1,4 @@
-"""Base and experts on the devices as AdaMerging's gradient needs them: stacked trees, with what decides their merge.
+"""Base and experts on the devices as a gradient by coefficients needs them: stacked, with what decides their merge.
 
 Rows of all weight matrices are spread over both axes of the mesh, of stacked layers the rows of each layer: a scan over
 a layer axis that is spread over devices would gather all layers on each of them. The mesh has the devices of all
@@ -111,6 +111,7 @@ class Mixture:
     Attributes:
       names: of the tensors, in the order of the rows of coefficients.
       tree: `Tensor`s at the places of the model's weights.
+      rates: of the linears, (experts, partitions, linears).
       model_bytes: of base and experts, per device.
       bytes_read: by this process.
     """
@@ -130,6 +131,7 @@ class Mixture:
         self._sources, model = (base, *experts.values()), DecoderConfig.from_hf(base.config)
         self._pruner = Pruner(kernels_of(mesh, config)[0], config, linears_of(specs), norms)
         self._known = self._thresholds(specs, mesh) if config.score else {}
+        self.rates = self._pruner.rates
         self._dtypes = {name: dtype for name, (_, dtype) in output_tensors(base, config).items()}
         self.tree = tree_of(specs.values(), self._tensor)
         on_cpu = jax.default_backend() == "cpu"  # where bfloat16 is slower than float32
@@ -256,14 +258,14 @@ class Mixture:
         return jax.make_array_from_callback(shape, self._by_rows(shape), of_slice)
 
 
-def check_combine(config: MergeConfig) -> None:
-    """Refuse a combination that has no gradient, and pruning outside the linears."""
+def check_combine(config: MergeConfig, needs: str = "--coefficient=adamerging") -> None:
+    """Refuse what has no gradient, and pruning outside the linears; `needs` is the flag that wants a gradient."""
     if config.prune != type(config).prune:
-        raise ValueError(f"--prune={config.prune}: --coefficient=adamerging prunes linears alone; leave it out.")
+        raise ValueError(f"--prune={config.prune}: {needs} prunes linears alone; leave it out.")
     if config.combine != "sum":
         raise ValueError(
-            f"--coefficient=adamerging needs --combine=sum, not {config.combine!r}: the sign that TIES elects jumps as "
-            f"coefficients change. AdaMerging++, which elects signs once, is left out."
+            f"{needs} needs --combine=sum, not {config.combine!r}: the sign that TIES elects jumps as coefficients "
+            f"change, so that there is no gradient."
         )
 
 

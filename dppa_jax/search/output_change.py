@@ -45,8 +45,13 @@ def top_logits_change(
     Source: Deng et al. 2024, the authors' repository for decoders.
     """
     values, places = expert
-    changes = jnp.square(jnp.take_along_axis(logits, places, axis=-1) - values).mean(axis=-1)
+    changes = squared_change(values, jnp.take_along_axis(logits, places, axis=-1))
     return jnp.where(counted, changes, 0).sum()
+
+
+def squared_change(expert: Float[Array, "B T K"], pruned: Float[Array, "B T K"]) -> Float[Array, "B T"]:
+    """Return the mean of (pruned − expert)² over the largest logits of each position."""
+    return jnp.square(pruned - expert).mean(axis=-1)
 
 
 def hidden_change(

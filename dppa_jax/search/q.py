@@ -63,6 +63,11 @@ class QSearched:
     result: QResult
     beside: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def q(self) -> float:
+        """The answer."""
+        return self.result.q
+
     def in_words(self) -> str:
         """Return the answer as one line of text."""
         beside = "".join(f", {name} {value:.4g}" for name, value in self.beside.items())

@@ -14,7 +14,7 @@ from small_models import FACTORS, FAMILIES, ROWS, linears_of, load, model_of, sa
 from dppa_jax.architecture.specs import Role
 from dppa_jax.architecture.table import ARCHITECTURES, support_matrix
 from dppa_jax.checkpoint import SafetensorsDirectory
-from dppa_jax.jobs.evaluated import check_forward
+from dppa_jax.jobs.evaluated import check_forward, check_whole_layers
 
 EXPERTS = ("math", "law")
 
@@ -163,7 +163,7 @@ def test_a_mixture_of_experts_can_be_evaluated_and_has_no_adamerging(tmp_path):
     with pytest.raises(
         ValueError, match=f"{tmp_path}: --coefficient=adamerging merges one matrix .* mixture of experts"
     ):
-        check_forward(looked, "--coefficient=adamerging")
+        check_whole_layers(looked, "--coefficient=adamerging", "numbers")
     looked.config |= {"rope_parameters": {"rope_type": "mrope"}}
     with pytest.raises(ValueError, match=f"{tmp_path}: --evaluator=jax: config.json: rope type 'mrope'"):
         check_forward(looked, "--evaluator=jax")
