@@ -18,6 +18,7 @@ from dppa_jax.jobs.evaluated import Domains, check_forward, check_whole_layers
 from dppa_jax.merging.opened import Opened
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import write_whole
+from dppa_jax.runtime.memory import peak_resident, size_text
 from dppa_jax.runtime.progress import console
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.mixture import check_combine
@@ -103,7 +104,8 @@ def q_of_expert(
         searched = BY_TEXT[q.way](opened, name, q, merge)
     if searched:
         found = searched.q
-    logging.info("q of %s found in %.1f s", name, time.perf_counter() - started)
+    seconds, peak = time.perf_counter() - started, size_text(peak_resident())
+    logging.info("q of %s found in %.1f s; peak memory so far %s", name, seconds, peak)
     return found, searched
 
 

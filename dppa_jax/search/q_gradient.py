@@ -15,7 +15,7 @@ Differs from the authors' code:
 - positions that are padding do not count (theirs do);
 - all linears of the decoder layers have a q, whatever the score is that chose the mask;
 - the text may come again, shuffled anew (theirs is read once);
-- misses are counted in a row, and the q with the least loss on held-out text is the answer.
+- the q with the least loss on held-out text is the answer (misses are counted in a row).
 """
 
 import math
