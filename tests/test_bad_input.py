@@ -218,6 +218,7 @@ BAD_COMBINATIONS = {
     "--method=dare --q=auto": "--q: only --scale=q (darex_q) divides by it, not 'dare'",
     "--method=darex_q --q=bonud": "--q=bonud: 'bonud' is not a number",
     "--method=darex_q --q=bound": "--q=bound needs --calibration=FILE",
+    "--method=darex_q --score=random_group --q=mse --calibration=x": "--q=mse: it is a rule for single linears",
     "--method=darex_q --q=auto": "--q=auto needs --calibration=FILE",
     "--method=darex_q --q=search": "--evaluate is empty",
     "--method=darex_q --q=search --evaluate=addition": "--q=search: expert 'law' has no tasks in --evaluate",

@@ -27,6 +27,10 @@ AXES = {
     "row": {"method": "magnitude", "score": "row"},
     "column": {"method": "magnitude", "score": "column"},
     "random_row": {"method": "magnitude", "score": "random_row"},
+    "wanda_column": {"method": "magnitude", "score": "wanda_column"},
+    "random_group": {"method": "darex_q", "score": "random_group"},
+    "group": {"method": "magnitude", "score": "group"},
+    "wanda_group": {"method": "magnitude", "score": "wanda_group"},
     "wanda_row": {"method": "wanda", "compare": "row"},
     "dp_reference": {"method": "dppa", "allocate": "dp_reference", "dpa_combine": "max"},
 }

@@ -16,7 +16,7 @@ from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.presets import METHODS, PARAMETERS
-from dppa_jax.delta.score import SCORES, Rows
+from dppa_jax.delta.score import SCORES, Rows, Units
 from dppa_jax.delta.threshold import BOUNDS
 from dppa_jax.delta.tied import Placed
 from dppa_jax.finetune import data
@@ -90,10 +90,11 @@ def inputs_of(score: str) -> jax.ShapeDtypeStruct | PerTensor | None:
     wanted = SCORES[score].inputs
     if wanted is None:
         return None
-    if wanted.per_column:
-        return PerTensor(array(LAYERS, COLUMNS, dtype=np.float32), array(ROWS, dtype=np.int32))
-    ones = lambda: np.ones(ROWS)  # noqa: E731
-    made = wanted.make(Rows(0, "math", "tensor", 0, ROWS, 0.8, row_sums=ones, column_sums=ones))
+    sums = {"row_sums": lambda: np.ones(ROWS), "column_sums": lambda: np.ones(COLUMNS)}
+    norms, units = np.ones(COLUMNS, np.float32), Units("heads", 7, False, np.arange(COLUMNS // 7, dtype=np.uint32))
+    made = wanted.make(Rows(0, "math", "tensor", 0, ROWS, 0.8, norms=norms, units=units, **sums))
+    if made.ndim == 1:
+        return PerTensor(array(LAYERS, COLUMNS, dtype=made.dtype), array(ROWS, dtype=np.int32))
     return array(*made.shape, dtype=made.dtype)
 
 
@@ -158,6 +159,7 @@ def test_kernels_of_surveys_and_inspections_on_a_mesh(delta_dtype, lowered):
         sums = [of.row_sums(term, base, expert) for term in ("absolute", "square")]
         sums.append(of.row_sums("above", base, expert, thresholds))
         sums.append(of.product_sums(base, expert, np.ones(base.shape[1], np.float32)))
+        sums.append(of.size_sums(of.sizes(base, expert, None)))
         return sums, of.sample_delta(base, expert, starts, 3), of.extremes(base, expert)
 
     per_row = array(ROWS, 2, dtype=np.float32), array(ROWS, 1, dtype=np.int32)
@@ -184,6 +186,7 @@ def test_no_kernel_is_left_out():
         "_unpack",
         "_reached",
         "_products",
+        "sizes",
         "extremes",
         "prune",
         "_zeros",

@@ -11,6 +11,12 @@ SIZES = {  # of a shape, by the key of config.json
     "vocabulary": "vocab_size",
 }
 CLASSIFIER = "ForSequenceClassification"  # how the names of classes with a classification head end
+UNITS = {  # by the size of an axis: what it consists of, and the size that says how many of them there are
+    "queries": ("heads", "key heads"),
+    "keys": ("heads", "key heads"),
+    "inner": ("neurons", "inner"),
+    "expert_inner": ("neurons", "expert_inner"),
+}
 WRAPPED = "text_config"  # the key of a model of images and text under which the text model's settings are
 
 NULL_SAYS = (  # there is none; for other keys of config.json null means the default
@@ -47,6 +53,26 @@ PRUNED: Mapping[str, Callable[[Role, bool], bool]] = {  # by the value of --prun
 }
 
 
+class Group(NamedTuple):
+    """The heads or neurons that the rows or columns of a linear belong to, together with those of other linears.
+
+    A unit is closed: what its rows compute nothing but its columns reads. So a neuron of an MLP is a row of gate and up
+    and a column of down. A head is one of keys and values, with all query heads that share it, as these cannot do
+    without it: rows of q, k and v, and columns of o.
+
+    Attributes:
+      name: which all linears of the group have: "model.layers.3.heads", "model.layers.3.experts.5.neurons".
+      kind: "heads" or "neurons".
+      units: how many there are.
+      rows: are they rows of this linear, or columns?
+    """
+
+    name: str
+    kind: str
+    units: int
+    rows: bool
+
+
 class Linear(NamedTuple):
     """A matrix of every layer, (rows, columns).
 
@@ -71,6 +97,15 @@ class Linear(NamedTuple):
     def has_bias(self, config: Mapping) -> bool:
         """Has it a bias in the model of this config.json?"""
         return bool(config.get(self.bias)) if isinstance(self.bias, str) else self.bias
+
+    def group(self, prefix: str, sizes: Mapping[str, int], expert: int | None = None) -> Group | None:
+        """The heads or neurons that its rows or columns belong to, in the layer or in an expert of its mixture."""
+        own = prefix if expert is None else f"{prefix}experts.{expert}."
+        for size in (self.rows, self.columns):
+            if size in UNITS:
+                kind, count = UNITS[size]
+                return Group(own + kind, kind, sizes[count], size == self.rows)
+        return None
 
 
 class Norm(NamedTuple):
@@ -193,7 +228,14 @@ class Architecture:
         said = self.said(config)
         heads = said["num_attention_heads"]
         head = said.get("head_dim") or said["hidden_size"] // heads
-        queries, keys = heads * head, (said.get("num_key_value_heads") or heads) * head
+        key_heads = said.get("num_key_value_heads") or heads
+        queries, keys = heads * head, key_heads * head
         named = {name: said[key] for name, key in SIZES.items()}
         named |= {name: next(said[key] for key in keys if key in said) for name, keys in self.keys.items()}
-        return named | {"queries": queries, "keys": keys, "head": head, "three queries": 3 * queries}
+        return named | {
+            "queries": queries,
+            "keys": keys,
+            "key heads": key_heads,
+            "head": head,
+            "three queries": 3 * queries,
+        }

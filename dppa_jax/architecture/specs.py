@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from dppa_jax.architecture.row import PRUNED, WRAPPED, Architecture, Linear, Norm, Role, wrapped
+from dppa_jax.architecture.row import PRUNED, WRAPPED, Architecture, Group, Linear, Norm, Role, wrapped
 from dppa_jax.architecture.table import architecture_of, known
 
 ROOT = re.compile(r"^(model|bert|roberta)\.")  # is no part of a tensor's place in the tree
@@ -83,8 +83,7 @@ def row_pieces(rows: int, columns: int, most: int) -> Iterator[tuple[int, int]]:
     [(0, 2), (2, 4), (4, 5)]
     """
     step = max(1, most // max(1, columns))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,7 @@ class TensorSpec:
         in a mixture, its expert. Empty outside the layers.
       stored: its name in most files, where that is another.
       head: is it of a head: what turns last hidden states into logits?
+      group: the heads or neurons of a linear; None for any other tensor, and where they are not known.
     """
 
     name: str
@@ -112,6 +112,7 @@ class TensorSpec:
     index: tuple[int, ...] = ()
     stored: str = ""
     head: bool = False
+    group: Group | None = None
 
     @property
     def rows(self) -> int:
@@ -311,10 +312,9 @@ class _Specs:
         row, said = self.architecture, self.said
         mlp = "sparse" if row.sparse and row.sparse(said, layer) else "dense"
         linears = [linear for linear in row.linears if linear.mlp in ("", mlp)]
-        for linear in linears:
-            if "{}" not in linear.kind:
-                self.add_linear(linear, layer)
         each = [linear for linear in linears if "{}" in linear.kind]
+        for linear in (one for one in linears if one not in each):
+            self.add_linear(linear, layer)
         for expert in range(self.sizes["experts"] if each else 0):
             for linear in each:
                 self.add_linear(linear, layer, expert)
@@ -336,8 +336,8 @@ class _Specs:
         prefix, kind = self.architecture.layer.format(layer), linear.kind.replace(".{}", "")
         name = prefix + linear.kind.format(expert)
         stored = f"{prefix}{linear.stored.format(expert)}.weight" if linear.stored else ""
-        shape = linear.rows, linear.columns
-        self.add(f"{name}.weight", shape, linear.role, kind, layer, stored, expert)
+        shape, group = (linear.rows, linear.columns), linear.group(prefix, self.sizes, expert)
+        self.add(f"{name}.weight", shape, linear.role, kind, layer, stored, expert, group=group)
         if linear.has_bias(self.said):
             self.add(f"{name}.bias", (linear.rows,), Role.BIAS, f"{kind}.bias", layer)
 
@@ -351,6 +351,7 @@ class _Specs:
         stored: str = "",
         expert: int | None = None,
         head: bool = False,
+        group: Group | None = None,
     ) -> None:
         """Add a tensor whose shape is said by the names of sizes."""
         place = self.linears if role is Role.LINEAR else None
@@ -359,8 +360,8 @@ class _Specs:
         if layer is not None:
             self.having[kind] = self.having.get(kind, 0) + (not expert)
             index = (self.having[kind] - 1,) if expert is None else (self.having[kind] - 1, expert)
-        sizes = tuple(self.sizes[size] for size in shape)
-        self.specs[name] = TensorSpec(name, sizes, role, kind, layer, place, index, stored, head)
+        own = role, kind, layer, place, index, stored, head, group
+        self.specs[name] = TensorSpec(name, tuple(self.sizes[size] for size in shape), *own)
 
 
 def tied_heads(config: Mapping) -> dict[str, str]:

@@ -27,6 +27,7 @@ def recipe(
     rates: Sequence[float],
     cost: Mapping,
     vocabulary: Mapping = MappingProxyType({}),
+    gone: Mapping[str, Mapping] = MappingProxyType({}),
 ) -> str:
     """Return the text of recipe.json: everything that a merge was made from and everything that it decided.
 
@@ -39,6 +40,7 @@ def recipe(
       rates: the target rate of each partition, highest first.
       cost: wall time, bytes read and written, peak memory.
       vocabulary: rows, added and dropped tokens, where the models' tokens are not at the same places.
+      gone: by expert, what is gone of its delta as a whole, as (gone, of) pairs.
     """
     names = [name for name in inputs if name != "base"]
     per_expert = {
@@ -49,6 +51,7 @@ def recipe(
             ]
             for what, table in tables.items()
         }
+        | ({"gone": {what: {"gone": n, "of": of} for what, (n, of) in gone[name].items()}} if name in gone else {})
         for e, name in enumerate(names)
     }
     content = {

@@ -184,7 +184,7 @@ class MergeConfig:
     @property
     def is_counted(self) -> bool:
         """Whether thresholds are found by counting, in reads of their own."""
-        return bool(self.score) and not self.has_random_score and not self.compares_rows
+        return bool(self.score) and not (self.has_random_score or self.compares_rows or self.ranks_units)
 
     @property
     def compares_rows(self) -> bool:
@@ -192,9 +192,24 @@ class MergeConfig:
         return bool(self.score) and COMPARISONS[self.compare]
 
     @property
+    def drops_units(self) -> bool:
+        """Whether heads and neurons go as a whole, from all linears of their group."""
+        return bool(self.score) and axis("score")[self.score].whole == "units"
+
+    @property
+    def ranks_units(self) -> bool:
+        """Whether heads and neurons are ranked, for which a pass over the layers comes before the merge."""
+        return bool(self.score) and bool(axis("score")[self.score].sums)
+
+    @property
     def ranks_by_magnitude(self) -> bool:
         """Whether the score is |δ| itself, so that thresholds are magnitudes."""
         return self.is_counted and axis("score")[self.score].inputs is None
+
+    @property
+    def whole(self) -> Any:
+        """What goes as a whole, a `delta.score.Whole`; None where single elements go, or --ties=exact cuts through."""
+        return axis("score")[self.score].whole if self.score and self.ties_rule != "exact" else None
 
     @property
     def is_calibrated(self) -> bool:
@@ -263,8 +278,24 @@ class MergeConfig:
             )
         if self.compares_rows and self.has_random_score:
             raise ValueError(f"--compare=row: --score={self.score} is random and ranks nothing; leave it out.")
+        if self.compares_rows and axis("score")[self.score].whole:
+            raise ValueError(f"--compare=row: --score={self.score} drops what it drops as a whole; leave it out.")
         if self.compares_rows and self.ties != "auto":
             raise ValueError(f"--ties={self.ties}: with --compare=row the first ones of equal score go; leave it out.")
+        if self.ranks_units and self.ties != "auto":
+            raise ValueError(
+                f"--ties={self.ties}: with --score={self.score} the first of equal heads or neurons go; leave it out."
+            )
+        if self.drops_units and self.prune != type(self).prune:
+            raise ValueError(
+                f"--prune={self.prune}: --score={self.score} drops heads and neurons, which only linears have; leave "
+                f"--prune out."
+            )
+        if self.drops_units and axis("allocate")[self.allocate].by_linear:
+            raise ValueError(
+                f"--allocate={self.allocate}: linears of a layer get rates of their own, and --score={self.score} "
+                f"drops heads and neurons from all of them alike; give --allocate=uniform or owl."
+            )
 
     def _check_numbers(self) -> None:
         for pattern, value in self.tensor_rates:

@@ -85,6 +85,7 @@ class Allocation:
       layer_multiple: N for layers; None takes `--significance_multiple`, which N for linears always is.
       divides: is a layer's outlier a |δ|/mean > N, rounded, in place of |δ| > N·mean?
       ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
+      by_linear: do linears of one layer get rates of their own?
     """
 
     rates: Callable[[float, Statistics, float], Rates]
@@ -92,13 +93,14 @@ class Allocation:
     layer_multiple: float | None = None
     divides: bool = False
     ties: str = ""
+    by_linear: bool = False
 
 
 ALLOCATIONS = {
     "uniform": Allocation(uniform, None),
     "owl": Allocation(owl, "count"),
-    "dp": Allocation(dp, "sum"),
-    "dp_reference": Allocation(dp_reference, "count", layer_multiple=3.0, divides=True, ties="drop"),
+    "dp": Allocation(dp, "sum", by_linear=True),
+    "dp_reference": Allocation(dp_reference, "count", layer_multiple=3.0, divides=True, ties="drop", by_linear=True),
 }
 
 

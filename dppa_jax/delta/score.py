@@ -7,24 +7,49 @@ above a bound; `bound_above(t)` is the bound for "score > t".
 To add a score, write its `keys` function and a row in `SCORES`. Nothing outside this room looks at a score's name.
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Float, Int32, Shaped, UInt32
 
-Columns = jax.Array | np.ndarray
+from dppa_jax.delta.draws import NO_UNIT, Columns, column_draws, hashed, row_draws, row_words, unit_draws, unit_keys
+
 Delta = Float[Array | np.ndarray, "rows columns"]
 Keys = UInt32[Array | np.ndarray, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
-COLUMN_STEP = np.uint32(0x9E3779B1)  # between the numbers that `hashed` mixes, of one column and the next
+
+
+class Whole(StrEnum):
+    """What goes as a whole."""
+
+    ROWS = "rows"
+    COLUMNS = "columns"
+    UNITS = "units"  # heads and neurons, from all linears of their group
+
+
+@dataclass(frozen=True)
+class Units:
+    """The heads or neurons that the rows or columns of a linear belong to, one after another.
+
+    Attributes:
+      group: the name that all linears with these units have.
+      span: how many rows or columns of this linear belong to a unit.
+      rows: are they rows, or columns?
+      ranks: the place of each unit in the order of importance, from 0 for the least; None where they are not compared.
+    """
+
+    group: str
+    span: int
+    rows: bool
+    ranks: UInt32[np.ndarray, " units"] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,6 +62,7 @@ class Rows:
       row_sums: computes Σ_j |δ_ij| of these rows, (rows,) float64; None where the weights are not at hand.
       column_sums: computes Σ_i |δ_ij| over these rows, (columns,) float64; None where the weights are not at hand.
       norms: ‖x_j‖ of the tensor's inputs on calibration text, (columns,); None where there is no such text.
+      units: the heads or neurons that the tensor's rows or columns belong to; None where they are not known.
     """
 
     seed: int
@@ -48,19 +74,18 @@ class Rows:
     row_sums: Callable[[], np.ndarray] | None = None
     column_sums: Callable[[], np.ndarray] | None = None
     norms: np.ndarray | None = None
+    units: Units | None = None
 
 
 class Inputs(NamedTuple):
     """What a score's `keys` needs beside the delta.
 
     Attributes:
-      make: from `Rows` to an array: (rows, numbers), or (columns,) where `per_column`.
-      per_column: is it a number for each column of a tensor, which all its rows share?
+      make: from `Rows` to an array: (rows, numbers), or (columns,): a number for each column, which all rows share.
       sees_weights: must the weights be at hand? If not, any rows can be asked for at any time.
     """
 
     make: Callable[[Rows], np.ndarray]
-    per_column: bool = False
     sees_weights: bool = True
 
 
@@ -80,6 +105,9 @@ class Score:
       draws: from (what `inputs` makes, columns) to the random numbers of the rows or columns that go as a whole, of
         which the share that is kept need not be the density; None where every element has its own.
       rescaled: may a scale rescale what is kept?
+      whole: what goes as a whole; None where each element goes on its own.
+      sums: the score of single elements whose sums over units rank these; empty where units are not ranked. Then a
+        share of units is dropped in place of what is below a threshold.
     """
 
     keys: Callable[..., Keys]
@@ -91,6 +119,8 @@ class Score:
     ties: str = ""
     draws: Callable[[np.ndarray, int], np.ndarray] | None = None
     rescaled: bool = True
+    whole: Whole | None = None
+    sums: str = ""
 
 
 def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
@@ -151,30 +181,34 @@ def random_column(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"]
     return jnp.broadcast_to(hashed(inputs, column), delta.shape)
 
 
-def row_draws(words: UInt32[Array | np.ndarray, "rows words"], columns: int) -> UInt32[Array | np.ndarray, "rows 1"]:
-    """Return the u of every row of a tensor."""
-    return hashed(words, np.zeros((1, 1), np.uint32))
+def random_group(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
+    """Draw u once for all elements of a unit, a head or a neuron, in all linears of its group: units go as a whole.
 
+    All of a unit, rows and columns, is divided by one q. Let c_k be what the delta of unit k changes in an output of
+    the group (of o or down), to first order in δ, rows and columns together. As the units' shares of that output add
+    up, it changes by Σ_k c_k·(1 − m_k/q): the law of `random` with units for elements, E = (1 − (1−p)/q)·S and
+    Var = p(1−p)/q²·Q, S = Σ c_k, Q = Σ c_k². So rows are rescaled here, which `random_row` must not do: outputs of
+    single rows are errors there, and are added up by the columns of the group here. If the columns alone were rescaled,
+    the rows' share of S would be kept by 1−p only. The second order, rows times columns, comes with m_k/q², whose mean
+    at q = 1−p is 1/(1−p); at q = 1 each unit is wholly the expert's or wholly the base's. Deng et al. 2024
+    prune structures; which ones was not to be found, and these are ours.
 
-def column_draws(
-    words: UInt32[Array | np.ndarray, "rows words"], columns: int
-) -> UInt32[Array | np.ndarray, "1 columns"]:
-    """Return the u of every column of a tensor."""
-    return hashed(words[:1], np.arange(columns, dtype=np.uint32)[None])
-
-
-def hashed(words: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
-    """Hash (two words of the row, column) to a number of 32 bits.
-
-    This is a multiply-xorshift mixer with the second word entering between its rounds, so that two rows are never
-    shifted copies of each other.
+    `inputs` are two words of the group, the unit of the row, and the columns of a unit.
     """
-    x = column.astype(jnp.uint32) * COLUMN_STEP + words[:, :1]
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) ^ words[:, 1:2]
-    x = x * np.uint32(0x846CA68B)
-    x = (x ^ (x >> 16)) * np.uint32(0x9E3779B1)
-    return x ^ (x >> 15)
+    return jnp.broadcast_to(unit_keys(inputs, column), delta.shape)
+
+
+def group(delta: Delta, inputs: Array | tuple[Shaped[Array, "tensors inputs"], jax.Array], column: Columns) -> Keys:
+    """Rank units, heads or neurons, by the sum of a score over all their elements in all linears of the group.
+
+    The score is |δ_ij| or, as WANDA has it, |δ_ij| · ‖x_j‖ (`Score.sums`). The int(units · rate) units of the least
+    sums are dropped, of equal ones the first. `inputs` are the ranks, of rows or of columns. Source of the scores: Han
+    et al. 2015, Sun et al. 2023; to add them up over units of a delta is ours.
+    """
+    if not isinstance(inputs, tuple):
+        return jnp.broadcast_to(inputs, delta.shape)
+    ranks, tensor = inputs
+    return jnp.broadcast_to(ranks[tensor[:, None], column], delta.shape)
 
 
 def della(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, della_window: float) -> Keys:
@@ -213,7 +247,10 @@ def row(delta: Delta, inputs: Float[Array, "rows 1"], column: Columns) -> Keys:
 
 
 def column(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array], column: Columns) -> Keys:
-    """Rank input columns by Σ_i |δ_ij|, one score for all elements of a column: structural pruning of columns."""
+    """Rank input columns by Σ_i |δ_ij| or, with WANDA's score, by ‖x_j‖ · Σ_i |δ_ij|: structural pruning of columns.
+
+    All elements of a column have one score. Sun et al. 2023 rank single elements; their sums are ours.
+    """
     sums, tensor = inputs
     return _float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))
 
@@ -239,20 +276,29 @@ def random_bound(rate: float | np.floating | np.ndarray) -> np.uint32 | np.ndarr
     return np.minimum(np.ceil(np.asarray(rate, np.float64) * 2.0**32), float(LAST_BOUND)).astype(np.uint32)
 
 
-def row_words(seed: int, expert: str, tensor: str, start: int, stop: int) -> UInt32[np.ndarray, "rows 2"]:
-    """Make two random words for each of the rows start..stop of a tensor, the same however the tensor is split."""
-    digest = hashlib.blake2b(f"{seed}\0{expert}\0{tensor}".encode(), digest_size=8).digest()
-    low, high = np.frombuffer(digest, "<u4")
-    rows = np.arange(start, stop, dtype=np.uint32)
-    return np.stack([_mix(rows + low), _mix((rows ^ high) * np.uint32(0x9E3779B1) + low)], axis=1)
-
-
 def _random_inputs(rows: Rows) -> np.ndarray:
     return row_words(rows.seed, rows.expert, rows.tensor, rows.start, rows.stop)
 
 
 def _column_inputs(rows: Rows) -> np.ndarray:
     return np.repeat(row_words(rows.seed, rows.expert, rows.tensor, 0, 1), rows.stop - rows.start, axis=0)
+
+
+def _wanda_sums(rows: Rows) -> np.ndarray:
+    return (rows.column_sums() * rows.norms).astype(np.float32)
+
+
+def _unit_words(rows: Rows) -> np.ndarray:
+    units, count = rows.units, rows.stop - rows.start
+    words = np.repeat(row_words(rows.seed, rows.expert, units.group, 0, 1), count, axis=0)
+    unit = np.arange(rows.start, rows.stop) // units.span if units.rows else np.zeros(count)
+    span = np.full(count, NO_UNIT if units.rows else units.span)
+    return np.concatenate([words, np.stack([unit, span], axis=1).astype(np.uint32)], axis=1)
+
+
+def _unit_ranks(rows: Rows) -> np.ndarray:
+    ranks = np.repeat(rows.units.ranks, rows.units.span)
+    return ranks[rows.start : rows.stop, None] if rows.units.rows else ranks
 
 
 def _della_inputs(rows: Rows) -> np.ndarray:
@@ -264,9 +310,20 @@ SCORES = {
     "magnitude": Score(magnitude),
     "random": Score(random, Inputs(_random_inputs, sees_weights=False), random=True),
     "random_row": Score(
-        random_row, Inputs(_random_inputs, sees_weights=False), random=True, draws=row_draws, rescaled=False
+        random_row,
+        Inputs(_random_inputs, sees_weights=False),
+        random=True,
+        draws=row_draws,
+        rescaled=False,
+        whole=Whole.ROWS,
     ),
-    "random_column": Score(random_column, Inputs(_column_inputs, sees_weights=False), random=True, draws=column_draws),
+    "random_column": Score(
+        random_column,
+        Inputs(_column_inputs, sees_weights=False),
+        random=True,
+        draws=column_draws,
+        whole=Whole.COLUMNS,
+    ),
     "della": Score(
         della,
         Inputs(_della_inputs, sees_weights=False),
@@ -274,9 +331,24 @@ SCORES = {
         gain=della_gain,
         parameters=("della_window",),
     ),
-    "wanda": Score(wanda, Inputs(lambda rows: rows.norms, per_column=True), calibrated=True),
-    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None]), ties="drop"),
-    "column": Score(column, Inputs(lambda rows: rows.column_sums().astype(np.float32), per_column=True), ties="drop"),
+    "wanda": Score(wanda, Inputs(lambda rows: rows.norms), calibrated=True),
+    "row": Score(row, Inputs(lambda rows: rows.row_sums().astype(np.float32)[:, None]), ties="drop", whole=Whole.ROWS),
+    "column": Score(
+        column,
+        Inputs(lambda rows: rows.column_sums().astype(np.float32)),
+        ties="drop",
+        whole=Whole.COLUMNS,
+    ),
+    "wanda_column": Score(column, Inputs(_wanda_sums), calibrated=True, ties="drop", whole=Whole.COLUMNS),
+    "random_group": Score(
+        random_group,
+        Inputs(_unit_words, sees_weights=False),
+        random=True,
+        draws=unit_draws,
+        whole=Whole.UNITS,
+    ),
+    "group": Score(group, Inputs(_unit_ranks), whole=Whole.UNITS, sums="magnitude"),
+    "wanda_group": Score(group, Inputs(_unit_ranks), calibrated=True, whole=Whole.UNITS, sums="wanda"),
 }
 
 
@@ -286,12 +358,6 @@ def _della_shift(delta: Delta, inputs: UInt32[Array, "rows 3"], window: float) -
     width = jnp.minimum(window, 2 * jnp.minimum(density, 1 - density))
     rank = ranks(jnp.abs(delta)).astype(jnp.float32)
     return width * (rank / max(delta.shape[1] - 1, 1) - 0.5)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B)
-    return x ^ (x >> np.uint32(16))
 
 
 def _float_keys(score: jax.Array) -> Keys:

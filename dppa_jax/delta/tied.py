@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int64, UInt32
 
-from dppa_jax.delta.score import COLUMN_STEP, Keys, hashed
+from dppa_jax.delta.draws import COLUMN_STEP, hashed
+from dppa_jax.delta.score import Keys
 from dppa_jax.delta.threshold import Thresholds
 
 FAR = 0.25  # of what is asked to be kept: a difference that matters

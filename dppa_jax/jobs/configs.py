@@ -230,7 +230,13 @@ def q_config(values: Values, merge: MergeConfig) -> QConfig | None:
     """Make what says how q is found; None where it is given."""
     if not (way := _q_way(values)):
         return None
-    return make(QConfig, values, way=way, given=tuple(_q_beside_a_way(values, merge.experts)))
+    config = make(QConfig, values, way=way, given=tuple(_q_beside_a_way(values, merge.experts)))
+    if config.is_rule and merge.drops_units:
+        raise ValueError(
+            f"--q={way}: it is a rule for single linears, and --score={merge.score} drops heads and neurons, which lie "
+            f"in several; give a number, auto or search."
+        )
+    return config
 
 
 def _q_beside_a_way(values: Values, names: tuple[str, ...]) -> dict[str, float]:

@@ -20,6 +20,7 @@ from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.jobs.models import written_tensors
 from dppa_jax.jobs.places import directories
 from dppa_jax.merging.blocks import owners
+from dppa_jax.merging.gone import gone_of, sentence
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints
 from dppa_jax.merging.opened import Opened
@@ -128,13 +129,16 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
     licences = [licence(directory) for directory in directories(models).values()]
     vocabulary, linears = opened.vocabulary, outcome.linears
-    notes = vocabulary.notes() if vocabulary else []
+    notes, gone = vocabulary.notes() if vocabulary else [], gone_of(job.merge, outcome)
     said = vocabulary.as_dict() if vocabulary else {}
+    for told in (sentence(name, of_expert) for name, of_expert in gone.items()):
+        logging.info("%s", told)
+        notes = [*notes, told]
     text = recipe_text(job, opened.base.specs)
     more = {"notes": notes, "parents": hub_ids(where.values()), "configuration": text}
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, **more)
     return {
-        "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.rates, cost, said),
+        "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.rates, cost, said, gone),
         "README.md": card,
         **({RECIPE_FILE: text} if text else {}),
         **chat_template(job, opened.models),

@@ -14,7 +14,7 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.scale import SCALES, Numbers
-from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, random_bound
+from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, Units, random_bound
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, cuts, index, order_statistics, sample_starts
 from dppa_jax.delta.tied import Placed, dropped, place_words
 from dppa_jax.merging.kernels import Kernels, host_sums
@@ -62,6 +62,8 @@ class Pruner:
     Attributes:
       rates, weights, thresholds, densities: (experts, partitions, linears).
       tied: the share of each linear whose score is the threshold, (experts, partitions, linears).
+      ranks: of each expert, by group: the place of each unit in the order of importance, from 0; empty where units are
+        not ranked.
     """
 
     def __init__(self, kernels: Kernels, config: MergeConfig, linears: Linears, norms: Norms | None = None):
@@ -72,6 +74,7 @@ class Pruner:
         self.thresholds = np.zeros(shape)
         self.densities = np.ones(shape)
         self.tied = np.zeros(shape)
+        self.ranks: list[dict[str, np.ndarray]] = [{} for _ in config.experts]
         self._starts: dict[tuple[int, int, int], jax.Array] = {}
         self._found: dict[tuple, tuple] = {}  # inputs and bounds, by matrix and expert: no factor changes them
 
@@ -126,7 +129,7 @@ class Pruner:
             ranges = len(matrix.ranges)
             return None, np.full((ranges, 1), FIRST_BOUND, np.uint32), np.full((ranges, 1), self._dense_weight(name))
         if (matrix, e) not in self._found:
-            inputs = self._placed(matrix, self.score_inputs(x, e))
+            inputs = self.placed_inputs(x, e)
             self._found[matrix, e] = self._bounds(x, e, inputs)
         return *self._found[matrix, e], self.weights[e][:, list(matrix.linears)].T
 
@@ -165,16 +168,25 @@ class Pruner:
         norms = self.norms.get(name, {}).get(rows.name)
         if self.config.is_calibrated and self.linears.specs[matrix.linears[i]].role is not Role.LINEAR:
             norms = np.ones(matrix.columns, np.float32)  # its inputs are not measured: |δ| alone ranks
-        return Rows(self.config.seed, name, rows.name, rows.start, rows.stop, float(rate), norms=norms, **asks)
+        asks |= {"norms": norms, "units": self._units(e, matrix.linears[i])}
+        return Rows(self.config.seed, name, rows.name, rows.start, rows.stop, float(rate), **asks)
 
-    def _placed(self, matrix: Matrix, inputs: list[np.ndarray] | None):
-        """Put score inputs onto the devices."""
-        if inputs is None:
+    def _units(self, e: int, place: int) -> Units | None:
+        """The heads or neurons of a linear, with their ranks where they are known."""
+        spec = self.linears.specs[place]
+        if not (group := spec.group):
             return None
-        if not SCORES[self.config.score].inputs.per_column:
+        span = (spec.rows if group.rows else spec.columns) // group.units
+        return Units(group.name, span, group.rows, self.ranks[e].get(group.name))
+
+    def placed_inputs(self, x: DeviceMatrix, e: int):
+        """Put what the score of expert e needs beside the delta onto the devices."""
+        if (inputs := self.score_inputs(x, e)) is None:
+            return None
+        if inputs[0].ndim > 1:
             return put_rows(self.kernels.mesh, np.concatenate(inputs))
-        tensor = matrix.per_row(np.arange(len(inputs), dtype=np.int32))
-        return PerTensor(jax.numpy.asarray(np.stack(inputs), np.float32), put_rows(self.kernels.mesh, tensor))
+        tensor = x.matrix.per_row(np.arange(len(inputs), dtype=np.int32))
+        return PerTensor(jax.numpy.asarray(np.stack(inputs)), put_rows(self.kernels.mesh, tensor))
 
     def _bounds(self, x: DeviceMatrix, e: int, inputs) -> tuple:
         """Score inputs and uint32 bounds of a matrix of linears; what is below is dropped."""
@@ -198,16 +210,21 @@ class Pruner:
         return inputs, np.stack([bounds, cuts(partial(self._count, x, e, inputs), numel, found, gone)], axis=-1)
 
     def _known_bounds(self, matrix: Matrix, e: int, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Bounds that need no counting, and the shares that are kept: of random scores, and of ranks within rows."""
-        if self.config.compares_rows:
-            gone = np.minimum((matrix.columns * rates).astype(np.int64), matrix.columns)
-            return gone.astype(np.uint32), 1.0 - gone / matrix.columns
+        """Bounds that need no counting, and the shares that are kept: of random scores, and of ranks."""
+        if self.config.compares_rows or self.config.ranks_units:
+            ranked = np.array([[self._ranked(place, matrix)] for place in matrix.linears])
+            gone = np.minimum((ranked * rates).astype(np.int64), ranked)
+            return gone.astype(np.uint32), 1.0 - gone / ranked
         bounds, score = random_bound(rates), SCORES[self.config.score]
         if score.draws is None:
             return bounds, 1.0 - rates
         words = (score.inputs.make(self.rows(e, i, matrix)) for i in range(len(matrix.ranges)))
         draws = (np.asarray(score.draws(each, matrix.columns)) for each in words)
         return bounds, np.array([[(own >= b).mean() for b in of] for own, of in zip(draws, bounds, strict=True)])
+
+    def _ranked(self, place: int, matrix: Matrix) -> int:
+        """How many things a linear's ranks compare: its units, or the elements of a row."""
+        return self.linears.specs[place].group.units if self.config.ranks_units else matrix.columns
 
     def _count(self, x: DeviceMatrix, e: int, inputs, bounds: np.ndarray) -> np.ndarray:
         """How many elements of each range are at or above each of its four bounds, (ranges, 4)."""

@@ -53,6 +53,21 @@ class Kernels:
         """Σ over columns of c and of c², c = δ·(a number for each column), as one complex number: see `host_sums`."""
         return self._fold_again(self._products(ZERO, of_column[None], base, expert))
 
+    def size_sums(self, sizes: jax.Array) -> jax.Array:
+        """Σ over columns of what `sizes` gives, folded to (rows, ⌈columns/64⌉): see `host_sums`."""
+        return self._fold_again(self._fold_again(sizes))
+
+    @cached_property
+    def sizes(self):
+        """The score of every element, of a score that is a float32 number: (rows, columns)."""
+
+        def sizes(base, expert, inputs):
+            column = lax.broadcasted_iota(jnp.int32, (1, base.shape[1]), 1)
+            keys = self.elementwise.keys(self.elementwise.delta(base, expert), inputs, column)
+            return lax.bitcast_convert_type(keys, jnp.float32)
+
+        return self._over_rows(sizes)
+
     @cached_property
     def _products(self):
         def folded(zero, of_column, base, expert):

@@ -20,6 +20,7 @@ from dppa_jax.merging.blocks import Block, make_blocks, owners, shares
 from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import elementwise_of
+from dppa_jax.merging.groups import check_groups, rank_units
 from dppa_jax.merging.kept import tell_of_q, tell_of_ties
 from dppa_jax.merging.kernels import Kernels, shared_kernels
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
@@ -31,7 +32,7 @@ from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-FILES = ("kernels", "elementwise", "bounds", "survey", "merger", "blocks", "rows", "stream", "vocabulary")
+FILES = ("kernels", "elementwise", "bounds", "survey", "merger", "blocks", "rows", "stream", "groups", "vocabulary")
 CODE = ("delta/*.py", "runtime/mesh.py", "checkpoint/matched.py", *(f"merging/{name}.py" for name in FILES))
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
@@ -94,6 +95,7 @@ def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
     check_tensors(config.q, linears_of(specs).names, "--q", "linear")
     check_patterns(config.tensor_rates, specs, "--tensor_rate")
     check_patterns(config.tensor_coefficients, specs, "--tensor_coefficient")
+    check_groups(config, linears_of(specs))
 
 
 class Merger:
@@ -229,6 +231,7 @@ class Merger:
     def _survey(self) -> None:
         self._statistics = surveyed(self._stream, self._linears, self._dense, self.config, self.quiet, self._journal)
         self._pruner.allocate(self._statistics)
+        rank_units(self._stream, self._pruner, self.quiet)
         self._surveyed = True
 
 

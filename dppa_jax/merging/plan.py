@@ -33,6 +33,7 @@ class Work:
       delta: bytes of an element of an expert's saved delta; 0 when none is saved.
       experts: how many.
       survey: is there a survey, a pass of its own over the layers?
+      ranks: are units ranked, in another pass over the layers?
       counts: are thresholds found by counting?
       checked: bytes of an element of the merged model while it is checked for NaN and Inf: XLA on a CPU takes float16,
         and no other dtype, to float32 first.
@@ -44,6 +45,7 @@ class Work:
     delta: int
     experts: int
     survey: bool
+    ranks: bool
     counts: bool
     checked: int
     devices: int
@@ -65,7 +67,8 @@ class Work:
         if self.counts:  # the first fold leaves an eighth of the columns, in words of four counters
             merging += SEARCHES * max(max(block, default=0) for block in linears) // WAYS * 4
         surveying = min(SURVEYS, self.experts) * max(map(sum, linears)) // WAYS * 8  # two float32 sums in one number
-        return max(merging, surveying) if self.survey else merging
+        ranking = self._largest(blocks) * ITEMSIZE["float32"]
+        return max(merging, surveying * self.survey, ranking * self.ranks)
 
     def waiting(self, blocks: Sequence[Block]) -> int:
         """Peak bytes of merged rows that wait for the disk."""
@@ -214,8 +217,8 @@ def make_plan(
     resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))
     block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
     blocks, on_devices = cuts.blocks(block_layers, resident), cuts.peak(block_layers, resident)
-    elements, again = list(map(_elements, cuts.shares)), work.survey and not resident
-    surveyed = [again * cuts.surveyed(own, block_layers) for own in (specs, *cuts.shares)]
+    elements = list(map(_elements, cuts.shares))
+    before = [0 if resident else cuts.read_before(own, block_layers) for own in (specs, *cuts.shares)]
     return Plan(
         parameters=_elements(specs),
         models=len(dtypes),
@@ -226,11 +229,11 @@ def make_plan(
         small_blocks=small_blocks and not resident,
         blocks=max(map(len, blocks)),
         resident=resident,
-        passes=1 + work.survey,
-        bytes_read=(_elements(specs) + surveyed[0]) * work.read,
+        passes=1 + work.survey + work.ranks,
+        bytes_read=(_elements(specs) + before[0]) * work.read,
         bytes_written=_elements(specs) * work.written,
         process_parameters=max(elements),
-        process_read=max(a + b for a, b in zip(elements, surveyed[1:], strict=True)) * work.read,
+        process_read=max(a + b for a, b in zip(elements, before[1:], strict=True)) * work.read,
         process_written=max(elements) * work.written,
         device_bytes=on_devices // work.devices,
         device_memory=device_memory,
@@ -266,9 +269,11 @@ class _Cuts:
         small = self._small and not resident
         return [make_blocks(own, min(layers, self.layers), small) for own in self.shares]
 
-    def surveyed(self, specs: Mapping[str, TensorSpec], layers: int) -> int:
-        """Elements of a model that a survey of these tensors reads."""
-        return sum(step.block.elements for step in survey_steps(make_blocks(specs, layers, self._small)))
+    def read_before(self, specs: Mapping[str, TensorSpec], layers: int) -> int:
+        """Elements of a model that are read of these tensors before the merge: surveyed, and ranked by units."""
+        blocks = make_blocks(specs, layers, self._small)
+        surveyed = sum(step.block.elements for step in survey_steps(blocks)) if self._work.survey else 0
+        return surveyed + self._work.ranks * sum(block.elements for block in blocks if block.layers)
 
     def peak(self, layers: int, resident: bool) -> int:
         """Most bytes on the devices of a process."""
@@ -296,6 +301,7 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(dtypes) - 1,
         survey=config.is_surveyed,
+        ranks=config.ranks_units,
         counts=config.is_counted,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,

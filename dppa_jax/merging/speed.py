@@ -119,7 +119,10 @@ def synthetic(specs: Mapping[str, TensorSpec], dtype: np.dtype, experts: Sequenc
 
 
 def _one_layer(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors of the first layer and those outside, divided in rows and columns until MERGED holds the layer."""
+    """The tensors of the first layer and those outside, divided in rows and columns until MERGED holds the layer.
+
+    Whatever heads or neurons it has are one.
+    """
     layers = layer_count(specs)
     part = math.ceil(math.sqrt(sum(math.prod(spec.shape) for spec in specs.values() if spec.layer == 0) / MERGED))
     shrunk = {}
@@ -128,7 +131,8 @@ def _one_layer(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
             shape = [max(1, size // part) for size in spec.shape]
             if spec.role is Role.VOCABULARY:
                 shape[0] = max(1, spec.shape[0] // layers // part)
-            shrunk[name] = replace(spec, shape=tuple(shape))
+            group = spec.group and spec.group._replace(units=1)
+            shrunk[name] = replace(spec, shape=tuple(shape), group=group)
     return shrunk
 
 

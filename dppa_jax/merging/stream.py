@@ -57,11 +57,12 @@ class Stream:
 
     def pass_bytes(self) -> int:
         """The bytes that one pass over all blocks reads."""
+        return sum(map(self.block_bytes, self.blocks))
+
+    def block_bytes(self, block: Block) -> int:
+        """The bytes of a block of all models."""
         return sum(
-            matrix.elements * _dtype(source, matrix).itemsize
-            for block in self.blocks
-            for matrix in block.matrices
-            for source in self.sources
+            matrix.elements * _dtype(source, matrix).itemsize for matrix in block.matrices for source in self.sources
         )
 
     def _put(self, block: Block, arrays: list[list[np.ndarray]] | None) -> list[DeviceMatrix]:

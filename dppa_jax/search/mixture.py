@@ -29,6 +29,7 @@ from dppa_jax.merging.blocks import make_blocks, shares, whole_matrix
 from dppa_jax.merging.bounds import Norms, Pruner
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import Elementwise, elementwise_of
+from dppa_jax.merging.groups import rank_units
 from dppa_jax.merging.merger import kernels_of, output_tensors
 from dppa_jax.merging.rows import DeviceMatrix, Matrix, RowRange
 from dppa_jax.merging.stream import Stream
@@ -151,6 +152,7 @@ class Mixture:
         base, *experts = self._sources
         stream = Stream(base, experts, make_blocks(own, 1), mesh, resident=True)
         pruner.allocate(surveyed(stream, pruner.linears, kernels_of(mesh, config)[1], config, quiet=True))
+        rank_units(stream, pruner, quiet=True)
         pruner.weigh(config)
         known: Thresholds = {}
         for _, loaded in () if config.has_random_score else stream():
@@ -231,7 +233,7 @@ class Mixture:
         wanted = SCORES[self._pruner.config.score].inputs if self._pruner.config.score else None
         if wanted is None:
             return None
-        if wanted.per_column:
+        if known and known[0].ndim == 1:  # of columns
             return PerTensor(put(np.stack(known), NamedSharding(self.mesh, REPLICATED)), None)
 
         def rows(i: int, start: int, stop: int) -> np.ndarray:

@@ -53,16 +53,18 @@ def norms() -> dict[str, dict[str, np.ndarray]]:
 
 
 def numpy_score(score: str, size: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    sums = {"row": size.sum(axis=1, keepdims=True, dtype=np.float64), "column": size.sum(axis=0, dtype=np.float64)}
+    columns = size.sum(axis=0, dtype=np.float64)
+    sums = {"row": size.sum(axis=1, keepdims=True, dtype=np.float64), "column": columns, "wanda_column": columns * norm}
     return size * norm if score == "wanda" else np.broadcast_to(sums.get(score, size), size.shape)
 
 
-FAST = ("wanda", "column")
+RANKED = ("magnitude", "wanda", "row", "column", "wanda_column")
+FAST = ("wanda", "wanda_column")
 
 
 @pytest.mark.parametrize(
     "score",
-    [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in ("magnitude", "wanda", "row", "column")],
+    [pytest.param(s, marks=[] if s in FAST else pytest.mark.slow) for s in RANKED],
 )
 def test_a_merge_keeps_what_has_the_highest_score(score, family, norms):
     base, experts = family
@@ -79,11 +81,11 @@ def test_a_merge_keeps_what_has_the_highest_score(score, family, norms):
             assert merge.outcome.densities[e, 0, place] == pytest.approx(kept.mean())
 
 
-@pytest.mark.parametrize(("score", "axis"), [("row", 1), ("column", 0)])
-def test_structural_scores_keep_or_drop_whole_rows_and_columns(score, axis, family):
+@pytest.mark.parametrize(("score", "axis"), [("row", 1), ("column", 0), ("wanda_column", 0)])
+def test_structural_scores_keep_or_drop_whole_rows_and_columns(score, axis, family, norms):
     base, experts = family
     config = MergeConfig(("math",), method="magnitude", score=score, rate=0.6)
-    deltas = merge_to_arrays(base, {"math": experts["math"]}, config, deltas=True).deltas["math"]
+    deltas = merge_to_arrays(base, {"math": experts["math"]}, config, deltas=True, norms=norms).deltas["math"]
     for name in linear_names(base.config):
         dense = experts["math"].tensors[name].astype(np.float32) - base.tensors[name].astype(np.float32)
         kept, there = (deltas[name] != 0).sum(axis=axis), (dense != 0).sum(axis=axis)

@@ -160,7 +160,11 @@ def merged(mesh: str = ONE_DEVICE, block_layers: int = 1, **given) -> Merge:
 
 
 Q = {name: {"q": {"math": 0.5, "law": 0.5}} for name in RANKING if name.endswith("_q")}  # which have no default
-GIVEN = {name: {"method": name} | Q.get(name, {}) for name in RANKING} | {score: {"score": score} for score in SCORES}
+GIVEN = {name: {"method": name} | Q.get(name, {}) for name in RANKING} | {
+    score: {"score": score}
+    for score in SCORES
+    if not SCORES[score].sums  # which drop a number of units, without a threshold
+}
 GIVEN = {name: given for name, given in GIVEN.items() if name not in RANDOM}
 FAST = ("dppa", "breadcrumbs_ties", "row")  # the others do what these do
 
