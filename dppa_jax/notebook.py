@@ -59,6 +59,10 @@ def merge(
             raise ValueError("rate and density are both given, and rate = 1 − density: give one of them.")
         options["rate"] = rate_of_density("density", density)
     config = MergeConfig(experts=tuple(experts), method=method, **options)
+    if config.lora_factors:
+        raise ValueError(
+            "lora_factors: models in memory are whole, without factors; the command line has --lora_factors."
+        )
     return merged_model(Merger(base, experts, config, make_mesh(mesh), Layout(), quiet=True), base.directory)
 
 

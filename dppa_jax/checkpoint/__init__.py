@@ -2,7 +2,7 @@
 
 from dppa_jax.architecture.specs import CheckpointError, TensorSpec, tensor_specs
 from dppa_jax.checkpoint.dtypes import DTYPE_BY_NAME
-from dppa_jax.checkpoint.lora import Adapted
+from dppa_jax.checkpoint.lora import Adapted, Thinned
 from dppa_jax.checkpoint.matched import Matched, Part
 from dppa_jax.checkpoint.orbax import OrbaxDirectory, is_orbax
 from dppa_jax.checkpoint.safetensors import SafetensorsDirectory, read_config
@@ -28,4 +28,4 @@ __all__ = [
 ]
 
 # an open checkpoint, whatever its format
-Checkpoint = SafetensorsDirectory | OrbaxDirectory | Adapted | Spliced | Part | Matched
+Checkpoint = SafetensorsDirectory | OrbaxDirectory | Adapted | Thinned | Spliced | Part | Matched

@@ -134,6 +134,11 @@ class Adapter:
             self._files.read_bytes("a tensor of the adapter", tensor.file, position, memoryview(view.view(np.uint8)))
         return out.T
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of its factors, the largest where they differ."""
+        return max((one.a.dtype.itemsize for one in self.factors.values()), default=0)
+
     def files(self) -> dict[str, Path]:
         """Return the files of the adapter by name."""
         return {CONFIG: self.directory / CONFIG, WEIGHTS: self.file}

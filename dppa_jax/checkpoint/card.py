@@ -95,7 +95,8 @@ def model_card(
     licence = licences[0] if len(set(licences)) == 1 else "other"
     header = _metadata(parents, experts.values(), config["method"], licence)
     rows = "\n".join(_row(expert, where, config) for expert, where in experts.items())
-    pruned = f" {100 * config['rate']:g} % of each expert's delta is removed." if config["score"] else ""
+    what = "the factors of each expert's adapter" if config["lora_factors"] else "each expert's delta"
+    pruned = f" {100 * config['rate']:g} % of {what} is removed." if config["score"] else ""
     named = markdown.text(", ".join(dict.fromkeys(licences)))
     licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
     repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""

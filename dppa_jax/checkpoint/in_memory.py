@@ -10,8 +10,7 @@ import numpy as np
 
 from dppa_jax.architecture.specs import tensor_specs, tree_of
 from dppa_jax.checkpoint.lora import Adapted
-from dppa_jax.checkpoint.matched import Matched, Part
-from dppa_jax.checkpoint.spliced import Spliced
+from dppa_jax.checkpoint.matched import unwrapped
 from dppa_jax.checkpoint.stacked import StoredArray, tree_tensor
 
 
@@ -53,7 +52,6 @@ def in_memory(source: Any) -> Model:
 
 
 def for_evaluator(model: Any) -> Path | Model:
-    """Return what an evaluator takes of an open checkpoint: its directory or, where none is all of it, the whole."""
-    while isinstance(model, Matched | Part):
-        model = model.model
-    return in_memory(model) if isinstance(model, Adapted | Spliced) else model.directory
+    """Return what an evaluator takes of an open checkpoint: its directory or, of a base with an adapter, all of it."""
+    model = unwrapped(model)
+    return in_memory(model) if isinstance(model, Adapted) else model.directory

@@ -5,7 +5,7 @@ base's dtype. peft's merge_and_unload gives the same but for the rounding of the
 float32.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from dppa_jax.checkpoint.adapter import CONFIG, MERGE_FIRST, Adapter, Factors, r
 from dppa_jax.checkpoint.fingerprints import content_digest, fingerprint
 from dppa_jax.checkpoint.headers import StoredTensor, UnfitError, shown
 from dppa_jax.checkpoint.laid_out import rest_of
-from dppa_jax.checkpoint.matched import vocabulary_tensors
+from dppa_jax.checkpoint.matched import unwrapped, vocabulary_tensors
 from dppa_jax.checkpoint.promised import same_bits
 from dppa_jax.checkpoint.tokenizer import has_tokenizer
 from dppa_jax.runtime.files import digest
@@ -29,27 +29,39 @@ from dppa_jax.runtime.reading import printable, read_json
 TILE = 32  # rows of a product, always as many from the same rows on: then a row has the same bits whoever asks for it
 GENERATION = "generation_config.json"
 
+Keep = Callable[[str, int, int, int], np.ndarray]  # what rows of a factor are multiplied by: see `Thinned`
+
 
 @dataclass(frozen=True)
 class LowRank:
     """The change of a tensor of the base, or of that part of a module's weight that the tensor is.
 
     Attributes:
+      name: of the tensor.
       factors: of the module.
       place: where the tensor's rows are among those of the module.
       rows: of the tensor.
       turned: is it the product turned round: Aᵀ · Bᵀ?
     """
 
+    name: str
     factors: Factors
     place: Place
     rows: int
     turned: bool
 
-    def products(self, adapter: Adapter, start: int, stop: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    def factor_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of A, which is the module's, and of those rows of B that are the tensor's, by name."""
+        a, rank = self.factors.a.shape, self.factors.rank
+        return {f"{self.factors.module}.lora_A": a, f"{self.name}.lora_B": (self._rows_of_b(), rank)}
+
+    def products(
+        self, adapter: Adapter, start: int, stop: int, keep: Keep | None = None
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
         """Yield the change of rows start to stop (exclusive), some at a time: the first, one after the last, values."""
         scale, first = np.float32(self.factors.scale), start // TILE * TILE
-        right, left = self._right(adapter), self._left(adapter, first, min(-(-stop // TILE) * TILE, self.rows))
+        end = min(-(-stop // TILE) * TILE, self.rows)
+        right, left = self._right(adapter, keep), self._left(adapter, first, end, keep)
         padded = np.zeros((-(-len(left) // TILE) * TILE, left.shape[1]), np.float32)
         padded[: len(left)] = left
         for row in range(first, stop, TILE):
@@ -58,18 +70,29 @@ class LowRank:
             low, high = max(row, start), min(row + TILE, stop)
             yield low, high, product[low - row : high - row]
 
-    def _left(self, adapter: Adapter, start: int, stop: int) -> np.ndarray:
+    def _left(self, adapter: Adapter, start: int, stop: int, keep: Keep | None) -> np.ndarray:
         """Return rows of the left factor, (rows, rank)."""
         if self.turned:
-            return adapter.read_columns(self.factors.a, start, stop)
+            columns = adapter.read_columns(self.factors.a, start, stop)
+            return columns * self._kept_of_a(keep)[:, start:stop].T if keep else columns
         part = self.factors.b.at(self.place, (self.rows, self.factors.rank))
-        return read_as_float32(adapter, part, start, stop)
+        rows = read_as_float32(adapter, part, start, stop)
+        return rows * keep(f"{self.name}.lora_B", start, stop, self.factors.rank) if keep else rows
 
-    def _right(self, adapter: Adapter) -> np.ndarray:
+    def _right(self, adapter: Adapter, keep: Keep | None) -> np.ndarray:
         """Return the right factor, (rank, columns)."""
-        if self.turned:
-            return np.ascontiguousarray(read_as_float32(adapter, self.factors.b).T)
-        return read_as_float32(adapter, self.factors.a)
+        if not self.turned:
+            whole = read_as_float32(adapter, self.factors.a)
+            return whole * self._kept_of_a(keep) if keep else whole
+        whole = read_as_float32(adapter, self.factors.b)
+        whole = whole * keep(f"{self.name}.lora_B", 0, *whole.shape) if keep else whole
+        return np.ascontiguousarray(whole.T)
+
+    def _kept_of_a(self, keep: Keep) -> np.ndarray:
+        return keep(f"{self.factors.module}.lora_A", 0, *self.factors.a.shape)
+
+    def _rows_of_b(self) -> int:
+        return self.factors.b.shape[0] if self.turned else self.rows
 
 
 class AdaptedHeaders:
@@ -118,6 +141,17 @@ class AdaptedHeaders:
     def fetch(self) -> "Adapted":
         """Fetch the base's weights from the hub; return the model that can be read."""
         return Adapted(self.base.fetch(), self.adapter)
+
+    @property
+    def whole_linears(self) -> list[str]:
+        """The linears that the adapter has whole, and not as factors."""
+        return [name for name in self._whole if name in self.specs and self.specs[name].role is Role.LINEAR]
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, int]]:
+        """The shapes of the factors of linears, by name; see `LowRank.factor_shapes`."""
+        of_linears = (one for name, one in self._low_rank.items() if self.specs[name].role is Role.LINEAR)
+        return {name: shape for one in of_linears for name, shape in one.factor_shapes().items()}
 
     def close(self) -> None:
         """Close the files; reading opens them again."""
@@ -185,7 +219,7 @@ class AdaptedHeaders:
             shape = self._shape(name)
             if shape != shapes[place.stored] if place.whole else turned[place.stored]:
                 raise self._unfit(factors[place.stored].module, shapes[place.stored], name, shape)
-            found[name] = LowRank(factors[place.stored], place, matrix_shape(shape)[0], turned[place.stored])
+            found[name] = LowRank(name, factors[place.stored], place, matrix_shape(shape)[0], turned[place.stored])
         return found
 
     def _matched(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -258,8 +292,12 @@ class Adapted(AdaptedHeaders):
     Rows are computed when they are asked for. Arguments and errors are those of `AdaptedHeaders`.
     """
 
-    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
-        """Compute rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype."""
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray, keep: Keep | None = None) -> None:
+        """Compute rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype.
+
+        Args:
+          keep: what the factors are multiplied by, as `Thinned` says; None to leave them as they are.
+        """
         stored = out = out.reshape(stop - start, -1) if out.ndim < 2 else out
         if (whole := self._whole.get(name)) is not None:
             stored = np.empty(out.shape, whole.dtype)
@@ -267,7 +305,7 @@ class Adapted(AdaptedHeaders):
         else:
             self.base.read_rows(name, start, stop, out)
         change = self._low_rank.get(name)
-        for first, last, product in change.products(self.adapter, start, stop) if change else ():
+        for first, last, product in change.products(self.adapter, start, stop, keep) if change else ():
             at = slice(first - start, last - start)
             product += stored[at].astype(np.float32, copy=False)
             out[at] = product
@@ -293,3 +331,29 @@ class Adapted(AdaptedHeaders):
         """Hash every byte of the base's weights and of the adapter."""
         adapter = self.adapter
         return digest([self.base.content_digest(), content_digest(adapter.directory, adapter.said, adapter.files())])
+
+
+class Thinned:
+    """A base with an adapter of which only a part of A and B is there, for linears. A `Source`.
+
+    All else, such as factors of embeddings, is the model's own.
+
+    Args:
+      model: an `Adapted`, or what reads some of its tensors or its rows in another order.
+      keep: from the name of a factor ("model.layers.0.self_attn.q_proj.lora_A", or the linear's name and ".lora_B"),
+        the first of its rows and the one after the last, and its columns, to what these are multiplied by, float32.
+    """
+
+    def __init__(self, model: Any, keep: Keep):
+        self.model, self._keep, self._adapted = model, keep, unwrapped(model)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what is not about rows: specs, tensors, directory, dtype and more of the model."""
+        return getattr(self.model, name)
+
+    def read_rows(self, name: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Compute rows start to stop (exclusive) of a tensor into `out`, a contiguous array of the tensor's dtype."""
+        if self.specs[name].role is Role.LINEAR:
+            self._adapted.read_rows(name, start, stop, out, self._keep)
+        else:
+            self.model.read_rows(name, start, stop, out)

@@ -158,6 +158,13 @@ def opened_model(model: Any) -> Any:
     return model.model if isinstance(model, Matched) else model
 
 
+def unwrapped(model: Any) -> Any:
+    """Return a model as it was opened, with all of its tensors and its rows in its own order."""
+    while isinstance(model, Matched | Part):
+        model = model.model
+    return model
+
+
 def _runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
     """Yield where rows follow one another, or are lacking: the first place, and the one after the last.
 

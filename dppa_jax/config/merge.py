@@ -3,11 +3,12 @@
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from dppa_jax.architecture.row import PRUNED
 from dppa_jax.architecture.rules import nearest
+from dppa_jax.config.combinations import axis, check_lora_factors, check_score
 from dppa_jax.config.numbers import Coefficient, default_partitions, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
@@ -20,18 +21,6 @@ A_RATE = {  # the bounds of an option
 CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help names:
   --method=task_arithmetic     keeps every parameter: the safest first merge
   --method=ties --density=0.2  keeps the largest fifth of each delta: ties where experts clash, dppa to amplify it"""
-
-
-def axis(name: str) -> Mapping[str, Any]:
-    """Return the table of the choices on an axis: score, allocate, scale or combine, or of --ties."""
-    from dppa_jax.delta.allocate import ALLOCATIONS  # here, as some of them import JAX, which --help does without
-    from dppa_jax.delta.combine import COMBINATIONS
-    from dppa_jax.delta.scale import SCALES
-    from dppa_jax.delta.score import SCORES
-    from dppa_jax.delta.tied import TIES
-
-    tables = {"score": SCORES, "allocate": ALLOCATIONS, "scale": SCALES, "combine": COMBINATIONS, "ties": TIES}
-    return tables[name]
 
 
 @dataclass(frozen=True)
@@ -52,6 +41,7 @@ class MergeConfig:
       prune: what is pruned, a key of `architecture.row.PRUNED`: the linears of the layers; or all but heads; or all.
         What is not pruned carries its dense delta.
       ties: what becomes of elements whose score is the threshold, a key of `delta.tied.TIES`.
+      lora_factors: prune the factors of experts that are adapters, and not their deltas; see `of_deltas`.
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
       method_options: the numbers that the score and the scale have to themselves, by the name of their flag; defaults
         are filled in.
@@ -134,6 +124,7 @@ class MergeConfig:
     output_dtype: str | None = option(
         None, "dtype of the output; default: each base tensor's own", group="models", choices=WEIGHT_DTYPES
     )
+    lora_factors: bool = option(False, "dare, darex_q of adapters: prune A and B in place of their product", rare=True)
     allow_nonfinite: bool = option(False, "let a NaN or Inf delta count as 0", rare=True)
     method_options: Mapping[str, float] = field(default_factory=dict)
 
@@ -150,7 +141,7 @@ class MergeConfig:
             raise ValueError(f"--method={self.method} prunes nothing: give --score as well as --allocate or --scale.")
         if self.score and not self.allocate:
             set_("allocate", "uniform")
-        self._check_score()
+        check_score(self)
         self._check_numbers()
         set_("method_options", self._resolve_method_options())
         scale = axis("scale")[self.scale]
@@ -166,6 +157,8 @@ class MergeConfig:
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
         if not scale.takes_q and self.q:
             raise ValueError(f"--q: only --scale=q (darex_q) divides by it, not {self.scale!r}.")
+        if self.lora_factors:
+            check_lora_factors(self)
         if self.score is None and self.tensor_rates:
             raise ValueError(f"--tensor_rate: --method={self.method} prunes nothing; give a method with a score.")
 
@@ -243,6 +236,14 @@ class MergeConfig:
             self._plain_factor()
         }
 
+    @property
+    def of_deltas(self) -> "MergeConfig":
+        """What is done with deltas: with `lora_factors` nothing is pruned, as their factors were when they are read."""
+        if not self.lora_factors:
+            return self
+        whole = {"method": "task_arithmetic", "score": None, "allocate": None, "scale": None, "q": {}}
+        return replace(self, **whole, method_options={}, lora_factors=False)
+
     def as_dict(self) -> dict:
         """Return the fields for JSON; without `method_options` where the method has none."""
         found = asdict(self)
@@ -263,39 +264,6 @@ class MergeConfig:
         for flag in ("factors", "coefficients", "q"):
             for name in getattr(self, flag):
                 choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
-
-    def _check_score(self) -> None:
-        """Refuse a scale, ways to rank and an allocation that mean nothing for the score or for what is pruned."""
-        if self.is_surveyed and self.prune != type(self).prune:
-            raise ValueError(
-                f"--prune={self.prune}: --allocate={self.allocate} spreads the rate over the linears of layers; give "
-                f"--allocate=uniform, or leave --prune out."
-            )
-        if self.score and not axis("score")[self.score].rescaled and self.scale != "none":
-            raise ValueError(
-                f"--scale={self.scale}: --score={self.score} drops whole outputs, and the error of those that are "
-                f"kept only grows when they are rescaled; give --scale=none."
-            )
-        if self.compares_rows and self.has_random_score:
-            raise ValueError(f"--compare=row: --score={self.score} is random and ranks nothing; leave it out.")
-        if self.compares_rows and axis("score")[self.score].whole:
-            raise ValueError(f"--compare=row: --score={self.score} drops what it drops as a whole; leave it out.")
-        if self.compares_rows and self.ties != "auto":
-            raise ValueError(f"--ties={self.ties}: with --compare=row the first ones of equal score go; leave it out.")
-        if self.ranks_units and self.ties != "auto":
-            raise ValueError(
-                f"--ties={self.ties}: with --score={self.score} the first of equal heads or neurons go; leave it out."
-            )
-        if self.drops_units and self.prune != type(self).prune:
-            raise ValueError(
-                f"--prune={self.prune}: --score={self.score} drops heads and neurons, which only linears have; leave "
-                f"--prune out."
-            )
-        if self.drops_units and axis("allocate")[self.allocate].by_linear:
-            raise ValueError(
-                f"--allocate={self.allocate}: linears of a layer get rates of their own, and --score={self.score} "
-                f"drops heads and neurons from all of them alike; give --allocate=uniform or owl."
-            )
 
     def _check_numbers(self) -> None:
         for pattern, value in self.tensor_rates:

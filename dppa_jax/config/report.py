@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
-from dppa_jax.config.merge import A_RATE, axis
+from dppa_jax.config.combinations import axis
+from dppa_jax.config.merge import A_RATE
 from dppa_jax.config.option import check, choose, option
 from dppa_jax.config.q import UNLABELLED, QConfig, ways
 from dppa_jax.config.run import JobConfig

@@ -81,7 +81,7 @@ def report_config(values: Values) -> ReportConfig:
     """Make the config of --job=report, whose methods are those of --methods; --method is for what goes to --output."""
     if len(values["factors"]) > 1 and not searches(values):
         raise ValueError("--job=report: give --factors once, for all experts, or --factors=search.")
-    for name in ("score", "allocate", "scale", "combine", "partitions"):
+    for name in ("score", "allocate", "scale", "combine", "partitions", "lora_factors"):
         if values[name]:
             raise ValueError(f"--{name}: --job=report compares --methods as they are; leave it out.")
     factors = [] if searches(values) else values["factors"]
@@ -230,6 +230,8 @@ def q_config(values: Values, merge: MergeConfig) -> QConfig | None:
     """Make what says how q is found; None where it is given."""
     if not (way := _q_way(values)):
         return None
+    if merge.lora_factors:
+        raise ValueError(f"--q={way}: with --lora_factors q is given as a number.")
     config = make(QConfig, values, way=way, given=tuple(_q_beside_a_way(values, merge.experts)))
     if config.is_rule and merge.drops_units:
         raise ValueError(

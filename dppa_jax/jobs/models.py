@@ -20,6 +20,7 @@ from dppa_jax.checkpoint.safetensors_writer import Tensors, total_bytes
 from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.merging.compatible import check_classes, check_compatible, check_same_base, check_same_tensors
+from dppa_jax.merging.lora_factors import check_adapters
 from dppa_jax.merging.merger import check_named, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import Rest, settle_rest
@@ -137,6 +138,8 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
     )
     tell_recognised(models["base"])
     tell_renamed(models)
+    if job.merge.lora_factors:
+        check_adapters(models)
     prepared = prepare(job, models)
     base = prepared.base
     check_compatible(base, prepared.experts)

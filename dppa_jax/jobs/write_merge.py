@@ -20,8 +20,9 @@ from dppa_jax.checkpoint.safetensors_writer import publish_all, total_bytes
 from dppa_jax.jobs.models import written_tensors
 from dppa_jax.jobs.places import directories
 from dppa_jax.merging.blocks import owners
-from dppa_jax.merging.gone import gone_of, sentence
+from dppa_jax.merging.gone import Gone, gone_of, sentence
 from dppa_jax.merging.identity import common_identity, input_identity, journal_of, unchanged
+from dppa_jax.merging.lora_factors import factors_gone
 from dppa_jax.merging.merger import ARITHMETIC, Layout, Outcome, merge_checkpoints
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import copy_rest
@@ -55,7 +56,7 @@ def write_merge(opened: Opened) -> Outcome:
         journal = stack.enter_context(journal_of((writer, *writers.values()), identity))
         try:
             outcome = merge_checkpoints(
-                base, opened.experts, merge, writer, opened.mesh, layout, writers, norms, journal=journal
+                base, opened.chosen(merge), merge, writer, opened.mesh, layout, writers, norms, journal=journal
             )
             copy_rest(opened.rest, opened.experts, writer)
         except NonfiniteError as error:
@@ -129,17 +130,25 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     tables = {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
     licences = [licence(directory) for directory in directories(models).values()]
     vocabulary, linears = opened.vocabulary, outcome.linears
-    notes, gone = vocabulary.notes() if vocabulary else [], gone_of(job.merge, outcome)
+    notes, (what, gone) = vocabulary.notes() if vocabulary else [], _gone(opened, outcome)
     said = vocabulary.as_dict() if vocabulary else {}
-    for told in (sentence(name, of_expert) for name, of_expert in gone.items()):
+    for told in (sentence(name, of_expert, what) for name, of_expert in gone.items()):
         logging.info("%s", told)
         notes = [*notes, told]
     text = recipe_text(job, opened.base.specs)
     more = {"notes": notes, "parents": hub_ids(where.values()), "configuration": text}
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, **more)
     return {
-        "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.rates, cost, said, gone),
+        "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.of_deltas.rates, cost, said, gone),
         "README.md": card,
         **({RECIPE_FILE: text} if text else {}),
         **chat_template(job, opened.models),
     }
+
+
+def _gone(opened: Opened, outcome: Outcome) -> tuple[str, dict[str, dict[str, Gone]]]:
+    """Return what has been pruned, and how much of it is gone of each expert."""
+    merge = opened.job.merge
+    if merge.lora_factors:
+        return "factors", factors_gone(opened.experts, merge)
+    return "delta", gone_of(merge, outcome)

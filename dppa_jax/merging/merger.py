@@ -125,6 +125,7 @@ class Merger:
         quiet: bool = False,
         journal: Journal | None = None,
     ):
+        config = config.of_deltas
         specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
         check_named(config, specs)
         specs = pruned_specs(specs, config.prune)

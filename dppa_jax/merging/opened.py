@@ -12,6 +12,7 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.q import QConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.merging.bounds import Norms
+from dppa_jax.merging.lora_factors import thinned
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.merging.plan import Plan, plan_of
 from dppa_jax.merging.rest import Rest
@@ -63,8 +64,9 @@ class Opened:
         return self.vocabulary.files if self.vocabulary else {}
 
     def chosen(self, merge: MergeConfig) -> dict[str, Checkpoint]:
-        """The experts that a merge names."""
-        return {name: self.experts[name] for name in merge.experts}
+        """The experts that a merge names, as it reads them: with pruned factors if it says so."""
+        experts = {name: self.experts[name] for name in merge.experts}
+        return thinned(experts, merge) if merge.lora_factors else experts
 
     def plan(self, merge: MergeConfig, repeated: bool = False) -> Plan:
         """Plan one merge, or with `repeated` many of the same models."""

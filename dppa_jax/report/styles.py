@@ -15,7 +15,7 @@ from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dppa_jax.config.merge import axis
+from dppa_jax.config.combinations import axis
 from dppa_jax.config.q import ways
 from dppa_jax.config.report import Choice
 from dppa_jax.delta.presets import METHODS

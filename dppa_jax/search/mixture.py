@@ -126,6 +126,7 @@ class Mixture:
         norms: Norms | None = None,
     ):
         check_combine(config)
+        config = config.of_deltas
         specs = check_compatible(base, experts, quiet=True)
         check_patterns(config.tensor_rates, specs, "--tensor_rate")
         self.mesh, self.names, self.bytes_read = across_processes(mesh), tuple(specs), 0

@@ -1,0 +1,81 @@
+"""The choices on each axis of a merge, and which of them mean nothing together and are refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def axis(name: str) -> Mapping[str, Any]:
+    """Return the table of the choices on an axis: score, allocate, scale or combine, or of --ties."""
+    from dppa_jax.delta.allocate import ALLOCATIONS  # here, as some of them import JAX, which --help does without
+    from dppa_jax.delta.combine import COMBINATIONS
+    from dppa_jax.delta.scale import SCALES
+    from dppa_jax.delta.score import SCORES
+    from dppa_jax.delta.tied import TIES
+
+    tables = {"score": SCORES, "allocate": ALLOCATIONS, "scale": SCALES, "combine": COMBINATIONS, "ties": TIES}
+    return tables[name]
+
+
+def check_score(merge: Any) -> None:
+    """Refuse a scale, ways to rank and an allocation that mean nothing for the score or for what is pruned.
+
+    Args:
+      merge: a `MergeConfig` whose choices are made.
+    """
+    score, only_linears = axis("score")[merge.score] if merge.score else None, merge.prune == type(merge).prune
+    if merge.is_surveyed and not only_linears:
+        raise ValueError(
+            f"--prune={merge.prune}: --allocate={merge.allocate} spreads the rate over the linears of layers; give "
+            f"--allocate=uniform, or leave --prune out."
+        )
+    if score and not score.rescaled and merge.scale != "none":
+        raise ValueError(
+            f"--scale={merge.scale}: --score={merge.score} drops whole outputs, and the error of those that are "
+            f"kept only grows when they are rescaled; give --scale=none."
+        )
+    if merge.compares_rows:
+        _check_comparison(merge, score)
+    if merge.ranks_units and merge.ties != "auto":
+        raise ValueError(
+            f"--ties={merge.ties}: with --score={merge.score} the first of equal heads or neurons go; leave it out."
+        )
+    if merge.drops_units and not only_linears:
+        raise ValueError(
+            f"--prune={merge.prune}: --score={merge.score} drops heads and neurons, which only linears have; leave "
+            f"--prune out."
+        )
+    if merge.drops_units and axis("allocate")[merge.allocate].by_linear:
+        raise ValueError(
+            f"--allocate={merge.allocate}: linears of a layer get rates of their own, and --score={merge.score} drops "
+            f"heads and neurons from all of them alike; give --allocate=uniform or owl."
+        )
+
+
+def _check_comparison(merge: Any, score: Any) -> None:
+    """Refuse --compare=row where nothing is compared, and what is to be said of ties elsewhere."""
+    if score.random:
+        raise ValueError(f"--compare=row: --score={merge.score} is random and ranks nothing; leave it out.")
+    if score.whole:
+        raise ValueError(f"--compare=row: --score={merge.score} drops what it drops as a whole; leave it out.")
+    if merge.ties != "auto":
+        raise ValueError(f"--ties={merge.ties}: with --compare=row the first ones of equal score go; leave it out.")
+
+
+def check_lora_factors(merge: Any) -> None:
+    """Refuse --lora_factors beside all but random numbers of single elements, and one weight for what they keep.
+
+    Args:
+      merge: a `MergeConfig` whose choices are made.
+    """
+    score, scale = axis("score")[merge.score] if merge.score else None, axis("scale")[merge.scale]
+    if not score or not score.random or score.draws or score.gain:
+        raise ValueError(f"--lora_factors: only --score=random (dare, darex_q) prunes factors, not {merge.score!r}.")
+    if scale.takes_factors or scale.parameters:
+        raise ValueError(f"--lora_factors: --scale={merge.scale} weighs no factors; give none, dare or q.")
+    if merge.tensor_rates or merge.is_surveyed or any(isinstance(q, Mapping) for q in merge.q.values()):
+        raise ValueError(
+            "--lora_factors: the factors of all linears have one rate and one q; leave --tensor_rate and --allocate "
+            "out, and give --q as a number."
+        )
+    if merge.prune != type(merge).prune:
+        raise ValueError(f"--prune={merge.prune}: only linears have factors to prune; leave --prune or --lora_factors.")
