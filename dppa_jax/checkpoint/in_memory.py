@@ -11,6 +11,7 @@ import numpy as np
 from dppa_jax.architecture.specs import tensor_specs, tree_of
 from dppa_jax.checkpoint.lora import Adapted
 from dppa_jax.checkpoint.matched import unwrapped
+from dppa_jax.checkpoint.spliced import Spliced
 from dppa_jax.checkpoint.stacked import StoredArray, tree_tensor
 
 
@@ -52,6 +53,6 @@ def in_memory(source: Any) -> Model:
 
 
 def for_evaluator(model: Any) -> Path | Model:
-    """Return what an evaluator takes of an open checkpoint: its directory or, of a base with an adapter, all of it."""
+    """Return what an evaluator takes of an open checkpoint: its directory or, where none is all of it, the whole."""
     model = unwrapped(model)
-    return in_memory(model) if isinstance(model, Adapted) else model.directory
+    return in_memory(model) if isinstance(model, Adapted | Spliced) else model.directory

@@ -30,9 +30,12 @@ def tell_of_q(pruner: Pruner) -> None:
 def tell_of_ties(pruner: Pruner) -> None:
     """Warn of each expert of which far more or less is kept than was asked; tell of one that only has many ties.
 
-    Where a linear's threshold is zero the elements that tie are no change at all: it counts as kept as asked.
+    Where a linear's threshold is zero the elements that tie are no change at all: it counts as kept as asked. Where
+    nothing is counted, as with random scores, nothing ties.
     """
     config, asked = pruner.config, 1.0 - pruner.rates
+    if not config.is_counted:
+        return
     sized = pruner.thresholds > 0
     means = (
         np.average(table, axis=2, weights=pruner.linears.numel)

@@ -27,7 +27,7 @@ from dppa_jax.search.factors import Searched
 
 def merge_figures(candidates: Candidates, config: MergeConfig, outcome: Outcome) -> list[Illustration]:
     """Draw the rates of every layer and linear and, of the middle layer, what is left by dimension."""
-    if not config.score:
+    if not config.of_deltas.score:
         return []
     linears = outcome.linears
     rates = {name: linears.by_layer(outcome.rates[e, -1]) for e, name in enumerate(config.experts)}

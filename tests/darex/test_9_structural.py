@@ -44,6 +44,7 @@ def test_rows_and_columns_go_as_a_whole_at_about_the_rate(score, models):
         assert merge.outcome.densities[0, 0, place] == pytest.approx(kept.mean(), abs=1e-12)
         units += [*kept]
         masks[name] = kept
+    assert gone_of(MergeConfig(EXPERTS, "dare"), merge.outcome) == {}  # where single elements go
     assert abs(np.mean(units) - 0.1) < 5 * np.sqrt(0.09 / len(units))
     same_length = [masks[n].tobytes() for n in linears if len(masks[n]) == len(masks[linears[0]])]
     assert len(set(same_length)) > 1
@@ -89,7 +90,6 @@ def test_what_is_gone_is_said(merge: Merge):
         assert said["parameters"] == {"gone": parameters, "of": numel}
         assert said["bytes"] == {"gone": 4 * parameters, "of": 4 * numel}
         assert f"{gone:,} of {columns:,} columns are gone" in card
-    assert gone_of(MergeConfig(EXPERTS, "dare"), None) == {}
 
 
 def test_the_output_of_whole_neurons_changes_by_the_law_of_single_elements():

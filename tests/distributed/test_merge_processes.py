@@ -72,6 +72,14 @@ def of_one(merge, tmp_path):
     return run
 
 
+@pytest.mark.slow
+def test_two_processes_rank_the_heads_and_neurons_of_their_own_layers(merge, of_one):
+    """The counts of what is gone are those of the whole model."""
+    flags = ["--method=magnitude", "--score=group", "--rate=0.5"]
+    check_success(run_processes(2, [*LAUNCH, *merge.flags(), *flags], devices=2))
+    assert_same(merge.output, of_one(flags))
+
+
 def test_two_processes_make_the_bits_of_one_from_their_own_layers_alone(merge, of_one):
     check_success(run_processes(2, [*LAUNCH, *merge.flags(), *DPPA], devices=2))
     assert_same(merge.output, of_one(DPPA))

@@ -48,6 +48,8 @@ MERGES = {
     "random": {"method": "dare", "rate": 0.7, "seed": 5},
     "wanda": {"method": "magnitude", "score": "wanda", "rate": 0.6},
     "column": {"method": "magnitude", "score": "column", "rate": 0.5},
+    "random_group": {"method": "magnitude", "score": "random_group", "rate": 0.5},
+    "wanda_group": {"method": "magnitude", "score": "wanda_group", "rate": 0.5},
     "rules": {"method": "task_arithmetic", "tensor_coefficients": ((r"layers\.1\..*o_proj", 0.9),)},
 }
 OTHERS = {  # presets whose score or scale no row above has
