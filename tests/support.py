@@ -10,6 +10,8 @@ from families import DTYPES, llama_config
 from dppa_jax.checkpoint import tensor_specs
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.delta.combine import COMBINATIONS
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.merging.merger import Layout, Outcome, merge_checkpoints
 from dppa_jax.runtime.mesh import make_mesh
 
@@ -127,6 +129,11 @@ def from_linears(matrices: list[np.ndarray], dtype, **changes) -> tuple[MemorySo
     linears = [name for name, spec in specs.items() if spec.linear is not None]
     given = {n: m.astype(dtype).reshape(zeros[n].shape) for n, m in zip(linears, matrices, strict=True)}
     return MemorySource(config, zeros), MemorySource(config, zeros | given), linears
+
+
+def experts_of(method: str, experts: tuple[str, ...]) -> tuple[str, ...]:
+    """As many of the experts as a preset takes."""
+    return experts[: COMBINATIONS[METHODS[method].combine].experts[1]]
 
 
 def random_norms(base: Source, experts: Iterable[str], seed: int = 5) -> dict[str, dict[str, np.ndarray]]:

@@ -14,6 +14,7 @@ from support import AWKWARD, make_family
 
 from dppa_jax.config.finetune import TrainConfig
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.delta import consensus
 from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.presets import METHODS, PARAMETERS
 from dppa_jax.delta.score import SCORES, Rows, Units
@@ -48,7 +49,7 @@ LLAMA = DecoderConfig(
     num_key_value_heads=2,
     head_dim=4,
 )
-PRESETS = sorted({(of.score or "magnitude", of.combine) for of in METHODS.values()})
+PRESETS = sorted({(of.score or "magnitude", of.combine) for of in METHODS.values() if COMBINATIONS[of.combine].prunes})
 RANKING = [score for score in SCORES if not SCORES[score].random]  # thresholds of the others are the rates
 OTHERS = [(score, "sum") for score in SCORES if (score, "sum") not in PRESETS]
 FAST = (("magnitude", "ties"), ("random", "sum"), ("della", "ties"), ("column", "sum"))
@@ -172,8 +173,41 @@ def test_check_for_nan_on_a_mesh():
     assert_lowers(over_rows.__wrapped__(make_mesh(MESH), kernels.zeros), BASE)
 
 
+@pytest.mark.parametrize("allow_nonfinite", but(True, [False, True]))
+def test_kernels_of_whole_tensors_on_a_mesh(allow_nonfinite, lowered):
+    of = Kernels(make_mesh(MESH), Elementwise("magnitude", "linear", "float32", allow_nonfinite))
+
+    def drive(base, expert, coefficient):
+        products = [of.inner_products(way, base, (base, expert), (expert, expert)) for way in (False, True)]
+        return products, of.weighted(base.dtype, base, (expert,), (coefficient,) * 2, coefficient)
+
+    products, merged = jax.eval_shape(drive, BASE, EXPERT, array(ROWS, 1, dtype=np.float32))
+    assert {x.shape for x in products} == {(ROWS, 2)}
+    assert (merged.shape, merged.dtype) == (BASE.shape, BASE.dtype)
+
+
+@pytest.mark.parametrize("combine", but("arcee_fusion", [name for name, of in COMBINATIONS.items() if of.numbers]))
+def test_kernels_of_combinations_that_ask_on_a_mesh(combine, lowered):
+    of, experts = Kernels(make_mesh(MESH), Elementwise("magnitude", combine, "float32")), COMBINATIONS[combine].experts
+    names = EXPERTS[: experts[1]]
+
+    def drive(base, expert, bounds, weights, numbers, counts, starts):
+        each, models = tuple(zip(*[(expert, None, bounds, weights)] * len(names), strict=True)), (expert,) * len(names)
+        asked = [of.asked_sums(consensus.divergence, base, models[:1], numbers), of.maxima(base)]
+        for key in (consensus.variance, consensus.importance):
+            asked.append(of.asked_counts(key, base, models, numbers, counts))
+            asked.append(of.asked_sample(key, base, models, numbers, starts, 3))
+        return of.merge(base.dtype, base, *each, numbers), asked
+
+    partitions = [array(ROWS, 1, dtype=dtype) for dtype in (np.uint32, np.float32)]
+    more = array(ROWS, 6, dtype=np.float32), array(ROWS, BOUNDS, dtype=np.uint32), array(ROWS, 1, dtype=np.int32)
+    merged, asked = jax.eval_shape(drive, BASE, EXPERT, *partitions, *more)
+    assert (merged.shape, merged.dtype) == (BASE.shape, BASE.dtype)
+    assert [x.shape for x in asked] == [(ROWS, 2), (ROWS,), *[(ROWS, BOUNDS), (ROWS, 3)] * 2]
+
+
 def test_every_combination_is_a_presets():
-    assert {combine for _, combine in PRESETS} == set(COMBINATIONS)
+    assert {method.combine for method in METHODS.values()} == set(COMBINATIONS)
 
 
 def test_no_kernel_is_left_out():
@@ -187,6 +221,8 @@ def test_no_kernel_is_left_out():
         "_reached",
         "_products",
         "sizes",
+        "_inner",
+        "maxima",
         "extremes",
         "prune",
         "_zeros",

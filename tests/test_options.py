@@ -11,6 +11,7 @@ from dppa_jax.config import merge
 from dppa_jax.config.merge import MergeConfig, method_option
 from dppa_jax.config.option import REQUIRED, check, option, options, same
 from dppa_jax.config.report import Choice, Sweep
+from dppa_jax.delta.combine import COMBINATIONS
 from dppa_jax.delta.presets import METHODS, PARAMETERS, Parameter
 from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
@@ -134,8 +135,8 @@ def test_a_tilde_is_expanded_where_a_path_begins_and_nowhere_else(monkeypatch, t
 # ---- options of single methods
 
 
-def test_every_parameter_of_a_score_or_scale_has_a_flag():
-    records = [*SCORES.values(), *SCALES.values()]
+def test_every_parameter_of_a_score_scale_or_combination_has_a_flag():
+    records = [*SCORES.values(), *SCALES.values(), *COMBINATIONS.values()]
     assert {name for record in records for name in record.parameters} == PARAMETERS.keys()
     assert PARAMETERS.keys() <= BY_NAME.keys()
 
@@ -200,14 +201,17 @@ def test_the_merge_of_a_benchmarked_candidate_has_every_option_that_was_given():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_merge_of_a_report_has_every_option_that_is_not_its_methods(method, expert):
     sweep = Sweep(methods=(method,), rates=(0.7,), q={"math": 0.2, "law": 0.3})
+    facts = COMBINATIONS[METHODS[method].combine]
     experts = EXPERTS if expert is None else (expert,)
+    if len(experts) < facts.experts[0] or len(experts) > (facts.experts[1] or 9):
+        pytest.skip(f"{method} merges {facts.experts} experts")
     config = config_of(Compared(Choice(method), 0.7, expert), experts, GIVEN, sweep)
     assert (config.method, config.rate, config.experts) == (method, 0.7, experts)
     assert [getattr(config, axis) for axis in ("score", "allocate", "scale", "combine")] == [
         getattr(METHODS[method], axis) for axis in ("score", "allocate", "scale", "combine")
     ]
     assert config.tensor_rates == (GIVEN.tensor_rates if METHODS[method].score else ())
-    assert config.coefficients == ({"math": 0.5, "law": 1.0} if expert is None else {"law": 1.0})
+    assert config.coefficients == ({"math": 0.5, "law": 1.0} if expert is None else {"law": facts.coefficient})
     assert config.tensor_coefficients == (GIVEN.tensor_coefficients if expert is None else ())
     own = {"method", "rate", "experts", "score", "allocate", "scale", "combine", "partitions", "factors", "q"}
     own |= {"coefficients", "tensor_coefficients", "tensor_rates", "method_options"}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,7 +20,9 @@ from rich.table import Table
 from dppa_jax.benchmark.families import EXPERTS, SHAPES, make_family, model_config, parameters
 from dppa_jax.checkpoint import SafetensorsDirectory, SafetensorsWriter
 from dppa_jax.config.benchmark import BenchmarkConfig
+from dppa_jax.config.merge import axis
 from dppa_jax.config.option import choose
+from dppa_jax.delta.presets import METHODS
 from dppa_jax.runtime.directories import scratch_directory
 from dppa_jax.runtime.files import write_whole
 from dppa_jax.runtime.progress import console
@@ -31,12 +33,34 @@ OURS = {
     "dare": ["--method=dare", "--rate=0.9", "--coefficient=0.3"],
     "ties": ["--method=ties", "--rate=0.9", "--coefficient=0.3"],
     "dppa": ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3", "--coefficient=0.3"],
+    "linear": ["--method=linear"],
+    "slerp": ["--method=slerp", "--coefficient=0.5"],
+    "model_stock": ["--method=model_stock"],
 }
+
 EXPERTS_OF = {"7b": 2}  # other shapes have three experts; those of 7 B, the base and an output would be 67 GB
 COMPARED_SIZE = ("dppa", 2)  # method and number of experts that are compared over shapes; every shape has as many
-PEERS = {"task_arithmetic": {}, "dare_linear": {"density": 0.1}, "ties": {"density": 0.1}}
+
+
+class Peer(NamedTuple):
+    """A recipe of mergekit: parameters of every model, and of all; is the base one of the models?"""
+
+    each: Mapping[str, float]
+    parameters: Mapping[str, float] = {}
+    lists_base: bool = False
+
+
+PEERS = {
+    "task_arithmetic": Peer({"weight": 0.3}),
+    "dare_linear": Peer({"weight": 0.3, "density": 0.1}),
+    "ties": Peer({"weight": 0.3, "density": 0.1}),
+    "linear": Peer({"weight": 1.0}, lists_base=True),
+    "slerp": Peer({}, {"t": 0.5}),
+    "model_stock": Peer({}),
+}
 COMPARED = (("task_arithmetic", "task_arithmetic"), ("dare", "dare_linear"), ("ties", "ties"))
 COMPARED += (("dppa", "dare_linear"), ("dppa", "ties"))
+COMPARED += (("linear", "linear"), ("slerp", "slerp"), ("model_stock", "model_stock"))
 FLOOR = "I/O floor"
 SCRATCH = ".dppa_jax-scratch"  # a directory for the output that is being timed
 
@@ -108,12 +132,13 @@ def _run_shape(shape: str, root: Path, peer_python: str | None, repeats: int, me
     models = make_family(root, config, experts)
     output = scratch_output(root)
     commands = {FLOOR: [sys.executable, "-m", "dppa_jax.benchmark.merges", *map(str, models.values()), str(output)]}
-    commands |= {name: merge_command(models, output, OURS[name]) for name in methods}
+    commands |= {name: merge_command(_taken(name, models), output, OURS[name]) for name in methods}
     name, several = COMPARED_SIZE
     if name in methods and len(experts) > several:
         commands[size_row()] = merge_command(dict(list(models.items())[: 1 + several]), output, OURS[name])
     if peer_python is not None:
-        commands |= _peer_commands(root, models, output, peer_python)
+        peers = {peer: _taken(ours, models) for ours, peer in COMPARED if ours in methods}
+        commands |= _peer_commands(root, peers, output, peer_python)
     if 2 * parameters(config) * len(models) < psutil.virtual_memory().available:
         timed([commands[FLOOR]], output)  # fills the page cache, if it can hold the models
     runs: dict[str, TimedRun] = {}
@@ -196,11 +221,19 @@ def _start(command: Sequence[str], log: Path, cores: Sequence[int]) -> subproces
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, preexec_fn=pin)
 
 
-def _peer_commands(root: Path, models: Mapping[str, Path], output: Path, peer_python: str) -> dict[str, list[str]]:
-    """Write mergekit's recipes, and return the commands that run them."""
+def _taken(method: str, models: Mapping[str, Path]) -> dict[str, Path]:
+    """Return the base and as many experts as a method takes."""
+    most = axis("combine")[METHODS[method].combine].experts[1]
+    return dict(list(models.items())[: most and 1 + most])
+
+
+def _peer_commands(
+    root: Path, peers: Mapping[str, Mapping[str, Path]], output: Path, peer_python: str
+) -> dict[str, list[str]]:
+    """Write mergekit's recipes of these models, and return the commands that run them."""
     commands = {}
     mergekit = Path(peer_python or sys.executable).parent / "mergekit-yaml"
-    for name in PEERS:
+    for name, models in peers.items():
         recipe = root / f"{name}.json"
         write_whole(recipe, json.dumps(_mergekit_recipe(name, models)))  # JSON is YAML
         commands[f"mergekit {name}"] = [str(mergekit), str(recipe), str(output), "--no-copy-tokenizer"]
@@ -208,10 +241,11 @@ def _peer_commands(root: Path, models: Mapping[str, Path], output: Path, peer_py
 
 
 def _mergekit_recipe(name: str, models: Mapping[str, Path]) -> dict:
-    parameters = {"weight": 0.3, **PEERS[name]}
-    base, *experts = models.values()
-    entries = [{"model": str(expert), "parameters": parameters} for expert in experts]
-    return {"models": entries, "base_model": str(base), "merge_method": name, "dtype": "bfloat16"}
+    peer, (base, *experts) = PEERS[name], models.values()
+    listed = [base, *experts] if peer.lists_base else experts
+    entries = [{"model": str(model), "parameters": dict(peer.each)} for model in listed]
+    recipe = {"models": entries, "parameters": dict(peer.parameters), "merge_method": name, "dtype": "bfloat16"}
+    return recipe if peer.lists_base else {**recipe, "base_model": str(base)}
 
 
 def size_row() -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dppa_jax.delta.presets import COMPARISONS
+
 
 def axis(name: str) -> Mapping[str, Any]:
     """Return the table of the choices on an axis: score, allocate, scale or combine, or of --ties."""
@@ -79,3 +81,19 @@ def check_lora_factors(merge: Any) -> None:
         )
     if merge.prune != type(merge).prune:
         raise ValueError(f"--prune={merge.prune}: only linears have factors to prune; leave --prune or --lora_factors.")
+
+
+def check_combination(merge: Any) -> None:
+    """Refuse experts, coefficients and pruning that a combination has no use for."""
+    facts, (least, most) = merge.combination, merge.combination.experts
+    if len(merge.experts) < least or (most is not None and len(merge.experts) > most):
+        raise ValueError(
+            f"--combine={merge.combine}: needs {'exactly' if least == most else 'at least'} {least} experts beside "
+            f"the base, and there are {len(merge.experts)}: {', '.join(merge.experts)}."
+        )
+    if "base" in merge.coefficients and not facts.weighs_base:
+        raise ValueError(f"--coefficient=base: --combine={merge.combine} has none for the base; leave it out.")
+    if not facts.prunes and merge.score:
+        raise ValueError(f"--combine={merge.combine}: nothing is pruned before it; leave --score out.")
+    if facts.whole and COMPARISONS[merge.compare] and not facts.whole.gram:
+        raise ValueError(f"--compare={merge.compare}: --combine={merge.combine} compares nothing; leave it out.")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from dppa_jax.architecture.row import PRUNED
 from dppa_jax.architecture.rules import nearest
-from dppa_jax.config.combinations import axis, check_lora_factors, check_score
+from dppa_jax.config.combinations import axis, check_combination, check_lora_factors, check_score
 from dppa_jax.config.numbers import Coefficient, default_partitions, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
@@ -17,6 +17,8 @@ A_RATE = {  # the bounds of an option
     "within": (0, 1),
     "message": "--{flag}: rate {value} is outside [0, 1]; it is the share that is removed, 1 − density.",
 }
+
+AT_A_TIME = 3  # experts of a plain sum that are held with the base; the sum of those before is as large as two of them
 
 CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help names:
   --method=task_arithmetic     keeps every parameter: the safest first merge
@@ -34,17 +36,20 @@ class MergeConfig:
       partitions: rates of DPA's partitions, highest first, the last one the target; every 0.1 from 0.9 by default.
       factors: per expert, one factor per partition, highest rate first; by default what leaves the method without
         amplification: 1, and 1/(1−rate) for random scores.
-      coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default.
+      coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default. Of
+        "base" where the base is one of the models that are averaged.
       q: the divisor of scale "q": per expert, one number for all its linears or one for every linear; in (0, 1].
       compare: what an element's score is ranked in: its "linear", with one threshold, or its "row", of which
-        int(columns · rate) elements are dropped, the first ones of equal score.
+        int(columns · rate) elements are dropped, the first ones of equal score. With "row" a merge of whole tensors
+        finds coefficients for every row.
       prune: what is pruned, a key of `architecture.row.PRUNED`: the linears of the layers; or all but heads; or all.
         What is not pruned carries its dense delta.
       ties: what becomes of elements whose score is the threshold, a key of `delta.tied.TIES`.
       lora_factors: prune the factors of experts that are adapters, and not their deltas; see `of_deltas`.
+      depth_scaling: α and β of LiNeS, or nothing: see `delta.scale.over_depth`.
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
-      method_options: the numbers that the score and the scale have to themselves, by the name of their flag; defaults
-        are filled in.
+      method_options: the numbers that score, scale and combination have to themselves, by the name of their flag;
+        defaults are filled in.
 
     Raises:
       ValueError: a value or a combination is not allowed; the message names the flag.
@@ -78,12 +83,13 @@ class MergeConfig:
         (),
         "DPA: rates, highest first, ending at --rate; default every 0.1 from 0.9",
         **A_RATE,
+        rare=True,
     )
     factors: Mapping[str, tuple[float, ...]] = option(
         {}, "DPA: a factor for each partition: 1.8,1.3 or NAME=1.8,1.3 (repeat), or search", kind="named"
     )
     q: Mapping[str, Coefficient] = option(
-        {}, "DAREx-q, a divisor: 0.2, NAME=0.2, FILE.json, bound, mse, reference, auto, gradient, search", kind="named"
+        {}, "DAREx-q: 0.2, NAME=0.2, FILE.json, bound, mse, reference, auto, gradient, search", kind="named"
     )
     max_fluctuation: float = option(
         0.08,
@@ -103,7 +109,9 @@ class MergeConfig:
         "elements at the threshold: drop; keep; exact: as the rate says; auto: drop or exact",
         choices=lambda: axis("ties"),
     )
-    compare: str = option("linear", "scores are ranked within a linear or, as WANDA has it, a row", choices=COMPARISONS)
+    compare: str = option(
+        "linear", "rank scores, or merge whole tensors, by linear or, as WANDA does, by row", choices=COMPARISONS
+    )
     prune: str = option(
         "linears",
         "linears of layers; backbone: embeddings, norms and biases, too, but no head; all",
@@ -116,6 +124,9 @@ class MergeConfig:
     )  # fmt: skip
     tensor_coefficients: tuple[tuple[str, float], ...] = option(
         (), "REGEX=COEFFICIENT, first match wins", flag="tensor_coefficient", kind="rules"
+    )
+    depth_scaling: tuple[float, ...] = option(
+        (), "LiNeS: ALPHA,BETA: coefficients are times ALPHA in the first layer, ALPHA+BETA in the last", rare=True
     )
     seed: int = option(0, "seed of random scores and of the demo family")
     delta_dtype: str = option(
@@ -142,6 +153,7 @@ class MergeConfig:
         if self.score and not self.allocate:
             set_("allocate", "uniform")
         check_score(self)
+        check_combination(self)
         self._check_numbers()
         set_("method_options", self._resolve_method_options())
         scale = axis("scale")[self.scale]
@@ -150,8 +162,8 @@ class MergeConfig:
         elif self.partitions:
             raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
         set_("factors", self._resolve_factors())
-        given = {name: self.coefficients.get(name, 1.0) for name in self.experts}
-        set_("coefficients", {name: _coefficient("--coefficient", name, one) for name, one in given.items()})
+        named = {**dict.fromkeys(self.experts, self.combination.coefficient), **self.coefficients}
+        set_("coefficients", {name: _coefficient("--coefficient", name, one) for name, one in named.items()})
         set_("q", {name: _coefficient("--q", name, one) for name, one in self.q.items()})
         if scale.takes_q and set(self.q) != set(self.experts):
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
@@ -168,6 +180,22 @@ class MergeConfig:
         if self.score is None:
             return ()
         return self.partitions or self.rates_of_tensor(self.rate)
+
+    @property
+    def combination(self) -> Any:
+        """The facts of the combination."""
+        return axis("combine")[self.combine]
+
+    @property
+    def experts_at_a_time(self) -> int:
+        """How many experts a streamed merge holds: a few of many, where they are added up and nothing is pruned."""
+        few = self.combination.accumulates and not self.score
+        return min(len(self.experts), AT_A_TIME) if few else len(self.experts)
+
+    @property
+    def combines_rows(self) -> bool:
+        """Whether a merge of whole tensors takes every row for a tensor."""
+        return bool(self.combination.whole) and self.combination.whole.gram and COMPARISONS[self.compare]
 
     @property
     def has_random_score(self) -> bool:
@@ -263,7 +291,8 @@ class MergeConfig:
                 )
         for flag in ("factors", "coefficients", "q"):
             for name in getattr(self, flag):
-                choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
+                if (flag, name) != ("coefficients", "base"):
+                    choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
 
     def _check_numbers(self) -> None:
         for pattern, value in self.tensor_rates:
@@ -272,20 +301,23 @@ class MergeConfig:
         finite = list(_each("--coefficient", self.coefficients))
         finite += [(f"--factors of {name!r}", factor) for name, factors in self.factors.items() for factor in factors]
         finite += [(f"--tensor_coefficient {pattern}", value) for pattern, value in self.tensor_coefficients]
+        finite += [("--depth_scaling", value) for value in self.depth_scaling]
         for flag, value in finite:
             if not math.isfinite(value):
                 raise ValueError(f"{flag}: {value} is not a finite number.")
         for flag, value in _each("--q", self.q):
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"{flag}={value}: outside (0, 1]; kept parameters are divided by it.")
+        if len(self.depth_scaling) not in (0, 2):
+            raise ValueError(f"--depth_scaling={listed(self.depth_scaling)}: give two numbers, ALPHA,BETA: 0.3,0.7.")
         if list(self.partitions) != sorted(set(self.partitions), reverse=True):
             raise ValueError(f"--partitions={listed(self.partitions)}: rates must fall, highest first: 0.9,0.8.")
         if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
             raise ValueError(f"--partitions={listed(self.partitions)}: the last one must be --rate={self.rate:g}.")
 
     def _resolve_method_options(self) -> dict[str, float]:
-        """Return the options of this score and scale, checked, with defaults for those that are not given."""
-        has = parameters_of(self.score, self.scale)
+        """Return the options of score, scale and combination, checked, with defaults for those that are not given."""
+        has = parameters_of(self.score, self.scale, self.combine)
         for name, value in self.method_options.items():
             if name not in has:
                 raise ValueError(f"--{name}={value:g}: --method={self.method} has no such option.{nearest(name, has)}")
@@ -314,9 +346,10 @@ class MergeConfig:
         return resolved
 
 
-def parameters_of(score: str | None, scale: str) -> dict[str, Any]:
-    """Return the records of `PARAMETERS`, by name, that a score and a scale have."""
-    names = (*(axis("score")[score].parameters if score else ()), *axis("scale")[scale].parameters)
+def parameters_of(score: str | None, scale: str, combine: str) -> dict[str, Any]:
+    """Return the records of `PARAMETERS`, by name, that a score, a scale and a combination have."""
+    chosen = [("score", score), ("scale", scale), ("combine", combine)]
+    names = [name for of, choice in chosen if choice for name in axis(of)[choice].parameters]
     return {name: PARAMETERS[name] for name in names}
 
 

@@ -30,16 +30,18 @@ def read_coefficients(file: str | Path, experts: Sequence[str]) -> dict[str, Coe
     content = read_json(file, CoefficientFile, MAX_KEPT_BYTES, COEFFICIENT_FIX)
     if not content.finished:
         raise ValueError(f"--coefficient={file}: AdaMerging has not finished; run it to its end.")
-    return of_experts(f"--coefficient={file}", "coefficient", content.coefficients, experts)
+    return of_experts(f"--coefficient={file}", "coefficient", content.coefficients, experts, ("base",))
 
 
-def of_experts(flag: str, what: str, found: Mapping[str, Coefficient], experts: Sequence[str]) -> dict:
+def of_experts(
+    flag: str, what: str, found: Mapping[str, Coefficient], experts: Sequence[str], optional: Sequence[str] = ()
+) -> dict:
     """Return the numbers of a file in the order of the experts; refuse unknown and missing ones."""
     for name in found:
-        choose(f"{flag}: the expert", name, experts)
+        choose(f"{flag}: the expert", name, (*experts, *optional))
     if missing := [name for name in experts if name not in found]:
         raise ValueError(f"{flag}: no {what} of the expert {missing[0]!r}.")
-    return {name: found[name] for name in experts}
+    return {name: found[name] for name in (*experts, *optional) if name in found}
 
 
 def rate_of_density(name: str, density: float) -> float:

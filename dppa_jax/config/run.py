@@ -135,7 +135,7 @@ class JobConfig:
     )
     calibration: str = option(
         "",
-        "text for WANDA's scores and most of --q, a sample a line: a file, or a directory of NAME.txt",
+        "text for WANDA's scores and most of --q, a sample a line: a file, or DIR with NAME.txt",
         group="method",
         kind="path",
     )

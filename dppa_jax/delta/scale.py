@@ -96,6 +96,18 @@ def breadcrumbs(rates: np.ndarray) -> np.ndarray:
     return np.stack([np.zeros_like(rates[0]), np.ones_like(rates[1])])
 
 
+def over_depth(layer: int, layers: int, alpha: float, beta: float) -> float:
+    """Scale the coefficient of a layer, counted from 0, by α + β·layer/(layers − 1); by α where there is one layer.
+
+    Source: Wang et al. 2024 (LiNeS), λ_l = α + β·(l−1)/(L−1), with l from 1 to L over the blocks. What comes before the
+    layers goes with the first, what comes after them with the last.
+
+    >>> over_depth(1, 3, 0.5, 1.0)
+    1.0
+    """
+    return alpha + beta * (layer / (layers - 1) if layers > 1 else 0.0)
+
+
 SCALES = {
     "none": Scale(lambda rates, numbers: none(rates)),
     "dare": Scale(lambda rates, numbers: dare(rates)),

@@ -152,7 +152,7 @@ def magnitude(delta: Delta, inputs: None = None, column: Columns | None = None) 
     >>> jnp.argsort(magnitude(delta)).tolist()
     [[1, 2, 0]]
     """
-    return _float_keys(jnp.abs(delta))
+    return float_keys(jnp.abs(delta))
 
 
 def random(delta: Delta, inputs: UInt32[Array | np.ndarray, "rows words"], column: Columns) -> Keys:
@@ -238,12 +238,12 @@ def wanda(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array]
     `inputs` is the norms of every tensor in the matrix and the tensor of each row (`runtime.mesh.PerTensor`).
     """
     norms, tensor = inputs
-    return _float_keys(jnp.abs(delta) * norms[tensor[:, None], column])
+    return float_keys(jnp.abs(delta) * norms[tensor[:, None], column])
 
 
 def row(delta: Delta, inputs: Float[Array, "rows 1"], column: Columns) -> Keys:
     """Rank output rows by Σ_j |δ_ij|, one score for all elements of a row: structural pruning of rows."""
-    return _float_keys(jnp.broadcast_to(inputs, delta.shape))
+    return float_keys(jnp.broadcast_to(inputs, delta.shape))
 
 
 def column(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array], column: Columns) -> Keys:
@@ -252,7 +252,7 @@ def column(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array
     All elements of a column have one score. Sun et al. 2023 rank single elements; their sums are ours.
     """
     sums, tensor = inputs
-    return _float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))
+    return float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))
 
 
 def ranks(values: jax.Array) -> Int32[Array, "rows columns"]:
@@ -360,6 +360,6 @@ def _della_shift(delta: Delta, inputs: UInt32[Array, "rows 3"], window: float) -
     return width * (rank / max(delta.shape[1] - 1, 1) - 0.5)
 
 
-def _float_keys(score: jax.Array) -> Keys:
+def float_keys(score: jax.Array) -> Keys:
     """Return the bits of non-negative float32 numbers, which sort as the numbers do."""
     return lax.bitcast_convert_type(score, jnp.uint32)

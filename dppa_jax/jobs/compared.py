@@ -208,7 +208,7 @@ def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, swe
     others.
     """
     choice, merged = model.choice, model.expert is None
-    own = parameters_of(choice.ranks, choice.preset.scale)
+    own = parameters_of(choice.ranks, choice.preset.scale, choice.preset.combine)
     q = dict.fromkeys(experts, (1.0 - model.rate) or 1.0) if choice.way else sweep.q
     return replace(
         given,

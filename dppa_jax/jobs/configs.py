@@ -200,7 +200,9 @@ def _coefficients(values: Values, names: tuple[str, ...]) -> dict[str, Any]:
     given = [text for text in values["coefficient"] if text not in ADAMERGING]
     if given and given[-1].endswith(".json"):
         return read_coefficients(read_path("--coefficient", given[-1]), names)
-    return per_expert("--coefficient", [text for text in given if not text.endswith(".json")], names, float)
+    of_base, given = ([text for text in given if text.startswith("base=") == own] for own in (True, False))
+    found = per_expert("--coefficient", [text for text in given if not text.endswith(".json")], names, float)
+    return found | per_expert("--coefficient", of_base, ("base",), float)
 
 
 def _factors(values: Values, names: tuple[str, ...]) -> Mapping[str, tuple[float, ...]]:

@@ -90,6 +90,15 @@ def make_blocks(specs: Mapping[str, TensorSpec], block_layers: int, small: bool 
     return blocks
 
 
+def cut_tensors(blocks: Sequence[Block]) -> dict[str, list[Block]]:
+    """The blocks of each tensor that makes several."""
+    names: dict[str, list[Block]] = {}
+    for block in blocks:
+        if not block.layers:
+            names.setdefault(block.matrices[0].ranges[0].name, []).append(block)
+    return {name: own for name, own in names.items() if len(own) > 1}
+
+
 def _parts(group: Sequence[TensorSpec], small: bool) -> list[Sequence[TensorSpec]]:
     """Cut tensors of one shape into parts of at most CACHED elements, of equally many tensors where that works."""
     count = max(1, min(CACHED // (group[0].rows * group[0].columns), len(group))) if small else len(group)

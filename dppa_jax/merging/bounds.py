@@ -9,11 +9,11 @@ import numpy as np
 
 from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.rules import first_match, nearest
-from dppa_jax.architecture.specs import Linears
+from dppa_jax.architecture.specs import Linears, TensorSpec, layer_count
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
-from dppa_jax.delta.scale import SCALES, Numbers
+from dppa_jax.delta.scale import SCALES, Numbers, over_depth
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, Units, random_bound
 from dppa_jax.delta.threshold import BOUNDS, SAMPLE, cuts, index, order_statistics, sample_starts
 from dppa_jax.delta.tied import Placed, dropped, place_words
@@ -56,6 +56,18 @@ def q_of_all(q: Mapping[str, float], linears: Linears) -> np.ndarray:
     return np.array([q.get(name, q.get(weight, mean)) for name, weight in zip(linears.names, weights, strict=True)])
 
 
+def depth_factors(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
+    """What coefficients are multiplied by, for each tensor; nothing without --depth_scaling."""
+    if not config.depth_scaling:
+        return {}
+    layers, started, factors = layer_count(specs), False, {}
+    for name, spec in specs.items():
+        started |= spec.layer is not None
+        outside = layers - 1 if started else 0
+        factors[name] = over_depth(outside if spec.layer is None else spec.layer, layers, *config.depth_scaling)
+    return factors
+
+
 class Pruner:
     """Turns rates into bounds and weights, a matrix at a time, and remembers them for the recipe.
 
@@ -66,8 +78,16 @@ class Pruner:
         not ranked.
     """
 
-    def __init__(self, kernels: Kernels, config: MergeConfig, linears: Linears, norms: Norms | None = None):
+    def __init__(
+        self,
+        kernels: Kernels,
+        config: MergeConfig,
+        linears: Linears,
+        norms: Norms | None = None,
+        depths: Mapping[str, float] | None = None,
+    ):
         self.kernels, self.config, self.linears, self.norms = kernels, config, linears, norms or {}
+        self._depths = depths or {}
         shape = (len(config.experts), max(len(config.rates), 1), len(linears))
         self.rates = np.zeros(shape)
         self.weights = np.ones(shape)
@@ -111,12 +131,16 @@ class Pruner:
         return float(factor * (1.0 - config.rate) if makes_up else factor)
 
     def coefficient(self, expert: str, tensor: str) -> float:
-        """The coefficient of an expert's tensor: a rule's, the tensor's own, or the expert's."""
+        """The coefficient of an expert's tensor: a rule's, the tensor's own, or the expert's; times that of its depth.
+
+        The base's, where a method has one for it, knows no rule and no depth.
+        """
+        coefficient = self.config.coefficients.get(expert, 1.0)
+        own = coefficient[tensor] if isinstance(coefficient, Mapping) else coefficient
+        if expert == "base":
+            return own
         rule = first_match(self.config.tensor_coefficients, tensor)
-        if rule is not None:
-            return rule
-        coefficient = self.config.coefficients[expert]
-        return coefficient[tensor] if isinstance(coefficient, Mapping) else coefficient
+        return (own if rule is None else rule) * self._depths.get(tensor, 1.0)
 
     def bounds_and_weights(self, x: DeviceMatrix, e: int) -> tuple:
         """(score inputs, bounds, weights) of expert e for a matrix; weights without the coefficient.

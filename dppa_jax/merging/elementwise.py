@@ -1,10 +1,12 @@
 """keep·scale·δ and what is made of it, element by element: the arithmetic of merges and of AdaMerging alike.
 
-merged = base + combine(λₖ · gainₖ · weightₖ[partition of score(δₖ)] · δₖ)
+merged = base + combine(λₖ · gainₖ · weightₖ[partition of score(δₖ)] · δₖ), or Σ cₖ·xₖ of whole tensors
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jaxtyping import Array, Float
 
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS, scaled
+from dppa_jax.delta.rounding import rounded
 from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed, ranks
 from dppa_jax.delta.tied import Pair, Placed
 
@@ -51,7 +54,7 @@ class Elementwise:
         Args:
           inputs: what the score needs beside the delta; `Placed` where ties are told apart.
           bounds, weights: (rows, partitions), highest rate first; bounds of pairs (rows, partitions, 2).
-          zero: the int32 number 0, unknown to the compiler; see `delta.combine.rounded`.
+          zero: the int32 number 0, unknown to the compiler; see `delta.rounding.rounded`.
         """
         difference = self.delta(base, expert)
         column = lax.broadcasted_iota(jnp.int32, (1, base.shape[1]), 1)
@@ -60,9 +63,39 @@ class Elementwise:
         gain = None if score.gain is None else score.gain(*given, **dict(self.parameters))
         return scaled(difference, self.keys(*given), bounds, weights, zero, gain)
 
-    def merged(self, base: jax.Array, pruned: Sequence[jax.Array], dtype: str | np.dtype) -> jax.Array:
-        """Return base + combine(pruned deltas), cast once to `dtype`."""
-        return (base.astype(jnp.float32) + COMBINATIONS[self.combine](pruned)).astype(dtype)
+    def merged(
+        self, base, pruned: Sequence[jax.Array], dtype: str | np.dtype | None, numbers=None, zero=None, total=None
+    ) -> jax.Array:
+        """Return base + combine(pruned deltas), cast once to `dtype`; `numbers` (rows, k) are of the combination.
+
+        A sum may be made in parts: `total` is that of the deltas before, and without a dtype the new total comes back.
+        """
+        pruned = pruned if total is None else [total, *pruned]
+        given = (pruned,) if numbers is None else (pruned, numbers, zero)
+        if dtype is None:
+            return COMBINATIONS[self.combine].merged(*given)
+        return (base.astype(jnp.float32) + COMBINATIONS[self.combine].merged(*given)).astype(dtype)
+
+    def weights(self, base: jax.Array, model: jax.Array) -> Float[Array, "rows columns"]:
+        """Return a model's weights in float32; with `allow_nonfinite` the base's where the delta is NaN or Inf."""
+        own, start = model.astype(jnp.float32), base.astype(jnp.float32)
+        return jnp.where(jnp.isfinite(own - start), own, start) if self.allow_nonfinite else own
+
+    def weighted(self, base, models, coefficients, divisor, zero, total=None) -> Float[Array, "rows columns"]:
+        """Return Σ cₖ·xₖ of models of one tensor, in their order, over the divisor.
+
+        Args:
+          base: as in the file, where the models' delta may be NaN or Inf.
+          models: as in their files.
+          coefficients: of each model, (rows, 1).
+          divisor: (rows, 1), or None for 1.
+          zero: see `pruned`.
+          total: the sum over the models before; None where there are none.
+        """
+        each = zip(coefficients, models, strict=True)
+        own = [rounded(c * self.weights(base, model), zero) for c, model in each]
+        total = reduce(add, own if total is None else [total, *own])
+        return total if divisor is None else total / divisor
 
 
 def elementwise_of(config: MergeConfig) -> tuple[Elementwise, Elementwise]:

@@ -14,7 +14,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dppa_jax.delta import fold
-from dppa_jax.delta.combine import rounded
+from dppa_jax.delta.rounding import rounded
+from dppa_jax.delta.score import float_keys
 from dppa_jax.merging.elementwise import Elementwise
 from dppa_jax.runtime.mesh import over_rows
 
@@ -27,7 +28,7 @@ class Kernels:
     def __init__(self, mesh: Mesh, elementwise: Elementwise):
         self.mesh, self.elementwise = mesh, elementwise
         self._over_rows = partial(over_rows, mesh)
-        self._merges: dict[np.dtype, Callable] = {}
+        self._merges: dict[np.dtype | tuple | None, Callable] = {}
         self._samples: dict[tuple[int, bool], Callable] = {}
 
     def row_sums(self, term: str, base: jax.Array, expert: jax.Array, *per_row: jax.Array) -> jax.Array:
@@ -132,20 +133,110 @@ class Kernels:
 
         return self._over_rows(extremes)
 
-    def merge(self, output_dtype: np.dtype, base: jax.Array, experts, inputs, bounds, weights) -> jax.Array:
+    def merge(
+        self, output_dtype: np.dtype | None, base: jax.Array, experts, inputs, bounds, weights, numbers=None, total=None
+    ) -> jax.Array:
         """base + combine(scale(keep(δₖ))), cast once to the output dtype: (rows, columns).
 
-        `experts`, `inputs`, `bounds` (rows, partitions) and `weights` (rows, partitions) are tuples over experts.
+        `experts`, `inputs`, `bounds` (rows, partitions) and `weights` (rows, partitions) are tuples over experts;
+        `numbers` (rows, k) are what the combination has of every tensor, None for nothing. A sum may be made in parts:
+        see `Elementwise.merged` for `total`, and for no dtype.
         """
 
-        def merge(zero, base, experts, inputs, bounds, weights):
+        def merge(zero, base, experts, inputs, bounds, weights, numbers, total):
             each = zip(experts, inputs, bounds, weights, strict=True)
             pruned = [self.elementwise.pruned(base, *of_expert, zero) for of_expert in each]
-            return self.elementwise.merged(base, pruned, output_dtype)
+            return self.elementwise.merged(base, pruned, output_dtype, numbers, zero, total)
 
         if output_dtype not in self._merges:
             self._merges[output_dtype] = over_rows(self.mesh, merge, replicated=(0,))
-        return self._merges[output_dtype](ZERO, base, experts, inputs, bounds, weights)
+        return self._merges[output_dtype](ZERO, base, experts, inputs, bounds, weights, numbers, total)
+
+    def weighted(
+        self, output_dtype: np.dtype, base: jax.Array, experts, coefficients, divisor, total=None
+    ) -> jax.Array:
+        """Σ cₖ·xₖ over base and experts, over the divisor, cast once to the output dtype: (rows, columns).
+
+        `coefficients` are a tuple of (rows, 1) over base and experts or, after a `total` of what was before, over
+        experts; so is `divisor`, which may be None.
+        """
+
+        def weighted(zero, base, experts, coefficients, divisor, total):
+            models = (base, *experts) if total is None else experts
+            return self.elementwise.weighted(base, models, coefficients, divisor, zero, total).astype(output_dtype)
+
+        if ("weighted", output_dtype) not in self._merges:
+            self._merges["weighted", output_dtype] = over_rows(self.mesh, weighted, replicated=(0,))
+        return self._merges["weighted", output_dtype](ZERO, base, experts, coefficients, divisor, total)
+
+    def inner_products(self, of_deltas: bool, base: jax.Array, first: tuple, second: tuple) -> jax.Array:
+        """Σ over columns of x·y for two pairs (x, y) of models or of their deltas, as one complex number.
+
+        See `host_sums`.
+        """
+        return self._fold_again(self._inner[of_deltas](ZERO, base, first, second))
+
+    def asked_sums(self, term: Callable, base: jax.Array, experts, numbers: jax.Array) -> jax.Array:
+        """Σ over columns of the two values of a term of `delta.consensus`, as one complex number: see `host_sums`."""
+
+        def sums(zero, base, experts, numbers):
+            def of_columns(columns):
+                return lax.complex(*self._asked_of(term, zero, base, experts, numbers, columns))
+
+            return fold.fold(base.shape[1], of_columns)
+
+        return self._fold_again(self._asked("sums", term, sums)(ZERO, base, experts, numbers))
+
+    def asked_counts(self, key: Callable, base: jax.Array, experts, numbers: jax.Array, bounds: jax.Array):
+        """How many keys of `delta.consensus` of each row are at or above each of its four bounds: (rows, 4) int32."""
+
+        def reached(zero, base, experts, numbers, bounds):
+            def of_columns(columns):
+                keys = float_keys(self._asked_of(key, zero, base, experts, numbers, columns))
+                return fold.reached(keys, bounds)
+
+            return fold.fold(base.shape[1], of_columns)
+
+        found = self._asked("counts", key, reached)(ZERO, base, experts, numbers, bounds)
+        return self._unpack(*self._fold_bytes(self._fold_again(found)))
+
+    def asked_sample(self, key: Callable, base: jax.Array, experts, numbers: jax.Array, starts: jax.Array, count: int):
+        """Such keys of `count` neighbours in every row, from column starts (rows, 1): (rows, count) uint32."""
+
+        def sample(zero, base, experts, numbers, starts):
+            base, *experts = (fold.neighbours(x, starts, count) for x in (base, *experts))
+            return float_keys(self._asked_of(key, zero, base, experts, numbers, slice(None)))
+
+        return self._asked(count, key, sample)(ZERO, base, experts, numbers, starts)
+
+    def _asked_of(self, function, zero, base, experts, numbers, columns: slice):
+        start = base[:, columns]
+        deltas = [self.elementwise.delta(start, x[:, columns]) for x in experts]
+        return function(start.astype(jnp.float32), deltas, numbers, zero)
+
+    def _asked(self, what: str | int, function: Callable, lifted: Callable) -> Callable:
+        """Compile what is asked once for each term or key."""
+        if (what, function) not in self._merges:
+            self._merges[what, function] = over_rows(self.mesh, lifted, replicated=(0,))
+        return self._merges[what, function]
+
+    @cached_property
+    def maxima(self):
+        """Largest weight of each row: (rows,)."""
+        return self._over_rows(lambda x: x.astype(jnp.float32).max(axis=1))
+
+    @cached_property
+    def _inner(self):
+        def folded(vector, zero, base, first, second):
+            def of_columns(columns):
+                start = base[:, columns]
+                pairs = [[vector(start, x[:, columns]) for x in pair] for pair in (first, second)]
+                return lax.complex(*(rounded(x * y, zero) for x, y in pairs))
+
+            return fold.fold(base.shape[1], of_columns)
+
+        vectors = {False: self.elementwise.weights, True: self.elementwise.delta}
+        return {way: over_rows(self.mesh, partial(folded, vector), (0,)) for way, vector in vectors.items()}
 
     @cached_property
     def prune(self):

@@ -1,6 +1,6 @@
 """The merge, top to bottom: survey, allocate, apply, write."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -16,10 +16,12 @@ from dppa_jax.checkpoint.protocol import Headers, LastingSink, Sink, Source
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import Statistics
+from dppa_jax.merging.asked import TensorNumbers
 from dppa_jax.merging.blocks import Block, make_blocks, owners, shares
-from dppa_jax.merging.bounds import Norms, Pruner, check_tensors
+from dppa_jax.merging.bounds import Norms, Pruner, check_tensors, depth_factors
 from dppa_jax.merging.compatible import check_compatible
 from dppa_jax.merging.elementwise import elementwise_of
+from dppa_jax.merging.grams import Grams
 from dppa_jax.merging.groups import check_groups, rank_units
 from dppa_jax.merging.kept import tell_of_q, tell_of_ties
 from dppa_jax.merging.kernels import Kernels, shared_kernels
@@ -32,7 +34,8 @@ from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-FILES = ("kernels", "elementwise", "bounds", "survey", "merger", "blocks", "rows", "stream", "groups", "vocabulary")
+FILES = ("kernels", "elementwise", "bounds", "survey", "grams", "asked")
+FILES += ("merger", "blocks", "rows", "stream", "groups", "vocabulary")
 CODE = ("delta/*.py", "runtime/mesh.py", "checkpoint/matched.py", *(f"merging/{name}.py" for name in FILES))
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
 WRITES_BEHIND = 4  # finished matrices that may wait for the disk
@@ -136,7 +139,8 @@ class Merger:
         self._kernels, self._dense = kernels_of(mesh, config)
         self._linears, owner = linears_of(specs), owners(specs, layout.processes)
         self._owners = np.array([owner[name] for name in self._linears.names], np.int64)
-        self._pruner = Pruner(self._kernels, config, self._linears, norms)
+        self._pruner = Pruner(self._kernels, config, self._linears, norms, depth_factors(config, specs))
+        self._tensors = _tensors_of(self._dense, config, self._pruner)
         self._surveyed = False
         self._statistics: list[Statistics] | None = None
 
@@ -154,40 +158,48 @@ class Merger:
           **overrides: see `merge_config`.
         """
         config = self.merge_config(**overrides)
-        stream, pruner, one_pass = self._stream, self._pruner, self._stream.pass_bytes()
+        stream, pruner = self._stream, self._pruner
+        at_a_time = len(config.experts) if stream.resident else config.experts_at_a_time
         if not self._surveyed:
             self._survey()
         pruner.weigh(config)
         if not self.quiet:
             tell_of_q(pruner)
-        with (
-            stage("merge", one_pass, stream.bytes_read, self.quiet) as progress,
-            ThreadPoolExecutor(1, "write") as writer,
-            ThreadPoolExecutor(SEARCHES, "threshold") as searcher,
-        ):
-            pending = []
-            for _, loaded in stream(self._undone([sink, *(delta_sinks or {}).values()])):
-                experts = range(len(config.experts))
-                searches = [[searcher.submit(pruner.bounds_and_weights, x, e) for e in experts] for x in loaded]
-                checks = []
-                for x, search in zip(loaded, searches, strict=True):
-                    chosen = self._kernels if x.matrix.linears else self._dense
-                    per_expert = [future.result() for future in search]
-                    merged = merge_matrix(x, per_expert, chosen, pruner, self.base, config, delta_sinks)
-                    checks.append(searcher.submit(check_finite, x, merged, chosen, config))
-                    pending.append(writer.submit(self._write, sink, x, merged, config, checks[-1]))
-                    while len(pending) > WRITES_BEHIND:
-                        pending.pop(0).result()
-                for check in checks:  # with them the merges are done: the next block may be read over this one
-                    check.result()
+        with stage("merge", stream.pass_bytes(most=at_a_time), stream.bytes_read, self.quiet) as progress:
+            for _ in self._merged_blocks(sink, delta_sinks or {}, config, at_a_time):
                 progress.advance(stream.bytes_read)
-            for future in pending:
-                future.result()
         pruner.join(self._owners)
         if not self.quiet:
             tell_of_ties(pruner)
         tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())
         return Outcome(self._linears, *tables, self._statistics, stream.bytes_read)
+
+    def _merged_blocks(
+        self, sink: Sink, delta_sinks: Mapping[str, Sink], config: MergeConfig, at_a_time: int
+    ) -> Iterator[None]:
+        """Merge and write block after block; tell when each is done."""
+        pruner, pending, totals = self._pruner, [], {}
+        with ThreadPoolExecutor(1, "write") as writer, ThreadPoolExecutor(SEARCHES, "threshold") as searcher:
+            for _, loaded in self._stream.grouped(self._undone([sink, *delta_sinks.values()]), at_a_time):
+                searches = [[searcher.submit(pruner.bounds_and_weights, x, e) for e in x.places] for x in loaded]
+                checks = []
+                for x, search in zip(loaded, searches, strict=True):
+                    chosen = self._kernels if x.matrix.linears else self._dense
+                    per_expert, total = [future.result() for future in search], totals.pop(x.matrix, None)
+                    given = pruner, self.base, config, delta_sinks, self._tensors, total
+                    merged = merge_matrix(x, per_expert, chosen, *given)
+                    checks.append(searcher.submit(check_finite, x, merged, chosen, config))
+                    if x.places.stop < len(config.experts):
+                        totals[x.matrix] = merged
+                        continue
+                    pending.append(writer.submit(self._write, sink, x, merged, config, checks[-1]))
+                    while len(pending) > WRITES_BEHIND:
+                        pending.pop(0).result()
+                for check in checks:  # with them the merges are done: the next block may be read over this one
+                    check.result()
+                yield
+            for future in pending:
+                future.result()
 
     def merge_config(
         self,
@@ -233,6 +245,8 @@ class Merger:
         self._statistics = surveyed(self._stream, self._linears, self._dense, self.config, self.quiet, self._journal)
         self._pruner.allocate(self._statistics)
         rank_units(self._stream, self._pruner, self.quiet)
+        if self._tensors:
+            self._tensors.survey(self._stream, self.quiet)
         self._surveyed = True
 
 
@@ -244,24 +258,37 @@ def merge_matrix(
     base: Source,
     config: MergeConfig,
     delta_sinks: Mapping[str, Sink] | None,
+    tensors: Grams | TensorNumbers | None = None,
+    total: jax.Array | None = None,
 ) -> jax.Array:
     """Merge a matrix on the devices; its pruned deltas go to `delta_sinks`.
 
+    Where more experts follow, the sum of those until here comes back.
+
     Args:
       per_expert: score inputs, bounds and weights of each expert, as `Pruner.bounds_and_weights` gives them.
+      tensors: find what the combination has of whole tensors.
+      total: the sum of the experts before; None where there are none.
     """
     inputs, bounds, weights = [], [], []
-    for e, (name, (own_inputs, bound, weight)) in enumerate(zip(config.experts, per_expert, strict=True)):
+    names = [config.experts[e] for e in x.places]
+    for e, (name, (own_inputs, bound, weight)) in enumerate(zip(names, per_expert, strict=True)):
         inputs.append(own_inputs)
         bounds.append(pruner.on_rows(x, bound))
         if delta_sinks:
             plain = pruner.on_rows(x, weight.astype(np.float32))
             rows = np.asarray(kernels.prune(x.base, x.experts[e], own_inputs, bounds[-1], plain))
             _write_ranges(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
-        coefficients = np.array([[pruner.coefficient(name, rows.name)] for rows in x.matrix.ranges])
+        scaled = config.combination.prunes  # else the combination has the coefficients
+        coefficients = np.array([[pruner.coefficient(name, rows.name) if scaled else 1.0] for rows in x.matrix.ranges])
         weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
     dtype = common_dtype(_output_dtype(rows.name, base, config) for rows in x.matrix.ranges)
-    return kernels.merge(dtype, x.base, x.experts, tuple(inputs), tuple(bounds), tuple(weights))
+    is_last = x.places.stop == len(config.experts)
+    if isinstance(tensors, Grams):
+        over = dtype if is_last else np.dtype(np.float32)
+        return kernels.weighted(over, x.base, x.experts, *tensors.on_rows(x), total)
+    each = tuple(inputs), tuple(bounds), tuple(weights)
+    return kernels.merge(dtype if is_last else None, x.base, x.experts, *each, tensors and tensors.on_rows(x), total)
 
 
 def check_finite(x: DeviceMatrix, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
@@ -300,10 +327,11 @@ def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -
     """Say which model holds the first NaN or Inf or, where all are finite, what overflows."""
     for rows, at in x.matrix.places():
         base, *experts = (np.asarray(array[at]).astype(np.float32) for array in (x.base, *x.experts))
-        for name, weights in zip(("base", *config.experts), (base, *experts), strict=True):
+        names = [config.experts[e] for e in x.places]
+        for name, weights in zip(("base", *names), (base, *experts), strict=True):
             if not np.isfinite(weights).all():
                 return NonfiniteError(rows.name, name)
-        for name, expert in zip(config.experts, experts, strict=True):
+        for name, expert in zip(names, experts, strict=True):
             if not np.isfinite((expert - base).astype(DTYPE_BY_NAME[config.delta_dtype]).astype(np.float32)).all():
                 return CheckpointError(
                     f"{rows.name}: the delta of expert {name!r} overflows --delta_dtype={config.delta_dtype}; give "
@@ -313,6 +341,13 @@ def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -
         f"{x.matrix.ranges[0].name}: the merged values overflow {merged.dtype}; lower --coefficient or --factors, or "
         f"give --output_dtype=bfloat16."
     )
+
+
+def _tensors_of(kernels: Kernels, config: MergeConfig, pruner: Pruner) -> Grams | TensorNumbers | None:
+    """What finds the numbers that the combination has of whole tensors; None where it has none."""
+    if config.combination.whole:
+        return Grams(kernels, config, pruner)
+    return TensorNumbers(kernels, config, pruner) if config.combination.numbers else None
 
 
 def kernels_of(mesh: Mesh, config: MergeConfig) -> tuple[Kernels, Kernels]:

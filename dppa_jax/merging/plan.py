@@ -10,7 +10,7 @@ from dppa_jax.architecture.specs import CheckpointError, TensorSpec, pruned_spec
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.fold import WAYS
-from dppa_jax.merging.blocks import Block, make_blocks, shares, survey_steps
+from dppa_jax.merging.blocks import Block, cut_tensors, make_blocks, shares, survey_steps
 from dppa_jax.merging.merger import SEARCHES, WRITES_BEHIND
 from dppa_jax.merging.rows import Matrix
 from dppa_jax.merging.speed import Speeds
@@ -30,10 +30,14 @@ class Work:
 
     Attributes:
       read, merged: bytes of an element of base and experts together, and of the merged model.
+      held: of base and the experts that a streamed merge holds at a time.
+      base_again: of the base as often as it is read again, with further experts.
+      total: of the sums with and without the experts at hand; 0 where all are held.
       delta: bytes of an element of an expert's saved delta; 0 when none is saved.
       experts: how many.
       survey: is there a survey, a pass of its own over the layers?
       ranks: are units ranked, in another pass over the layers?
+      asks: are tensors that are cut into several blocks read before, as something is asked of them?
       counts: are thresholds found by counting?
       checked: bytes of an element of the merged model while it is checked for NaN and Inf: XLA on a CPU takes float16,
         and no other dtype, to float32 first.
@@ -41,11 +45,15 @@ class Work:
     """
 
     read: int
+    held: int
+    base_again: int
+    total: int
     merged: int
     delta: int
     experts: int
     survey: bool
     ranks: bool
+    asks: bool
     counts: bool
     checked: int
     devices: int
@@ -57,12 +65,14 @@ class Work:
 
     def weights(self, blocks: Sequence[Block], resident: bool) -> int:
         """Bytes of base and experts that are held: all of them, or the block worked on and the one read ahead."""
-        sizes = [sum(map(self._elements, block.matrices)) * self.read for block in blocks]
+        each = self.read if resident else self.held
+        sizes = [sum(map(self._elements, block.matrices)) * each for block in blocks]
         return sum(sizes) if resident else sum(max(sizes[turn::2], default=0) for turn in (0, 1))
 
     def results(self, blocks: Sequence[Block]) -> int:
         """Peak bytes of what is computed: the survey's sums; then rows that wait for the disk and the counts."""
         merging = self.waiting(blocks) + self._deltas(blocks) + self._largest(blocks) * self.checked
+        merging += max(sum(map(self._elements, block.matrices)) for block in blocks) * self.total
         linears = [[self._elements(matrix) for matrix in block.matrices if matrix.linears] for block in blocks]
         if self.counts:  # the first fold leaves an eighth of the columns, in words of four counters
             merging += SEARCHES * max(max(block, default=0) for block in linears) // WAYS * 4
@@ -218,6 +228,7 @@ def make_plan(
     block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
     blocks, on_devices = cuts.blocks(block_layers, resident), cuts.peak(block_layers, resident)
     elements = list(map(_elements, cuts.shares))
+    base_again = 0 if resident else work.base_again
     before = [0 if resident else cuts.read_before(own, block_layers) for own in (specs, *cuts.shares)]
     return Plan(
         parameters=_elements(specs),
@@ -230,10 +241,10 @@ def make_plan(
         blocks=max(map(len, blocks)),
         resident=resident,
         passes=1 + work.survey + work.ranks,
-        bytes_read=(_elements(specs) + before[0]) * work.read,
+        bytes_read=(_elements(specs) + before[0]) * work.read + _elements(specs) * base_again,
         bytes_written=_elements(specs) * work.written,
         process_parameters=max(elements),
-        process_read=max(a + b for a, b in zip(elements, before[1:], strict=True)) * work.read,
+        process_read=max((a + b) * work.read + a * base_again for a, b in zip(elements, before[1:], strict=True)),
         process_written=max(elements) * work.written,
         device_bytes=on_devices // work.devices,
         device_memory=device_memory,
@@ -270,9 +281,11 @@ class _Cuts:
         return [make_blocks(own, min(layers, self.layers), small) for own in self.shares]
 
     def read_before(self, specs: Mapping[str, TensorSpec], layers: int) -> int:
-        """Elements of a model that are read of these tensors before the merge: surveyed, and ranked by units."""
+        """Elements of a model that are read of these tensors before the merge: surveyed, asked, and ranked by units."""
         blocks = make_blocks(specs, layers, self._small)
         surveyed = sum(step.block.elements for step in survey_steps(blocks)) if self._work.survey else 0
+        asked = [block for own in cut_tensors(blocks).values() for block in own] if self._work.asks else []
+        surveyed += sum(block.elements for block in asked)
         return surveyed + self._work.ranks * sum(block.elements for block in blocks if block.layers)
 
     def peak(self, layers: int, resident: bool) -> int:
@@ -286,7 +299,8 @@ class _Cuts:
 
     def most_layers_that_fit(self, resident: bool) -> int:
         """The most layers of a block that fit on the devices and in BLOCK, a multiple of the axis."""
-        layer = max(block.elements for own in self.blocks(1, True) for block in own) * self._work.read
+        layer = max(block.elements for own in self.blocks(1, True) for block in own)
+        layer *= self._work.read if resident else self._work.held
         most = min(-(-self.layers // self._axis), BLOCK // (layer * self._axis))
         larger = range(most * self._axis, self._axis, -self._axis)
         return next((layers for layers in larger if self.fits(layers, resident)), self._axis)
@@ -295,13 +309,19 @@ class _Cuts:
 def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_delta: bool = False) -> Work:
     """The work of a merge of base and experts of these dtypes on the devices of one process."""
     sizes, output_dtype = [ITEMSIZE[each] for each in dtypes], config.output_dtype or dtypes[0]
+    held = sizes[1:][: config.experts_at_a_time]
+    groups = -(-(len(sizes) - 1) // config.experts_at_a_time)
     return Work(
         read=sum(sizes),
+        held=sizes[0] + sum(held),
+        base_again=sizes[0] * (groups - 1),
+        total=2 * ITEMSIZE["float32"] if groups > 1 else 0,
         merged=ITEMSIZE[output_dtype],
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(dtypes) - 1,
         survey=config.is_surveyed,
         ranks=config.ranks_units,
+        asks=config.combination.asks_tensors and not config.combines_rows,
         counts=config.is_counted,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,

@@ -62,8 +62,18 @@ class Matrix:
 
 @dataclass(frozen=True)
 class DeviceMatrix:
-    """A matrix on the devices: base and experts, (padded rows, columns) each."""
+    """A matrix on the devices: base and experts, (padded rows, columns) each.
+
+    Attributes:
+      first: the place of the first of these experts among all.
+    """
 
     matrix: Matrix
     base: jax.Array
     experts: tuple[jax.Array, ...]
+    first: int = 0
+
+    @property
+    def places(self) -> range:
+        """The places of these experts among all."""
+        return range(self.first, self.first + len(self.experts))

@@ -47,44 +47,53 @@ class Stream:
 
     def __call__(self, blocks: Sequence[Block] | None = None) -> Iterator[tuple[Block, list[DeviceMatrix]]]:
         """Iterate over these blocks, by default all."""
-        blocks = self.blocks if blocks is None else blocks
+        return self.grouped(self.blocks if blocks is None else blocks, len(self.sources))
+
+    def grouped(self, blocks: Sequence[Block], most: int) -> Iterator[tuple[Block, list[DeviceMatrix]]]:
+        """Iterate over these blocks, each as often as it takes to see all experts, the base with `most` at a time."""
+        experts = len(self.sources) - 1
+        groups = [range(first, min(first + most, experts)) for first in range(0, experts, most)] or [range(0)]
+        units = [(block, group) for block in blocks for group in groups]
         with ThreadPoolExecutor(READERS, "read matrix") as readers, ThreadPoolExecutor(1, "read block") as reader:
-            pending = [reader.submit(self._read, b, i, readers) for i, b in enumerate(blocks[:1])]
-            for i, block in enumerate(blocks):
-                if i + 1 < len(blocks):
-                    pending.append(reader.submit(self._read, blocks[i + 1], i + 1, readers))
-                yield block, self._put(block, pending.pop(0).result())
+            pending = [reader.submit(self._read, *unit, i, readers) for i, unit in enumerate(units[:1])]
+            for i, (block, group) in enumerate(units):
+                if i + 1 < len(units):
+                    pending.append(reader.submit(self._read, *units[i + 1], i + 1, readers))
+                yield block, self._put(block, group.start, pending.pop(0).result())
 
-    def pass_bytes(self) -> int:
-        """The bytes that one pass over all blocks reads."""
-        return sum(map(self.block_bytes, self.blocks))
+    def pass_bytes(self, blocks: Sequence[Block] | None = None, most: int = 0) -> int:
+        """The bytes that one pass over these blocks, by default all, reads, with `most` experts at a time."""
+        again = -(-(len(self.sources) - 1) // most) - 1 if most else 0
+        return sum(self.block_bytes(block, again) for block in (self.blocks if blocks is None else blocks))
 
-    def block_bytes(self, block: Block) -> int:
-        """The bytes of a block of all models."""
-        return sum(
-            matrix.elements * _dtype(source, matrix).itemsize for matrix in block.matrices for source in self.sources
-        )
+    def block_bytes(self, block: Block, again: int = 0) -> int:
+        """The bytes of a block of all models, and of the base as often again."""
+        sources = (*[self.sources[0]] * again, *self.sources)
+        return sum(matrix.elements * _dtype(source, matrix).itemsize for matrix in block.matrices for source in sources)
 
-    def _put(self, block: Block, arrays: list[list[np.ndarray]] | None) -> list[DeviceMatrix]:
+    def _put(self, block: Block, first: int, arrays: list[list[np.ndarray]] | None) -> list[DeviceMatrix]:
         if arrays is None:
             return self._kept[block]
         loaded = []
         for matrix, models in zip(block.matrices, arrays, strict=True):
             base, *experts = (put_rows(self.mesh, array) for array in models)
-            loaded.append(DeviceMatrix(matrix, base, tuple(experts)))
+            loaded.append(DeviceMatrix(matrix, base, tuple(experts), first))
         jax.block_until_ready([(x.base, x.experts) for x in loaded])  # the copy to an accelerator has left the buffer
         if self.resident:
             self._kept[block] = loaded
         return loaded
 
-    def _read(self, block: Block, turn: int, readers: ThreadPoolExecutor) -> list[list[np.ndarray]] | None:
-        """Every matrix of every model, base first, as views of one buffer; None when the devices have the block."""
+    def _read(
+        self, block: Block, experts: range, turn: int, readers: ThreadPoolExecutor
+    ) -> list[list[np.ndarray]] | None:
+        """Every matrix of base and experts, base first, as views of one buffer; None if the devices have the block."""
         if block in self._kept:
             return None
+        sources = (self.sources[0], *(self.sources[1 + e] for e in experts))
         layout, size = [], 0
         for matrix in block.matrices:
             places = []
-            for source in self.sources:
+            for source in sources:
                 dtype = _dtype(source, matrix)
                 places.append((size, dtype))
                 nbytes = padded_rows(self.mesh, matrix.rows) * matrix.columns * dtype.itemsize
@@ -95,14 +104,14 @@ class Stream:
         pending = [
             [
                 readers.submit(self._read_matrix, source, matrix, dtype, buffer, offset)
-                for source, (offset, dtype) in zip(self.sources, places, strict=True)
+                for source, (offset, dtype) in zip(sources, places, strict=True)
             ]
             for matrix, places in zip(block.matrices, layout, strict=True)
         ]
         arrays = [[array.result() for array in models] for models in pending]
         if self.refuse_zeros:
             for matrix, models in zip(block.matrices, arrays, strict=True):
-                check_zeros(self.sources, matrix, models)
+                check_zeros(sources, matrix, models)
         return arrays
 
     def _read_matrix(

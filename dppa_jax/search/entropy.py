@@ -50,7 +50,7 @@ def row_entropies(
 
     Args:
       tree: of a `Mixture`.
-      zero: the int32 number 0, unknown to the compiler; see `delta.combine.rounded`.
+      zero: the int32 number 0, unknown to the compiler; see `delta.rounding.rounded`.
     """
     merge = merge_with(arithmetic, coefficients, zero)
     hidden = last_states(arithmetic.model, tree, batch, merge)

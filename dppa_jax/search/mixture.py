@@ -265,10 +265,12 @@ def check_combine(config: MergeConfig, needs: str = "--coefficient=adamerging") 
     """Refuse what has no gradient, and pruning outside the linears; `needs` is the flag that wants a gradient."""
     if config.prune != type(config).prune:
         raise ValueError(f"--prune={config.prune}: {needs} prunes linears alone; leave it out.")
-    if config.combine != "sum":
+    if config.depth_scaling:
+        raise ValueError(f"--depth_scaling: {needs} finds numbers by tensor itself; leave it out.")
+    if not config.combination.is_sum:
         raise ValueError(
-            f"{needs} needs --combine=sum, not {config.combine!r}: the sign that TIES elects jumps as coefficients "
-            f"change, so that there is no gradient."
+            f"{needs} needs --combine=sum, not {config.combine!r}: what others choose of the deltas, as "
+            f"TIES does signs, jumps as coefficients change, so that there is no gradient."
         )
 
 
