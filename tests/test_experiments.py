@@ -145,12 +145,17 @@ def test_every_given_model_is_evaluated_on_every_task(job):
 
 
 def test_a_report_compares_methods(family, tmp_path):
-    compared = ["--methods=dare,dppa", "--merge_methods=dare", "--rates=0.8:0.9:0.1", "--limit=10"]
-    launch(*family[:2], "--job=report", "--evaluate=addition", *compared, f"--workdir={tmp_path}")
+    (tmp_path / "text.txt").write_text("What is 100 plus 2? Sum:\nWhich is larger, 11 or 12? Larger:\n")
+    compared = ["--methods=dare,dppa", "--merge_methods=dare,darex_q+mse", "--rates=0.8:0.9:0.1", "--limit=10"]
+    compared += [f"--calibration={tmp_path / 'text.txt'}", f"--workdir={tmp_path}"]
+    launch(*family[:2], "--job=report", "--evaluate=addition", *compared)
     tables = read_json(tmp_path / "tables.json")["tables"]
     assert {"dense", "table_1", "merges", "table_7"} <= set(tables)
     assert [row["row"] for row in tables["table_1"]["rows"]] == ["80 %", "90 %"]
-    assert [row["row"] for row in tables["merges"]["rows"]] == ["DARE 90 %", "DARE 80 %"]
+    assert [row["row"] for row in tables["merges"]["rows"]] == [
+        *("DARE 90 %", "DAREx-q, mse 90 %"),
+        *("DARE 80 %", "DAREx-q, mse 80 %"),
+    ]
     assert {file.stem for file in (tmp_path / "figures").glob("*.svg")} >= {"accuracy", "ratio"}
     assert (tmp_path / "tables.md").is_file()
 
@@ -163,7 +168,12 @@ def test_a_report_finds_q_by_the_way_that_a_method_names_and_keeps_it(family, tm
     flags += ["--evaluate=clause_type", "--limit=10", f"--calibration={tmp_path / 'texts'}", f"--workdir={tmp_path}"]
     methods = "dare", "darex_q+auto", "darex_q/random_column+bound"
     launch(*flags, f"--methods={','.join(methods)}")
-    single = read_json(tmp_path / "tables.json")["measured"]["0"]["single"]
+    content = read_json(tmp_path / "tables.json")
+    assert {"rates-law", "rates-law.other", "q", "trainings"} <= set(content["tables"])
+    mean, ratio = content["measured"]["0"]["sizes"]["law"]
+    assert 0.005 < mean < 0.02
+    assert 0.1 < ratio < 0.2
+    single = content["measured"]["0"]["single"]
     assert [(one["name"], one["expert"]) for one in single] == [(m, e) for m in methods for e in ("law", "law.other")]
     by_name = {(one["name"], one["expert"]): one for one in single}
     column = by_name["darex_q/random_column+bound", "law"]
@@ -174,6 +184,8 @@ def test_a_report_finds_q_by_the_way_that_a_method_names_and_keeps_it(family, tm
     assert by_name["darex_q+auto", "law"]["q"] == kept["q"] == kept["search"]["result"]["q"]
     assert by_name["dare", "law"]["q"] is None
 
+    with pytest.raises(SystemExit, match="a merge has one expert of each domain"):
+        launch(*flags, "--merge_methods=dare")
     monkeypatch.setattr("dppa_jax.jobs.compared.q_of_expert", lambda *_: pytest.fail("searched again"))
     launch(*flags, "--methods=darex_q+auto")
     again = read_json(tmp_path / "tables.json")["measured"]["0"]["single"]

@@ -19,6 +19,8 @@ from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
 from dppa_jax.jobs.evaluated import check_searched, find_coefficients
 from dppa_jax.jobs.q import check_q, q_of_expert
+from dppa_jax.merging.inspection import delta_sizes
+from dppa_jax.report.darex import concerns
 from dppa_jax.report.measurements import Measurements, Merged
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole
@@ -105,10 +107,10 @@ class SeedRun:
         """
         every = every_task(self.job.evaluation.tasks)
         if first:
-            measured = Measurements(first.base, first.experts, {}, {})
+            measured = Measurements(first.base, first.experts, {}, {}, sizes=first.sizes)
         else:
             experts = {name: self.candidates.dense(name, tasks) for name, tasks in self.domains.items()}
-            measured = Measurements(self.candidates.dense("base", every), experts, {}, {})
+            measured = Measurements(self.candidates.dense("base", every), experts, {}, {}, sizes=self.sizes())
         for model in compared(self.sweep, self.domains):
             if first and not model.has_seed:
                 pass
@@ -121,6 +123,13 @@ class SeedRun:
                     measured.q[model.key] = self.q(model, model.expert)
             advance()
         return measured
+
+    def sizes(self) -> dict[str, tuple[float, float]]:
+        """Return the mean |δ| and ‖δ‖ / ‖base‖ of every expert, where tables show them."""
+        if not concerns(self.sweep.single_choices):
+            return {}
+        opened = self.candidates.opened
+        return delta_sizes(opened.base, {name: opened.experts[name] for name in self.domains})
 
     def scores(self, model: Compared, experts: tuple[str, ...], tasks: Sequence[Task]) -> Scores:
         """Return the scores of one model, with the factors and coefficients that it needs."""

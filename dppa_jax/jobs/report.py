@@ -13,6 +13,7 @@ from dppa_jax.jobs.evaluated_merge import merge_and_report
 from dppa_jax.jobs.models import check_outputs
 from dppa_jax.report import published
 from dppa_jax.report.curves import accuracy_panels, draw_against_rate, ratio_panels
+from dppa_jax.report.darex import darex_tables
 from dppa_jax.report.darex_published import told_table
 from dppa_jax.report.measurements import Measurements
 from dppa_jax.report.page import Illustration
@@ -69,6 +70,7 @@ def run_report(config: ReportConfig) -> list[ResultTable]:
                     searched[seed], adamerged[seed] = seed_run.searched, seed_run.adamerged
         models = {"base": job.base, **job.experts}
         tables = paper_tables(measured, domains, len(job.experts), published.is_papers(job.base, job.experts))
+        tables += darex_tables(measured, domains)
         tables += filter(None, [told_table(job.base, job.experts, job.evaluation.tasks)])
         show(tables)
         report = new_report("Methods and rates", job.command, models, job.evaluation, evaluation, tables)

@@ -125,6 +125,18 @@ def kept_counts(
     return counts
 
 
+def delta_sizes(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> dict[str, tuple[float, float]]:
+    """Return the mean |δ| and ‖δ‖ / ‖base‖ of every expert, over all linears together; one linear is read at a time."""
+    totals, whole, numel = {name: np.zeros(2) for name in experts}, 0.0, 0
+    for linear in linears_of(base.specs).names:
+        plain = base.read(linear).astype(np.float32)
+        whole, numel = whole + float(np.square(plain, dtype=np.float64).sum()), numel + plain.size
+        for name, expert in experts.items():
+            delta = expert.read(linear).astype(np.float32) - plain
+            totals[name] += np.abs(delta).sum(dtype=np.float64), np.square(delta, dtype=np.float64).sum()
+    return {name: (float(size / numel), float(np.sqrt(squares / whole))) for name, (size, squares) in totals.items()}
+
+
 def _squares(kernels: Kernels, x: DeviceMatrix, base, expert) -> np.ndarray:
     return x.matrix.range_sums(host_sums(kernels.row_sums("square", base, expert), x.matrix.rows))
 

@@ -113,6 +113,7 @@ def raw(measured: Mapping[int, Measurements]) -> dict:
                 | {"scores": counts(scores)}
                 for key, scores in m.single.items()
             ],
+            "sizes": m.sizes,
             "merged": [{**key._asdict(), "scores": counts(scores)} for key, scores in m.merged.items()],
         }
         for seed, m in measured.items()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +106,12 @@ class OutputChange:
         objective: str,
         counted: Bool[np.ndarray, "rows tokens"] | None = None,
     ):
-        self.config, self._objective = DecoderConfig.from_hf(expert.config), OBJECTIVES[objective]
+        self.config = DecoderConfig.from_hf(expert.config)
+        kept, self._change = _compiled(self.config, objective)
         self._tokens, known = np.maximum(tokens, 0), tokens != PADDING
         self._counted = known if counted is None else known & counted
         tree = _on_device(expert)
-        reduce_, outputs = self._objective.of_expert, self._outputs
-        kept = jax.jit(lambda tree, tokens: reduce_(outputs(tree, tokens)))
         self._expert = [jax.tree.map(np.asarray, kept(tree, tokens)) for _, tokens in self._batches()]
-        self._change = jax.jit(
-            lambda tree, tokens, of_expert, counted: self._objective.change(of_expert, outputs(tree, tokens), counted)
-        )
 
     def __call__(self, model: Model) -> float:
         """Return the mean change of a model of the same shape."""
@@ -124,15 +120,25 @@ class OutputChange:
             total += float(self._change(tree, tokens, of_expert, self._counted[rows]))
         return total / int(self._counted.sum())
 
-    def _outputs(self, tree: dict, tokens: Array) -> Array:
-        hidden, _ = hidden_states(self.config, tree, tokens)
-        return self._objective.outputs(self.config, tree, hidden)
-
     def _batches(self) -> Iterator[tuple[slice, np.ndarray]]:
         rows, width = self._tokens.shape
         many = max(1, min(rows, LOGITS // (width * self.config.vocab_size)))
         for start in range(0, rows, many):
             yield slice(start, start + many), self._tokens[start : start + many]
+
+
+@cache
+def _compiled(config: DecoderConfig, objective: str) -> tuple[Callable, Callable]:
+    """Return what reduces an expert's outputs, and what compares a model's with them; compiled once for all experts."""
+    said = OBJECTIVES[objective]
+
+    def outputs(tree: dict, tokens: Array) -> Array:
+        hidden, _ = hidden_states(config, tree, tokens)
+        return said.outputs(config, tree, hidden)
+
+    kept = jax.jit(lambda tree, tokens: said.of_expert(outputs(tree, tokens)))
+    change = jax.jit(lambda tree, tokens, of_expert, counted: said.change(of_expert, outputs(tree, tokens), counted))
+    return kept, change
 
 
 class PrunedChange:

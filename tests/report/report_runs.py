@@ -63,3 +63,7 @@ def two_seeds() -> dict[int, Measurements]:
         )
         for seed, shift in ((0, 0), (1, 20))
     }
+
+
+def scores_of(tasks, correct, total: int) -> Scores:
+    return {task: Score(c, total) for task, c in zip(tasks, correct, strict=True)}
