@@ -44,7 +44,7 @@ def test_5_phi_is_that_of_the_reference_and_one_half_in_the_middle(expected):
     for rate, phi in expected["phi"].items():
         assert kearns_saul(float(rate)) == pytest.approx(phi, rel=1e-12)
     assert kearns_saul(0.5) == 0.5 == pytest.approx(kearns_saul(0.5 + 1e-9), rel=1e-9)
-    assert 0.5 < bound_rows(np.array([1.0]), np.array([1.0]), 0.5, 3.0)[0] < 1
+    assert bound_rows(np.array([1.0]), np.array([1.0]), 0.5, 1.5)[0] == 0.75
 
 
 @pytest.mark.parametrize("name", LINEARS)
@@ -118,6 +118,7 @@ def test_every_q_is_that_of_the_authors_code(case, golden):
         assert q == pytest.approx(wanted["q"], abs=1e-7), name
 
 
+@pytest.mark.slow
 def test_5_without_rounding_the_authors_walk_is_that_of_the_reference(golden, expected, linears):
     """In float64 about half of the rows, those whose S is negative, go to the end of the grid."""
     delta, inputs = linears["tiny"]
@@ -265,6 +266,6 @@ def test_a_rule_is_one_more_pass_in_the_plan(merge: Merge, tmp_path):
         plans[way] = read_json(tmp_path / way / "plan.json")
     assert plans["bound"]["passes"] == plans["0.2"]["passes"] + 1 == 2
     assert plans["bound"]["bytes_read"] == 2 * plans["0.2"]["bytes_read"] == plans["gradient"]["bytes_read"]
-    models = sum((merge.root / name / "model.safetensors").stat().st_size for name in ("base", "math"))
+    models = 2 * 2 * plans["gradient"]["parameters"]  # bytes of the base and one expert, whole
     held = [plans[way]["device_bytes"] for way in ("bound", "gradient")]
-    assert held[0] < held[1] == pytest.approx(models, rel=0.05), "base and one expert, whole"
+    assert held[0] < held[1] == models
