@@ -281,15 +281,18 @@ def make(config: type, values: Values, **given: Any) -> Any:
 
 def command(values: Values) -> str:
     """Return the command line that says the same without a flagfile: every flag that differs from its default."""
-    words = ["python", "-m", "dppa_jax.launch"]
+    return shlex.join(["python", "-m", "dppa_jax.launch", *written(values)])
+
+
+def written(values: Values) -> Iterator[str]:
+    """Yield the flags that differ from their defaults, as a flagfile has them."""
     for name, value in values.items():
         if value == BY_NAME[name].default:
             continue
         if KINDS[BY_NAME[name].kind].define is flags.DEFINE_multi_string:
-            words += [f"--{name}={one}" for one in value]
+            yield from (f"--{name}={one}" for one in value)
         else:
-            words.append(f"--{name}={','.join(value) if isinstance(value, list) else value}")
-    return shlex.join(words)
+            yield f"--{name}={','.join(value) if isinstance(value, list) else value}"
 
 
 # ---- what is printed

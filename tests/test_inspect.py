@@ -56,6 +56,16 @@ def test_norms_of_every_layer_and_linear(inspected, name):
 
 
 @pytest.mark.parametrize("name", EXPERTS)
+def test_mean_size_and_norm_of_all_linears_together(inspected, name):
+    found, base, deltas = inspected
+    whole = np.concatenate([deltas[name][tensor].ravel() for tensor in found[name]["norm"]]).astype(np.float64)
+    of_base = np.concatenate([base[tensor].ravel() for tensor in found[name]["norm"]]).astype(np.float64)
+    assert found[name]["mean_size"] == pytest.approx(abs(whole).mean(), rel=1e-6)
+    share = np.linalg.norm(whole) / np.linalg.norm(of_base)
+    assert found[name]["whole_relative_norm"] == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
 def test_significance_is_the_sum_of_outlying_magnitudes(inspected, name):
     found, _, deltas = inspected
     assert len(found[name]["linear_significance"]) == LAYERS * len(LINEARS)
@@ -78,6 +88,7 @@ def test_rates_of_every_partition_average_near_the_nominal_rate(inspected):
 def test_models_may_be_anywhere_under_the_working_directory(tmp_path, monkeypatch):
     root = write_family(tmp_path / "models", ("math",))
     monkeypatch.chdir(tmp_path)
-    launch("--job=inspect", "--base=models/base", "--expert=math=models/math", "--method=dppa", "--mesh=layer=1,row=1")
-    assert (tmp_path / "runs" / "inspect.json").is_file()
+    launch("--job=inspect", "--base=models/base", "--expert=math=models/math", "--mesh=layer=1,row=1")
+    found = json.loads((tmp_path / "runs" / "inspect.json").read_text())["math"]
+    assert found["rates"] == {}, "without --method there is no rate to show"
     assert root.is_dir()

@@ -349,7 +349,7 @@ def test_a_density_outside_its_bounds_is_told_as_a_density(merge, given):
 # ---- no method
 
 
-@pytest.mark.parametrize("job", ["merge", "plan", "inspect", "search"])
+@pytest.mark.parametrize("job", ["merge", "plan", "search"])
 def test_without_a_method_two_good_choices_are_told(merge, job):
     given = [flag for flag in merge.flags() if not flag.startswith("--method")]
     error, *choices = merge.refusal(f"--job={job}", "--evaluate=addition", of=given).splitlines()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import dppa_jax
+from dppa_jax.config.advise import AUTO
 from dppa_jax.flags import BY_NAME
 from dppa_jax.jobs import JOBS
 
@@ -75,7 +76,7 @@ def test_every_flag_method_and_job_exists(name):
     flags = set(re.findall(r"(?<![\w-])--([A-Za-z]\w*)", text))
     assert flags <= BY_NAME.keys() | switches | OTHERS
     given = {value for values in re.findall(r"--(?:merge_)?methods?=([\w,+]+)", text) for value in values.split(",")}
-    assert {value.split("+")[0] for value in given} - {"NAME"} <= dppa_jax.methods.keys()
+    assert {value.split("+")[0] for value in given} - {"NAME", AUTO} <= dppa_jax.methods.keys()
     jobs = re.findall(r"--job=(\w+)", text) + re.findall(r"(?:`|^)dppa_jax (\w+)(?=`| -| \\\\)", text, re.MULTILINE)
     assert set(jobs) - {"JOB"} <= JOBS.keys()
 

@@ -26,8 +26,8 @@ def recipe(
     linears: Linears,
     rates: Sequence[float],
     cost: Mapping,
-    vocabulary: Mapping = MappingProxyType({}),
     gone: Mapping[str, Mapping] = MappingProxyType({}),
+    **told: Mapping,
 ) -> str:
     """Return the text of recipe.json: everything that a merge was made from and everything that it decided.
 
@@ -39,8 +39,9 @@ def recipe(
       linears: the last axis of the tables.
       rates: the target rate of each partition, highest first.
       cost: wall time, bytes read and written, peak memory.
-      vocabulary: rows, added and dropped tokens, where the models' tokens are not at the same places.
       gone: by expert, what is gone of its delta as a whole, as (gone, of) pairs.
+      **told: what else there is to tell: the `vocabulary`, where models' tokens are not at the same places, and the
+        `advice` that chose the method.
     """
     names = [name for name in inputs if name != "base"]
     per_expert = {
@@ -61,7 +62,7 @@ def recipe(
         "factors": config["factors"],
         "coefficients": config["coefficients"],
         "experts": per_expert,
-        **({"vocabulary": dict(vocabulary)} if vocabulary else {}),
+        **{name: dict(said) for name, said in told.items() if said},
         "cost": dict(cost),
         "versions": library_versions(),
     }

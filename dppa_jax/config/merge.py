@@ -58,7 +58,7 @@ class MergeConfig:
     HELP_GROUP: ClassVar[str] = "method"
 
     experts: tuple[str, ...]
-    method: str = option(REQUIRED, "a preset", choices=METHODS)
+    method: str = option(REQUIRED, "a preset; auto: what advise chooses", choices=METHODS)
     rate: float = option(
         0.9,
         "share of each delta that is removed; density = 1 − rate is the share that is kept",

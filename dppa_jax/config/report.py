@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
+from dppa_jax.config.advise import AdviseConfig
 from dppa_jax.config.combinations import axis
-from dppa_jax.config.merge import A_RATE
-from dppa_jax.config.option import check, choose, option
+from dppa_jax.config.option import check, choose, option, same
 from dppa_jax.config.q import UNLABELLED, QConfig, ways
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, Factors
@@ -105,13 +105,7 @@ class Sweep:
     merge_methods: tuple[str, ...] = option(
         (), "report: methods of the table of merges, the same; dppa+adamerging finds the coefficients"
     )
-    rates: tuple[float, ...] = option(
-        (),
-        "report: rates of both tables, default --rate; 0.1:0.9:0.1 is a range",
-        kind="ranges",
-        **A_RATE,
-        complement="densities",
-    )
+    rates: tuple[float, ...] = same(AdviseConfig, "rates")
     factors: Factors = ()
     q: Mapping[str, float] = field(default_factory=dict)
     q_search: QConfig = field(default_factory=lambda: QConfig(UNLABELLED))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from dppa_jax.config.advise import AdviseConfig
 from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.option import REQUIRED, check, choose, option, same
@@ -54,6 +55,7 @@ class JobConfig:
       search: how factors are searched; None where they are given.
       adamerging: how coefficients are found; None where they are given.
       q: how DAREx's q is found; None where it is given.
+      advise: how the method is chosen; None where it is given.
       from_recipe: what the recipe says, if the job is made from one.
       earlier: jobs whose outputs this one reads, in their order; they come first.
       flags: every flag's value, for recipe.json.
@@ -143,6 +145,7 @@ class JobConfig:
     search: FactorSearch | None = None
     adamerging: AdaMergingConfig | None = None
     q: QConfig | None = None
+    advise: AdviseConfig | None = None
     from_recipe: FromRecipe | None = None
     earlier: tuple["JobConfig", ...] = ()
     flags: Mapping = field(default_factory=dict)

@@ -40,7 +40,8 @@ JOBS = {
         several=True,
     ),
     "plan": Job("print memory, bytes, passes and time of a merge", "dppa_jax.jobs.plan:run_plan", configs.job_config),
-    "inspect": Job("print what the deltas look like", "dppa_jax.jobs.inspect:run_inspect", configs.job_config),
+    "inspect": Job("print what the deltas look like", "dppa_jax.jobs.inspect:run_inspect", configs.inspect_config),
+    "advise": Job("choose a method for each expert and rate", "dppa_jax.jobs.advise:run_advise", configs.job_config),
     "evaluate": Job("measure models on tasks", "dppa_jax.jobs.evaluate:run_evaluate", configs.evaluate_config),
     "search": Job(
         "find DPA's factors of every expert", "dppa_jax.jobs.search:run_search", configs.job_config, several=True

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dppa_jax.config.advise import AUTO, DECIDED, UNDECIDED, AdviseConfig
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
@@ -17,11 +18,12 @@ from dppa_jax.config.report import Choice, ReportConfig, Sweep
 from dppa_jax.config.run import PREFIX, ConvertConfig, EvaluateConfig, FromRecipe, JobConfig, ValidateConfig
 from dppa_jax.config.search import ADAMERGING, AdaMergingConfig, FactorSearch
 from dppa_jax.delta.presets import PARAMETERS
-from dppa_jax.flags import Values, command, make, read_experts, read_numbers, read_path
+from dppa_jax.flags import BY_NAME, Values, command, make, read_experts, read_numbers, read_path
 from dppa_jax.runtime.directories import existing_place
 
 VALIDATION_SHARE = 0.2  # of a task's items, in jobs that search
 UNSET = -1.0
+WHOLE = "task_arithmetic"  # a method that prunes nothing
 
 
 def job_config(values: Values) -> JobConfig:
@@ -47,8 +49,10 @@ def _job_config(
       merge_fields: fields of `MergeConfig` that the recipe says.
     """
     _check_directory(values)
-    if values["job"] != "merge" or values["evaluate"] or _q_way(values):  # a merge alone writes nothing there
+    advised, alone = advises(values), values["job"] == "merge" and not values["evaluate"] and not _q_way(values)
+    if advised or not alone:  # a merge alone writes nothing there
         _check_workdir(values)
+    _check_undecided(values)
     experts = _experts(values)
     if not values["base"]:
         raise ValueError("--base is empty: give the model that the experts were fine-tuned from.")
@@ -60,7 +64,8 @@ def _job_config(
         "q": _q(values, names),
         "method_options": _method_options(values),
     }
-    merge = make(MergeConfig, values, experts=names, **(numbers | (merge_fields or {})))
+    chosen = {**values, "method": UNDECIDED} if advised else values
+    merge = make(MergeConfig, chosen, experts=names, **(numbers | (merge_fields or {})))
     return make(
         JobConfig,
         values,
@@ -71,10 +76,16 @@ def _job_config(
         search=factor_search(values),
         adamerging=_adamerging(values, granularity) if granularity else None,
         q=q_config(values, merge),
+        advise=_advise(values) if advised else None,
         from_recipe=recipe,
         flags=flags,
         command=command(flags),
     )
+
+
+def inspect_config(values: Values) -> JobConfig:
+    """Make the config of --job=inspect, which shows rates where --method says one, and else whole deltas."""
+    return job_config({**values, "method": values["method"] or WHOLE})
 
 
 def report_config(values: Values) -> ReportConfig:
@@ -151,7 +162,8 @@ def evaluation(values: Values) -> EvaluationConfig:
         by_domain(values["evaluate"])
     share = values["validation_share"]
     if share == UNSET:
-        by_labels = searches(values) or LABELLED in (_q_way(values), *(one.way for one in _compared(values)))
+        ways_to_q = _q_way(values), *(one.way for one in _compared(values))
+        by_labels = searches(values) or LABELLED in ways_to_q or (advises(values) and bool(values["evaluate"]))
         splits = [values["search_split"]] * by_labels + [values["adamerging_split"]] * adamerges(values)
         splits += ["validation"] * bool(values["job"] == "finetune" and values["decay_search"])
         share = VALIDATION_SHARE if "validation" in splits else 0.0
@@ -247,6 +259,32 @@ def _q_beside_a_way(values: Values, names: tuple[str, ...]) -> dict[str, float]:
     """Return the q of experts that is given after the way in which the others are found."""
     last = max(i for i, text in enumerate(values["q"]) if text in ways())
     return per_expert("--q", values["q"][last + 1 :], names, float)
+
+
+def advises(values: Values) -> bool:
+    """Return whether the method is to be chosen."""
+    return values["job"] == "advise" or (values["job"] == "merge" and values["method"] == AUTO)
+
+
+def _check_undecided(values: Values) -> None:
+    """Refuse --method=auto in a job that cannot choose, and flags that choose by hand beside a choice."""
+    job, asked = values["job"], values["method"] == AUTO
+    if asked and not advises(values):
+        raise ValueError(
+            f"--method={AUTO}: --job={job} chooses none. dppa_jax advise, with the same flags, chooses it and writes a "
+            f"flagfile: dppa_jax {job} --flagfile={values['workdir']}/advise.cfg."
+        )
+    by_hand = [name for name in DECIDED if values[name] != BY_NAME[name].default]
+    by_hand += ["method"] * bool(values["method"] and not asked)
+    if by_hand and advises(values):
+        chooser = f"--method={AUTO}" if asked else f"--job={job}"
+        raise ValueError(f"--{by_hand[0]} goes with the method, which {chooser} chooses; leave it out.")
+
+
+def _advise(values: Values) -> AdviseConfig:
+    way = make(QConfig, values, way=UNLABELLED)
+    found = make(AdviseConfig, values, q=way, can_retrain=bool(values["train_data"]))
+    return replace(found, rates=found.rates if found.rates and values["job"] != "merge" else (values["rate"],))
 
 
 def _method_options(values: Values) -> dict[str, float]:

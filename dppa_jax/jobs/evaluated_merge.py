@@ -7,6 +7,7 @@ from pathlib import Path
 from dppa_jax.config.run import JobConfig
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import every_task
+from dppa_jax.jobs.advise import check_advise, with_method
 from dppa_jax.jobs.evaluated import (
     Domains,
     check_search,
@@ -54,6 +55,8 @@ def run_evaluated_merge(job: JobConfig) -> Outcome:
         check_searched(job, domains)
     if job.q:
         check_q(job, domains)
+    if job.advise:
+        check_advise(job)
     if job.adamerging:
         check_combine(job.merge)
     with evaluated_candidates(job, writes=True) as candidates:
@@ -63,6 +66,9 @@ def run_evaluated_merge(job: JobConfig) -> Outcome:
 def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -> Outcome:
     """Do the work of `run_evaluated_merge` with models and an evaluator that are open."""
     searches: dict[str, Searched] = {}
+    advice = {}
+    if job.advise:
+        job, advice = with_method(candidates.opened, candidates, domains)
     if job.search:
         searches = search_and_print(job, candidates, domains)
         factors = {**job.search.given, **{name: searched.result.factors for name, searched in searches.items()}}
@@ -73,7 +79,7 @@ def merge_and_report(job: JobConfig, candidates: Candidates, domains: Domains) -
     if job.adamerging:
         adamerged = find_coefficients(candidates, domains, job.merge, job.adamerging, Path(job.workdir))
         job = replace(job, merge=replace(job.merge, coefficients=adamerged.coefficients))
-    outcome = write_merge(replace(candidates.opened, job=job))
+    outcome = write_merge(replace(candidates.opened, job=job), advice)
     _report_merge(job, candidates, domains, outcome, searches, adamerged)
     return outcome
 

@@ -1,6 +1,7 @@
 """--job=inspect: what the deltas look like before anything is pruned."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -16,6 +17,7 @@ from dppa_jax.config.run import JobConfig
 from dppa_jax.jobs.models import open_job
 from dppa_jax.merging.blocks import make_blocks
 from dppa_jax.merging.inspection import DECILES, Inspection, inspect_deltas
+from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.stream import Stream
 from dppa_jax.runtime.progress import console, write_json
 from dppa_jax.runtime.reading import printable
@@ -24,17 +26,13 @@ ARCHITECTURE = "architecture.json"
 
 
 def run_inspect(job: JobConfig) -> dict[str, Inspection]:
-    """Print the tensors, and extremes, deciles, norms, significance and rates of the deltas.
+    """Print the tensors, and extremes, deciles, norms and, of a method, significance and rates of the deltas.
 
     All of it but the tensors goes to inspect.json in --workdir. Where no row of the table of architectures says what
     the tensors are, architecture.json there says how they were taken; corrected, it can be given as --architecture.
     """
     with open_job(job) as opened:
-        plan, base = opened.plan(job.merge), opened.base
-        blocks = make_blocks(base.specs, plan.block_layers)
-        experts, refuse_zeros = list(opened.experts.values()), not job.allow_other_base
-        stream = Stream(base, experts, blocks, opened.mesh, plan.resident, refuse_zeros)
-        found = inspect_deltas(stream, job.merge)
+        base, found = opened.base, inspected(opened)
         tensors = _tensors(base)
         if base_stated := getattr(base, "stated", None):
             write_json(Path(job.workdir) / ARCHITECTURE, msgspec.to_builtins(base_stated))
@@ -42,6 +40,15 @@ def run_inspect(job: JobConfig) -> dict[str, Inspection]:
     _print(found, job.merge)
     write_json(Path(job.workdir) / "inspect.json", {name: _as_json(one, job.merge) for name, one in found.items()})
     return found
+
+
+def inspected(opened: Opened) -> dict[str, Inspection]:
+    """Look at the deltas of all experts of a job."""
+    job, plan = opened.job, opened.plan(opened.job.merge)
+    blocks = make_blocks(opened.base.specs, plan.block_layers)
+    experts, refuse_zeros = list(opened.experts.values()), not job.allow_other_base
+    stream = Stream(opened.base, experts, blocks, opened.mesh, plan.resident, refuse_zeros)
+    return inspect_deltas(stream, job.merge)
 
 
 def _tensors(base: Checkpoint) -> Table:
@@ -62,7 +69,8 @@ def _as_json(one: Inspection, config: MergeConfig) -> dict:
     tables = {"norm": one.norms, "relative_norm": one.relative_norms}
     if one.statistics:
         tables["linear_significance"] = one.statistics.linear_outliers
-    content = {"min": one.minimum, "deciles": one.deciles, "max": one.maximum}
+    content = {"min": one.minimum, "deciles": one.deciles, "max": one.maximum, "mean_size": one.mean_size}
+    content["whole_relative_norm"] = one.relative_norm
     content |= {name: one.linears.named(table) for name, table in tables.items()}
     if one.statistics:
         content["layer_significance"] = one.statistics.layer_outliers.tolist()
@@ -74,10 +82,7 @@ def _as_json(one: Inspection, config: MergeConfig) -> dict:
 
 def _print(found: dict[str, Inspection], config: MergeConfig) -> None:
     out = console()
-    table = Table("expert", "min", *(f"{q:.0%}" for q in DECILES), "max", title="delta parameters")
-    for name, one in found.items():
-        table.add_row(name, *(f"{value:.2g}" for value in (one.minimum, *one.deciles, one.maximum)))
-    out.print(table)
+    out.print(delta_table(found))
     for name, one in found.items():
         out.print(
             _by_layer(
@@ -89,6 +94,16 @@ def _print(found: dict[str, Inspection], config: MergeConfig) -> None:
             out.print(_by_layer(f"{name}: significance per parameter", one.linears, shown))
         for rate, rates in zip(config.rates, one.rates, strict=True):
             out.print(_by_layer(f"{name}: rates at {rate:g} by {config.allocate}", one.linears, rates))
+
+
+def delta_table(found: Mapping[str, Inspection]) -> Table:
+    """Return a table of the experts' delta parameters."""
+    deciles = [f"{q:.0%}" for q in DECILES]
+    table = Table("expert", "min", *deciles, "max", "mean |δ|", "‖δ‖/‖base‖", title="delta parameters")
+    for name, one in found.items():
+        shown = one.minimum, *one.deciles, one.maximum, one.mean_size
+        table.add_row(name, *(f"{value:.2g}" for value in shown), f"{one.relative_norm:.3g}")
+    return table
 
 
 def _by_layer(title: str, linears: Linears, values: np.ndarray, shares: np.ndarray | None = None) -> Table:

@@ -130,7 +130,7 @@ def check_models(job: JobConfig, models: Mapping[str, Looked], outputs: Mapping[
       models: base and experts by name; the base is called "base".
       outputs: the directories to write, as `check_outputs` returned them.
     """
-    works = job.evaluation.tasks or job.q or not outputs  # a merge alone writes nothing to --workdir
+    works = job.evaluation.tasks or job.q or job.advise or not outputs  # a merge alone writes nothing to --workdir
     check_apart(
         _outputs(job) if outputs else {},
         directories(models),

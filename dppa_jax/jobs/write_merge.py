@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -34,8 +35,12 @@ from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 from dppa_jax.where import hub_ids
 
 
-def write_merge(opened: Opened) -> Outcome:
-    """Merge with given numbers into the job's output: a Hugging Face directory with recipe.json and a model card."""
+def write_merge(opened: Opened, advice: Mapping = MappingProxyType({})) -> Outcome:
+    """Merge with given numbers into the job's output: a Hugging Face directory with recipe.json and a model card.
+
+    Args:
+      advice: why the method was chosen, if it was, for recipe.json.
+    """
     started = time.perf_counter()
     job, base, merge = opened.job, opened.base, opened.job.merge
     if merge.has_plain_factors and not job.search:
@@ -62,7 +67,7 @@ def write_merge(opened: Opened) -> Outcome:
         except NonfiniteError as error:
             raise _damaged(error, opened.models) from error
         files, base_files = opened.tokenizer_files, (opened.tokenizer if opened.tokenizer_files else base).directory
-        texts = _texts(opened, outcome, _cost(outcome, (writer, *writers.values()), started))
+        texts = _texts(opened, outcome, _cost(outcome, (writer, *writers.values()), started), advice)
         signals.check()
         for delta in writers.values():
             delta.complete(with_dtype(base.config, merge.delta_dtype), base_files, files)
@@ -119,7 +124,7 @@ def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> Checkpo
     return error
 
 
-def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
+def _texts(opened: Opened, outcome: Outcome, cost: Mapping, advice: Mapping) -> dict[str, str]:
     """Return the contents of recipe.json, README.md and what a recipe asks for, by name."""
     job, models = opened.job, opened.models
     config, where = job.merge.as_dict(), {"base": job.base, **job.experts}
@@ -131,7 +136,6 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     licences = [licence(directory) for directory in directories(models).values()]
     vocabulary, linears = opened.vocabulary, outcome.linears
     notes, (what, gone) = vocabulary.notes() if vocabulary else [], _gone(opened, outcome)
-    said = vocabulary.as_dict() if vocabulary else {}
     for told in (sentence(name, of_expert, what) for name, of_expert in gone.items()):
         logging.info("%s", told)
         notes = [*notes, told]
@@ -139,7 +143,11 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping) -> dict[str, str]:
     more = {"notes": notes, "parents": hub_ids(where.values()), "configuration": text}
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, **more)
     return {
-        "recipe.json": recipe(job.flags, config, inputs, tables, linears, job.merge.of_deltas.rates, cost, said, gone),
+        "recipe.json": recipe(
+            *(job.flags, config, inputs, tables, linears, job.merge.of_deltas.rates, cost, gone),
+            vocabulary=vocabulary.as_dict() if vocabulary else {},
+            advice=advice,
+        ),
         "README.md": card,
         **({RECIPE_FILE: text} if text else {}),
         **chat_template(job, opened.models),

@@ -31,6 +31,8 @@ class Inspection:
 
     Attributes:
       minimum, deciles, maximum: of all delta parameters; deciles are weighted sample quantiles.
+      mean_size: the mean |δ| over the linears.
+      relative_norm: ‖δ‖ / ‖base‖ over all linears together.
       linears: the axis of the arrays below.
       norms: ‖δ‖ (Frobenius) of each linear.
       relative_norms: ‖δ‖ / ‖base‖ of each linear.
@@ -41,6 +43,8 @@ class Inspection:
     minimum: float
     deciles: list[float]
     maximum: float
+    mean_size: float
+    relative_norm: float
     linears: Linears
     norms: Float[np.ndarray, " linears"]
     relative_norms: Float[np.ndarray, " linears"]
@@ -69,6 +73,7 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
     """Find deciles, extremes, norms, significance and rates of every expert, in one or two passes over the weights."""
     kernels, linears = kernels_of(stream.mesh, config)[1], linears_of(stream.sources[0].specs)
     squares, base_squares = np.zeros((len(config.experts), len(linears))), np.zeros(len(linears))
+    sizes, numel = np.zeros(len(config.experts)), 0
     extremes = np.array([[np.inf, -np.inf]] * len(config.experts))
     samples: list[list[tuple[np.ndarray, float]]] = [[] for _ in config.experts]
     share = max(1.0, sum(block.elements for block in stream.blocks) / SAMPLED)
@@ -79,12 +84,14 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
                 places = list(x.matrix.linears)
                 if places:
                     base_squares[places] = _squares(kernels, x, x.base * 0, x.base)
+                    numel += x.matrix.rows * x.matrix.columns
                 for e, expert in enumerate(x.experts):
                     low, high = np.asarray(kernels.extremes(x.base, expert))[: x.matrix.rows].T
                     extremes[e] = min(extremes[e][0], low.min()), max(extremes[e][1], high.max())
                     samples[e].append(_sample(kernels, x, e, share))
                     if places:
                         squares[e][places] = _squares(kernels, x, x.base, expert)
+                        sizes[e] += host_sums(kernels.row_sums("absolute", x.base, expert), x.matrix.rows).sum()
             progress.advance(stream.bytes_read)
     rates = merge_rates(config, linears, statistics)
     return {
@@ -92,6 +99,8 @@ def inspect_deltas(stream: Stream, config: MergeConfig) -> dict[str, Inspection]
             float(extremes[e][0]),
             _quantiles(samples[e]),
             float(extremes[e][1]),
+            float(sizes[e] / numel),
+            float(np.sqrt(squares[e].sum() / base_squares.sum())),
             linears,
             np.sqrt(squares[e]),
             np.sqrt(squares[e] / base_squares),

@@ -104,7 +104,7 @@ class Opened:
         tokens = probe(tokens_of(self.job, expert, f"--q={q.way}"))
         return q_of_linears(base, expert, alone, q, tokens, rates, self.mesh)
 
-    def merger(self, merge: MergeConfig) -> Merger:
-        """Prepare many merges that differ in factors, coefficients and q alone."""
-        layout = self.layout(self.plan(merge, repeated=True))
-        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, self.norms(merge), quiet=True)
+    def merger(self, merge: MergeConfig, norms: Norms | None = None) -> Merger:
+        """Prepare many merges that differ in factors, coefficients and q alone; with activation norms if given."""
+        layout, norms = self.layout(self.plan(merge, repeated=True)), norms or self.norms(merge)
+        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, norms, quiet=True)

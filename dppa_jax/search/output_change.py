@@ -1,4 +1,4 @@
-"""How much pruning changes an expert's outputs on text, and the q of DAREx for which it is least: no labels needed."""
+"""How much pruning changes an expert's outputs on text; q and factors for which it is least: no labels needed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,9 @@ from dppa_jax.checkpoint.in_memory import Model
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.config.q import QConfig
+from dppa_jax.config.search import Factors, search_defaults
 from dppa_jax.merging.activations import PADDING, calibration_tokens, probe
+from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Merger
 from dppa_jax.merging.opened import Opened
@@ -24,6 +26,7 @@ from dppa_jax.model import DecoderConfig
 from dppa_jax.model.decoder import hidden_states, unembed
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.q import QSearched, alone_of, search_q
+from dppa_jax.search.rules import SearchResult, search
 
 TOP = 5  # logits of the expert that are looked at, at each position
 LOGITS = 2**25  # of one batch at most: 128 MiB in float32
@@ -142,53 +145,89 @@ def _compiled(config: DecoderConfig, objective: str) -> tuple[Callable, Callable
 
 
 class PrunedChange:
-    """The change of an expert's outputs by pruning with q, one number or one for each linear; the same mask for all q.
+    """The change of an expert's outputs by pruning it, in any way, on --calibration text.
 
     Attributes:
       base: the change if nothing is kept at all, not even outside the linears.
     """
 
-    def __init__(self, opened: Opened, name: str, q: QConfig, merge: MergeConfig):
+    def __init__(self, opened: Opened, name: str, objective: str, merge: MergeConfig):
         alone = alone_of(merge, name)
-        self._name, self._directory = name, opened.tokenizer.directory
+        self._opened, self._name, self._directory = opened, name, opened.tokenizer.directory
         tokens = probe(calibration_tokens(self._directory, Path(opened.job.calibration)))
         layout = opened.layout(opened.plan(alone))
         dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, layout, quiet=True)
-        self._change = OutputChange(merged_model(dense, self._directory), tokens, q.objective)
+        self._change = OutputChange(merged_model(dense, self._directory), tokens, objective)
         self.base = self._change(merged_model(dense, self._directory, coefficients={name: 0.0}))
-        self._merger = opened.merger(alone)
+        self._norms: Norms | None = None
 
-    def __call__(self, q: Coefficient) -> float:
-        """Return the mean change with this q."""
-        return self._change(merged_model(self._merger, self._directory, q={self._name: q}))
+    def by(self, merge: MergeConfig) -> Callable[..., float]:
+        """Prepare the expert as a merge prunes it; all candidates have the same mask.
+
+        Returns:
+          A function of `q` and `factors` of the expert, in place of those of the merge, to the mean change.
+        """
+        alone = alone_of(merge, self._name)
+        if alone.is_calibrated and not self._norms:
+            self._norms = self._opened.norms(alone)
+        merger = self._opened.merger(alone, self._norms)
+
+        def change(**numbers: Coefficient | Factors) -> float:
+            own = {name: {self._name: number} for name, number in numbers.items()}
+            return self._change(merged_model(merger, self._directory, **own))
+
+        return change
 
 
-def searched_by_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig) -> QSearched:
+def searched_by_change(
+    opened: Opened, name: str, q: QConfig, merge: MergeConfig, change: PrunedChange | None = None
+) -> QSearched:
     """Search the q of an expert for which pruning changes its outputs least, on --calibration text.
 
     Deng et al. 2024 call it q_e. Beside the answer are the change at q = 1−p, and that of the base: where it is the
     smallest, nothing kept is better than what is kept.
+
+    Args:
+      change: that of this expert, if it is already there.
     """
     with steps(f"search the q of {name}", None, "candidates") as advance:
-        change = PrunedChange(opened, name, q, merge)
+        change = change or PrunedChange(opened, name, q.objective, merge)
+        by_q = change.by(merge)
 
         def score(value: float) -> float:
-            found = -max(change(value), np.finfo(float).tiny)
+            found = -max(by_q(q=value), np.finfo(float).tiny)
             advance()
             return found
 
         result = search_q(score, 1.0 - merge.rate, q)
-        beside = {"of the base": change.base, "at q = 1 − rate": change(1.0 - merge.rate)}
+        beside = {"of the base": change.base, "at q = 1 − rate": by_q(q=1.0 - merge.rate)}
     return QSearched(name, merge.rate, OBJECTIVES[q.objective].measured, result, beside)
+
+
+def factors_by_change(change: PrunedChange, merge: MergeConfig) -> SearchResult:
+    """Search DPA's factors of an expert for which pruning changes its outputs least, by the rule of `search.rules`.
+
+    The score is 1/change. All partitions are there from the start (Method 2). Ours: the paper's search has labels.
+    """
+    by_factors = change.by(merge)
+    walk = search_defaults(merge.partitions, merge.has_random_score, methods=(2,))
+    with steps("search factors by the change of outputs", None, "candidates") as advance:
+
+        def score(factors: Factors) -> float:
+            found = 1.0 / max(by_factors(factors=factors), np.finfo(float).tiny)
+            advance()
+            return found
+
+        return search(score, len(merge.partitions), walk)
 
 
 def least_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig, of_eta: Sequence[Mapping]) -> int:
     """Return which of several q of the linears, one for each η, changes the outputs of an expert least."""
     with steps(f"search the eta of {name}", len(of_eta), "candidates") as advance:
-        change = PrunedChange(opened, name, q, merge)
+        by_q = PrunedChange(opened, name, q.objective, merge).by(merge)
         changes = []
         for eta, own in zip(q.eta, of_eta, strict=True):
-            changes.append(change(own))
+            changes.append(by_q(q=own))
             logging.info("%s: eta %g: %s %.4g", name, eta, OBJECTIVES[q.objective].measured, changes[-1])
             advance()
     return int(np.argmin(changes))

@@ -196,4 +196,5 @@ def searched_by_score(
 
 def alone_of(merge: MergeConfig, name: str) -> MergeConfig:
     """Return the merge of one expert with coefficient 1: the pruned expert itself."""
-    return replace(merge, experts=(name,), coefficients={}, tensor_coefficients=(), q={name: merge.q[name]})
+    own = {flag: {one: n for one, n in getattr(merge, flag).items() if one == name} for flag in ("q", "factors")}
+    return replace(merge, experts=(name,), coefficients={}, tensor_coefficients=(), **own)
