@@ -47,7 +47,7 @@ def run_plan(job: JobConfig) -> Plan:
         table.add_row(*row)
     console().print(table)
     if job.print_recipe:
-        print(recipe_text(job, prepared.base.specs, needed=True), end="")
+        print(recipe_text(job, prepared.base.specs, dtypes[0], needed=True), end="")
     write_json(Path(job.workdir) / "plan.json", asdict(plan) | {"bytes_fetched": fetched} | predicted)
     return plan
 

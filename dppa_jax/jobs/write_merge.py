@@ -126,7 +126,7 @@ def _damaged(error: NonfiniteError, models: Mapping[str, Checkpoint]) -> Checkpo
 
 def _texts(opened: Opened, outcome: Outcome, cost: Mapping, advice: Mapping) -> dict[str, str]:
     """Return the contents of recipe.json, README.md and what a recipe asks for, by name."""
-    job, models = opened.job, opened.models
+    job, base, models = opened.job, opened.base, opened.models
     config, where = job.merge.as_dict(), {"base": job.base, **job.experts}
     inputs = {
         name: {"where": where[name], "directory": str(model.directory), "fingerprint": model.fingerprint()}
@@ -139,7 +139,7 @@ def _texts(opened: Opened, outcome: Outcome, cost: Mapping, advice: Mapping) -> 
     for told in (sentence(name, of_expert, what) for name, of_expert in gone.items()):
         logging.info("%s", told)
         notes = [*notes, told]
-    text = recipe_text(job, opened.base.specs)
+    text = recipe_text(job, base.specs, base.dtype.name)
     more = {"notes": notes, "parents": hub_ids(where.values()), "configuration": text}
     card = model_card(Path(job.output).name, job.base, job.experts, config, licences, job.command, **more)
     return {

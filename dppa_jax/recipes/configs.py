@@ -1,24 +1,25 @@
 """From a recipe to the configs of a merge: what flags would say, and what only a recipe can, by tensor and model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from dppa_jax.config.numbers import Coefficient, rate_of_density
 from dppa_jax.config.run import FromRecipe
-from dppa_jax.delta.presets import METHODS
+from dppa_jax.delta.presets import METHODS, PARAMETERS
 from dppa_jax.flags import BY_NAME, Values
 from dppa_jax.recipes.document import RecipeError
 from dppa_jax.recipes.methods import MERGE_METHODS
 from dppa_jax.recipes.models import BASE, Models, models_of, tensors_of
 from dppa_jax.recipes.recipe import Recipe, Scalar
-from dppa_jax.recipes.resolve import Resolved, Tensor, resolve
+from dppa_jax.recipes.resolve import Resolved, resolve
 from dppa_jax.recipes.table import rows_of
 from dppa_jax.where import look_for_plan, runs_of, stated_architecture
 
 SAYS = (  # flags of which a recipe says all
     *("base", "expert", "method", "rate", "coefficient", "score", "allocate", "scale", "combine", "partitions"),
     *("factors", "q", "tensor_rate", "tensor_coefficient", "tokenizer", "vocabulary", "output_dtype"),
+    *("compare", *PARAMETERS),
 )
 
 
@@ -27,29 +28,55 @@ class Meaning(NamedTuple):
 
     Attributes:
       method: of --method.
-      options: the parameters that are options of the method, with the flag and a factor.
-      coefficient: the parameter that is the experts' coefficient.
+      coefficient: the parameter that is the experts' coefficient; "" where they have none.
       base: has the base a coefficient, too?
+      options: the parameters that are options of the method, with the flag and a factor.
+      by_row: the parameter that makes every row a tensor, and its value that does.
     """
 
     method: str
-    options: Mapping[str, tuple[str, float]] = {}
     coefficient: str = "weight"
     base: bool = False
+    options: Mapping[str, tuple[str, float]] = {}
+    by_row: tuple[str, bool] | None = None
 
 
 WINDOW = {"epsilon": ("della_window", 2.0)}  # which is the whole window, and epsilon half of it
 GAMMA = {"gamma": ("breadcrumbs_gamma", 1.0)}
+KARCHER = {"max_iter": ("karcher_iterations", 1.0), "tol": ("karcher_tolerance", 1.0)}
+RAM = {"epsilon": ("ram_epsilon", 1.0)}
 MEANINGS = {
+    "linear": Meaning("linear", base=True, options={"normalize": ("normalize", 1.0)}),
+    "slerp": Meaning("slerp", "t"),
+    "nuslerp": Meaning("nuslerp", base=True, by_row=("nuslerp_flatten", False)),
+    "multislerp": Meaning("multislerp", base=True, options={"normalize_weights": ("normalize", 1.0)}),
+    "karcher": Meaning("karcher", "", True, KARCHER),
     "task_arithmetic": Meaning("task_arithmetic"),
     "ties": Meaning("ties"),
     "dare_linear": Meaning("dare"),
     "dare_ties": Meaning("dare_ties"),
-    "della": Meaning("della", WINDOW),
-    "della_linear": Meaning("della_linear", WINDOW),
-    "breadcrumbs": Meaning("breadcrumbs", GAMMA),
-    "breadcrumbs_ties": Meaning("breadcrumbs_ties", GAMMA),
+    "della": Meaning("della", options=WINDOW),
+    "della_linear": Meaning("della_linear", options=WINDOW),
+    "breadcrumbs": Meaning("breadcrumbs", options=GAMMA),
+    "breadcrumbs_ties": Meaning("breadcrumbs_ties", options=GAMMA),
+    "sce": Meaning("sce", "", options={"select_topk": ("sce_topk", 1.0)}),
+    "ram": Meaning("ram", "", options=RAM),
+    "ramplus_tl": Meaning("ramplus_tl", "", options={**RAM, "r": ("ram_r", 1.0), "alpha": ("ram_alpha", 1.0)}),
+    "model_stock": Meaning("model_stock", "", by_row=("filter_wise", True)),
+    "nearswap": Meaning("nearswap", "t"),
+    "arcee_fusion": Meaning("arcee_fusion", ""),
+    "passthrough": Meaning("passthrough", "scale"),
 }
+OF_DELTAS = {  # what these mean where a recipe names a base beside the models
+    "nuslerp": MEANINGS["nuslerp"]._replace(method="nuslerp_deltas", base=False),
+    "multislerp": MEANINGS["multislerp"]._replace(method="multislerp_deltas", base=False),
+}
+UNDONE = {"nuslerp_row_wise": (True, "columns are not merged one by one here; leave it out")}  # values of parameters
+
+
+def meaning_of(recipe: Recipe) -> Meaning:
+    """Return what the method of a recipe is here."""
+    return (OF_DELTAS if recipe.base else {}).get(recipe.method) or MEANINGS[recipe.method]
 
 
 @dataclass(frozen=True)
@@ -93,7 +120,7 @@ def said_by(recipe: Recipe, values: Values, named: Mapping[str, str], like: Mapp
     Raises:
       RecipeError: the recipe says what cannot be meant, or what this program does not do.
     """
-    if recipe.method not in MEANINGS or MEANINGS[recipe.method].method not in METHODS:
+    if meaning_of(recipe).method not in METHODS:
         raise RecipeError(f"{recipe.place}: merge_method {recipe.method} is not done here; --help names the methods.")
     found = models_of(recipe, named)
     options = values["seed"], stated_architecture(values["architecture"])
@@ -106,10 +133,11 @@ def said_by(recipe: Recipe, values: Values, named: Mapping[str, str], like: Mapp
         values={
             "base": _plain(found.base, like, options),
             "expert": [f"{name}={_plain(where, like, options)}" for name, where in found.experts.items()],
-            "method": MEANINGS[recipe.method].method,
+            "method": meaning_of(recipe).method,
+            **({} if found.apart else {"allow_other_base": True}),  # models alike need not be fine-tunes of another
             **_output(recipe, found),
         },
-        merge=_numbers(recipe, found, resolved, tensors),
+        merge=numbers_of(recipe, found, resolved),
         recipe=FromRecipe(recipe.text, tuple(rows_of(resolved, tensors, found.names)), recipe.chat_template),
         name=recipe.name,
     )
@@ -160,25 +188,32 @@ def _output(recipe: Recipe, models: Models) -> dict[str, Any]:
 # ---- the numbers of a merge
 
 
-def _numbers(recipe: Recipe, models: Models, resolved: Resolved, tensors: Sequence[Tensor]) -> dict[str, Any]:
+def numbers_of(recipe: Recipe, models: Models, resolved: Resolved) -> dict[str, Any]:
     """Return the fields of `MergeConfig` for the values of the parameters."""
-    meaning, reader = MEANINGS[recipe.method], _Reader(recipe, models, resolved, tensors)
-    said: dict[str, Any] = {"coefficients": reader.of_experts(meaning.coefficient)}
-    _check_conventions(reader, said["coefficients"])
-    if "lambda" in resolved.merge and (factor := reader.one("lambda")) != 1:
-        said["coefficients"] = {name: _times(one, factor) for name, one in said["coefficients"].items()}
-    said["method_options"] = {flag: reader.one(name) * factor for name, (flag, factor) in meaning.options.items()}
+    meaning, reader = meaning_of(recipe), _Reader(recipe, models, resolved)
+    said: dict[str, Any] = {
+        "coefficients": reader.of_models(meaning.coefficient, meaning.base),
+        "method_options": {flag: reader.one(name) * factor for name, (flag, factor) in meaning.options.items()},
+    }
     if "density" in resolved.models:
-        densities = reader.of_experts("density")
-        given = {str(one) for one in densities.values()}
-        if len(given) > 1 or any(isinstance(one, Mapping) for one in densities.values()):
+        densities = reader.of_models("density").values()
+        if len({str(one) for one in densities}) > 1 or any(isinstance(one, Mapping) for one in densities):
             raise reader.error("density", "differs by model or tensor; here it is one for all")
-        said["rate"] = rate_of_density("density", next(iter(densities.values())))
+        said["rate"] = rate_of_density("density", next(iter(densities)))
+    if "lambda" in resolved.merge:
+        _check_conventions(reader, said["coefficients"])
+        factor = float(reader.one("lambda"))
+        said["coefficients"] = {name: _times(one, factor) for name, one in said["coefficients"].items()}
+    if meaning.by_row and reader.one(meaning.by_row[0]) == meaning.by_row[1]:
+        said["compare"] = "row"
+    for name, (value, reason) in UNDONE.items():
+        if name in resolved.merge and reader.one(name) == value:
+            raise reader.error(name, f"is {str(value).lower()}: {reason}")
     return said
 
 
 def _check_conventions(reader: "_Reader", coefficients: Mapping[str, Coefficient]) -> None:
-    """Refuse sums and scales for which there is no counterpart."""
+    """Refuse sums and scales of deltas for which there is no counterpart."""
     defaults = MERGE_METHODS[reader.recipe.method].parameters
     for name in ("normalize", "rescale"):
         if name in defaults and reader.one(name) != defaults[name]:
@@ -197,19 +232,30 @@ def _times(coefficient: Coefficient, factor: float) -> Coefficient:
 class _Reader:
     """Reads the values of parameters as the fields of a merge need them."""
 
-    def __init__(self, recipe: Recipe, models: Models, resolved: Resolved, tensors: Sequence[Tensor]):
-        self.recipe, self.models, self.resolved, self.tensors = recipe, models, resolved, tensors
+    def __init__(self, recipe: Recipe, models: Models, resolved: Resolved):
+        self.recipe, self.models, self.resolved = recipe, models, resolved
 
-    def of_experts(self, name: str) -> dict[str, Coefficient]:
-        """Return a parameter by expert: a number, or one for each tensor."""
+    def of_models(self, name: str, base: bool = False) -> dict[str, Coefficient]:
+        """Return a parameter by model, a number or one for each tensor: of the experts, and of the base if it has one.
+
+        A base that is none of the models weighs nothing, whatever others weigh by default.
+
+        Args:
+          name: of the parameter; "" where all have the default.
+          base: has the base one?
+        """
         if name in self.resolved.merge:
             return {expert: _one_or_all(self.resolved.merge[name]) for expert in self.models.places}
-        by_place = self.resolved.models[name]
-        return {expert: _one_or_all(by_place[place]) for expert, place in self.models.places.items()}
+        by_place, base_place = self.resolved.models.get(name, ()), self.models.place
+        found = {expert: _one_or_all(by_place[place]) for expert, place in self.models.places.items() if name}
+        if base and (name or base_place is None):
+            found[BASE] = 0.0 if base_place is None else _one_or_all(by_place[base_place])
+        return found
 
     def one(self, name: str) -> Scalar:
         """Return the one value that a parameter has for all tensors and models."""
-        by_model = [self.resolved.merge[name]] if name in self.resolved.merge else self.resolved.models[name]
+        own = self.resolved.models.get(name, ())
+        by_model = [own[place] for place in self.models.places.values()] if own else [self.resolved.merge[name]]
         found = {value for values in by_model for value in values.values()}
         if len(found) > 1:
             raise self.error(name, "differs by model or tensor; here it is one for all")

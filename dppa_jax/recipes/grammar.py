@@ -104,8 +104,6 @@ def _slice(value: Value, method: str, recipe: Mapping[str, Value]) -> Slice:
 
 def _part(value: Value, level: str, method: str) -> Part:
     """Read a model of a list, or a source of a slice."""
-    if isinstance(value.data, str) and level == MODEL:
-        return Part(_reference(value), None, {}, value.place)
     said = value.mapping(level)
     _check_keys(said, level)
     if "model" not in said:

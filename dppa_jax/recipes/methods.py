@@ -42,8 +42,8 @@ PARAMETERS = {
     "filter_wise": Parameter(flag=True),
 }
 
-WEIGHTED = {"weight": None, "normalize": False, "lambda": 1.0}  # None: must be given
-PRUNED = {**WEIGHTED, "density": 1.0, "int8_mask": False}
+WEIGHTED = {"weight": None, "normalize": False, "lambda": 1.0, "int8_mask": False}  # None: must be given
+PRUNED = {**WEIGHTED, "density": 1.0, "rescale": False}
 
 
 class MergeMethod(NamedTuple):
@@ -51,7 +51,8 @@ class MergeMethod(NamedTuple):
 
     Attributes:
       parameters: their defaults by name; None where a recipe must say it.
-      base: must there be a base_model ("needed"), may there be ("optional"), or is it a model like others ("alike")?
+      base: must there be a base_model that is no model like others ("needed"), may there be ("optional"), or is it one
+        of the models, which must be named ("named") or is the first ("alike")?
       models: how many models it takes, the base among them; at least, and at most.
     """
 
@@ -62,12 +63,12 @@ class MergeMethod(NamedTuple):
 
 MERGE_METHODS = {
     "linear": MergeMethod({"weight": None, "normalize": True}, "alike", (1, 1000)),
-    "slerp": MergeMethod({"t": None}, "alike", (2, 2)),
+    "slerp": MergeMethod({"t": None}, "named", (2, 2)),
     "nuslerp": MergeMethod({"weight": None, "nuslerp_flatten": True, "nuslerp_row_wise": False}, "optional", (2, 3)),
     "multislerp": MergeMethod({"weight": None, "normalize_weights": True, "eps": 1e-8}, "optional"),
     "karcher": MergeMethod({"max_iter": 10.0, "tol": 1e-5}, "alike"),
     "task_arithmetic": MergeMethod(WEIGHTED),
-    "ties": MergeMethod({**PRUNED, "normalize": True, "rescale": False}),
+    "ties": MergeMethod({**PRUNED, "normalize": True}),
     "dare_linear": MergeMethod({**PRUNED, "rescale": True}),
     "dare_ties": MergeMethod({**PRUNED, "rescale": True}),
     "della": MergeMethod({**PRUNED, "normalize": True, "rescale": True, "epsilon": 0.15}),

@@ -54,7 +54,7 @@ def models_of(recipe: Recipe, named: Mapping[str, str]) -> Models:
     method, counts = MERGE_METHODS[recipe.method], {len(one.parts) for one in recipe.slices}
     if len(counts) > 1:
         raise RecipeError(f"{recipe.place}: the slices have {sorted(counts)} sources; give each slice as many.")
-    if method.base == "needed" and not recipe.base:
+    if method.base in ("needed", "named") and not recipe.base:
         raise RecipeError(f"{recipe.place}: base_model is missing, which {recipe.method} needs.")
     columns = [[one.parts[place] for one in recipe.slices] for place in range(counts.pop())]
     place = next((i for i, parts in enumerate(columns) if {part.model for part in parts} == {recipe.base}), None)

@@ -13,11 +13,11 @@ from dppa_jax.recipes.write import Unsayable, recipe_of_job
 RECIPE_FILE = "mergekit_config.yml"  # which programs look for in a merge
 
 
-def recipe_text(job: JobConfig, specs: Mapping[str, TensorSpec], needed: bool = False) -> str:
+def recipe_text(job: JobConfig, specs: Mapping[str, TensorSpec], dtype: str, needed: bool = False) -> str:
     """Return the recipe of a merge as YAML: the one it was made from, or what its flags say.
 
     Args:
-      specs: of the base.
+      specs, dtype: of the base.
       needed: raise an error where no recipe can say what the flags do; else "" is returned.
 
     Raises:
@@ -26,7 +26,7 @@ def recipe_text(job: JobConfig, specs: Mapping[str, TensorSpec], needed: bool = 
     if job.from_recipe:
         return job.from_recipe.text
     try:
-        return recipe_of_job(job, specs)
+        return recipe_of_job(job, specs, dtype)
     except Unsayable as reason:
         if needed:
             raise RecipeError(f"--print_recipe: no recipe can say this merge: {reason}") from None

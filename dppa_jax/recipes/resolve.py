@@ -13,6 +13,8 @@ from dppa_jax.recipes.document import RecipeError
 from dppa_jax.recipes.methods import MERGE_METHODS, parameter
 from dppa_jax.recipes.recipe import Recipe, Scalar, Setting, Slice
 
+NEAR = 1e-9  # to a number of a gradient: a list with a number for each layer gives each its own
+
 
 class Tensor(NamedTuple):
     """A tensor of the output.
@@ -142,6 +144,8 @@ def _between(numbers: Sequence[Scalar], t: float) -> Scalar:
     if len(numbers) == 1:
         return numbers[0]
     at = t * (len(numbers) - 1)
+    if abs(at - round(at)) < NEAR:
+        return numbers[round(at)]
     first = min(int(at), len(numbers) - 2)
     share = at - first
     return (1 - share) * numbers[first] + share * numbers[first + 1]

@@ -1,6 +1,7 @@
 """From the config of a merge to a recipe: the YAML with which mergekit would make the same merge, where it can."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -8,72 +9,159 @@ import yaml
 from dppa_jax.architecture.rules import first_match
 from dppa_jax.architecture.specs import TensorSpec, layer_count
 from dppa_jax.config.merge import MergeConfig
-from dppa_jax.config.numbers import Coefficient
+from dppa_jax.config.numbers import Coefficient, rate_of_density
 from dppa_jax.config.run import JobConfig
-from dppa_jax.recipes.configs import MEANINGS
-from dppa_jax.where import runs_of
+from dppa_jax.delta.presets import COMPARISONS
+from dppa_jax.recipes.configs import MEANINGS, OF_DELTAS, Meaning, meaning_of, numbers_of
+from dppa_jax.recipes.document import RecipeError, parse_documents
+from dppa_jax.recipes.grammar import recipe_of
+from dppa_jax.recipes.methods import MERGE_METHODS, PARAMETERS, parameter
+from dppa_jax.recipes.models import BASE, models_of, tensors_of
+from dppa_jax.recipes.resolve import resolve
+
+COMPARED = ("score", "allocate", "scale", "combine", "compare", "method_options")
+PRUNING = ("prune", "ties")  # compared where something is pruned
+
+Written = dict[str, Any]
 
 
 class Unsayable(Exception):
     """A merge that no recipe can say; the message is the reason, a sentence."""
 
 
-def recipe_of_job(job: JobConfig, specs: Mapping[str, TensorSpec]) -> str:
-    """Return the recipe of a merge as YAML.
+def recipe_of_job(job: JobConfig, specs: Mapping[str, TensorSpec], dtype: str) -> str:
+    """Return the recipe of a merge as YAML. It is read again, and must mean the same merge.
 
     Args:
       specs: of the base.
+      dtype: of the base, which the output has if nothing else is said.
 
     Raises:
       Unsayable: mergekit would make another merge, or cannot read the models.
     """
     merge = job.merge
-    names = [name for name, meaning in MEANINGS.items() if meaning.method == merge.method]
-    if not names:
+    found = [
+        (name, one) for table in (OF_DELTAS, MEANINGS) for name, one in table.items() if one.method == merge.method
+    ]
+    if not found:
         raise Unsayable(f"mergekit has no method like --method={merge.method}.")
-    _check_alike(job)
-    models = [{"model": where, **_parameters(merge, name, specs)} for name, where in job.experts.items()]
-    said: dict[str, Any] = {"merge_method": names[0], "base_model": job.base, "models": models}
-    if merge.output_dtype:
-        said["dtype"] = merge.output_dtype
-    if job.vocabulary != "base" or job.tokenizer != "base":
+    for where in (job.base, *job.experts.values()):
+        if ":" in where:
+            raise Unsayable(f"mergekit does not read {where}.")
+    writer = _Writer(job, *found[0], specs)
+    said: Written = {"merge_method": writer.name, **writer.models()}
+    if own := writer.of_merge():
+        said["parameters"] = own
+    said["dtype"], said["out_dtype"] = "float32", merge.output_dtype or dtype
+    if said["dtype"] == said["out_dtype"]:
+        said["dtype"] = said.pop("out_dtype")
+    if job.vocabulary != BASE or job.tokenizer != BASE:
         said["tokenizer_source"] = "union" if job.vocabulary == "union" else job.experts[job.tokenizer]
-    return yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
-
-
-def _check_alike(job: JobConfig) -> None:
-    """Refuse merges that mergekit would make otherwise."""
-    merge = job.merge
+    text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
     if merge.score:
         raise Unsayable(f"mergekit prunes otherwise than --method={merge.method} here.")
-    for where in (job.base, *job.experts.values()):
-        if ":" in where and not runs_of(where):
-            raise Unsayable(f"mergekit does not read {where}.")
+    _check_same(merge, text, specs)
+    return text
 
 
-def _parameters(merge: MergeConfig, expert: str, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
-    """Return the parameters of an expert."""
-    own = merge.coefficients[expert]
-    if not merge.tensor_coefficients:
-        return {"parameters": {"weight": _setting(own, specs)}}
-    values = {}
+@dataclass(frozen=True)
+class _Writer:
+    """Says the models and parameters of a job by a method of recipes, which has a name and a meaning here."""
+
+    job: JobConfig
+    name: str
+    meaning: Meaning
+    specs: Mapping[str, TensorSpec]
+
+    def models(self) -> Written:
+        """Return base_model and models, with the parameters that each has."""
+        job, method = self.job, MERGE_METHODS[self.name]
+        experts = [{"model": where, **self.of_model(expert)} for expert, where in job.experts.items()]
+        if self.meaning.base:  # a model like the others, and the first
+            return {"models": [{"model": job.base, **self.of_model(BASE)}, *experts]}
+        if method.models == (1, 1):
+            return {"models": experts}
+        first = [{"model": job.base}] if method.base == "named" else []
+        return {"base_model": job.base, "models": [*first, *experts]}
+
+    def of_model(self, model: str) -> Written:
+        """Return the parameters of a model."""
+        merge, own = self.job.merge, self.options(of_model=True)
+        if self.is_of_model(self.meaning.coefficient):
+            own[self.meaning.coefficient] = self.setting(coefficients_of(merge, model, self.specs))
+        if merge.score:
+            rates = _by_tensor(merge.tensor_rates, merge.rate, self.specs)
+            own["density"] = self.setting({tensor: rate_of_density("rate", rate) for tensor, rate in rates.items()})
+        return {"parameters": own} if own else {}
+
+    def of_merge(self) -> Written:
+        """Return the parameters that are one for all models, where they are not the defaults."""
+        merge, meaning, has = self.job.merge, self.meaning, MERGE_METHODS[self.name].parameters
+        own = self.options(of_model=False)
+        if meaning.coefficient and not self.is_of_model(meaning.coefficient):
+            own[meaning.coefficient] = self.setting(coefficients_of(merge, merge.experts[0], self.specs))
+        if meaning.by_row:
+            key, by_row = meaning.by_row
+            own[key] = by_row == COMPARISONS[merge.compare]
+        return {key: value for key, value in own.items() if value != has[key]}
+
+    def options(self, of_model: bool) -> Written:
+        """Return the options of the method that each model has, or that are one for all."""
+        given = self.job.merge.method_options
+        options = {key: given[flag] / factor for key, (flag, factor) in self.meaning.options.items()}
+        options |= {key: bool(value) for key, value in options.items() if PARAMETERS[key].flag}
+        return {key: value for key, value in options.items() if self.is_of_model(key) == of_model}
+
+    def is_of_model(self, key: str) -> bool:
+        """Return whether each model has a parameter."""
+        return bool(key) and parameter(self.name, key).of_model
+
+    def setting(self, values: Mapping[str, float]) -> Any:
+        """Say a number for each tensor: one for all, or rules by kind, each with a gradient over the layers."""
+        if len(set(values.values())) == 1:
+            return next(iter(values.values()))
+        layers, by_kind = layer_count(self.specs), {}
+        for spec in self.specs.values():
+            by_kind.setdefault(spec.kind if spec.layer is not None else spec.name, []).append(values[spec.name])
+        longest_first = sorted(by_kind.items(), key=lambda item: (-len(item[0]), item[0]))  # one may be part of another
+        return [{"filter": kind, "value": _gradient(numbers, layers)} for kind, numbers in longest_first]
+
+
+def _check_same(merge: MergeConfig, text: str, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse a recipe that means another merge when it is read."""
+    [(value, _)] = parse_documents(text, "the recipe")
+    try:
+        recipe = recipe_of(value)
+        found = models_of(recipe, {})
+        tensors, layers = tensors_of(specs, {})
+        numbers = numbers_of(recipe, found, resolve(recipe, tensors, layers, found.names))
+        again = MergeConfig(tuple(found.experts), meaning_of(recipe).method, **numbers)
+    except RecipeError as error:
+        raise Unsayable(str(error)) from None
+    for name in (*COMPARED, *(PRUNING if merge.score else ())):
+        if getattr(again, name) != getattr(merge, name):
+            flag = name.rstrip("_")
+            raise Unsayable(f"with it {flag} is {getattr(again, name)}, and here {getattr(merge, name)}.")
+    names = dict(zip(merge.experts, again.experts, strict=True)) | ({BASE: BASE} if BASE in merge.coefficients else {})
+    for ours, theirs in names.items():
+        if coefficients_of(merge, ours, specs) != coefficients_of(again, theirs, specs):
+            raise Unsayable(f"the coefficients of {ours} differ by tensor in a way that no gradient says.")
+
+
+def coefficients_of(merge: MergeConfig, model: str, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
+    """Return the coefficient of every tensor of a model."""
+    return _by_tensor(merge.tensor_coefficients, merge.coefficients.get(model, 1.0), specs)
+
+
+def _by_tensor(
+    rules: Sequence[tuple[str, float]], own: Coefficient, specs: Mapping[str, TensorSpec]
+) -> dict[str, float]:
+    """Return the number of every tensor: a rule's, the tensor's own, or the model's."""
+    found = {}
     for name in specs:
-        rule = first_match(merge.tensor_coefficients, name)
-        values[name] = rule if rule is not None else own[name] if isinstance(own, Mapping) else own
-    return {"parameters": {"weight": _setting(values, specs)}}
-
-
-def _setting(values: Coefficient, specs: Mapping[str, TensorSpec]) -> Any:
-    """Say a number for each tensor: one for all, or rules by kind, each with a gradient over the layers."""
-    if not isinstance(values, Mapping):
-        return values
-    if len(set(values.values())) == 1:
-        return next(iter(values.values()))
-    layers, by_kind = layer_count(specs), {}
-    for spec in specs.values():
-        by_kind.setdefault(spec.kind if spec.layer is not None else spec.name, []).append(values[spec.name])
-    longest_first = sorted(by_kind.items(), key=lambda item: (-len(item[0]), item[0]))  # one may be a part of another
-    return [{"filter": kind, "value": _gradient(numbers, layers)} for kind, numbers in longest_first]
+        rule = first_match(rules, name)
+        found[name] = rule if rule is not None else own[name] if isinstance(own, Mapping) else own
+    return found
 
 
 def _gradient(numbers: Sequence[float], layers: int) -> Any:

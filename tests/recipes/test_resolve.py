@@ -1,35 +1,17 @@
 """Forty recipes resolve to the table that is kept; gradients, rules and levels are those of the formula."""
 
 import json
-from pathlib import Path
 
 import pytest
 from families import llama_config
+from forty import FORTY, KEPT, LAYERS, TENSORS, recipe, resolved, shown
 
 from dppa_jax.checkpoint import tensor_specs
-from dppa_jax.recipes.document import RecipeError, parse_documents
-from dppa_jax.recipes.file import read_recipes
-from dppa_jax.recipes.grammar import recipe_of
-from dppa_jax.recipes.models import models_of, tensors_of
-from dppa_jax.recipes.recipe import Recipe
+from dppa_jax.recipes.document import RecipeError
+from dppa_jax.recipes.models import tensors_of
 from dppa_jax.recipes.resolve import resolve
-from dppa_jax.recipes.table import rows_of
 
-HERE = Path(__file__).parent
-FORTY = read_recipes(str(HERE / "forty.yaml"))
-LAYERS = 8
-TENSORS, _ = tensors_of(tensor_specs(llama_config(num_hidden_layers=LAYERS)), {})
-
-
-def recipe(text: str) -> Recipe:
-    [(value, own)] = parse_documents(text, "merge.yaml")
-    return recipe_of(value, own)
-
-
-def resolved(one: Recipe) -> dict:
-    found = models_of(one, {})
-    rows = rows_of(resolve(one, TENSORS, LAYERS, found.names), TENSORS, found.names)
-    return {"base": found.base, "experts": found.experts, "table": rows}
+SLERP = "merge_method: slerp\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
 
 
 def test_there_are_forty_of_their_own():
@@ -37,10 +19,10 @@ def test_there_are_forty_of_their_own():
 
 
 def test_forty_recipes_resolve_to_what_is_kept():
-    """`python tests/recipes/test_resolve.py` writes the file anew; read the difference."""
-    kept = json.loads((HERE / "forty.json").read_text())
+    """`python tests/forty.py` writes the file anew; read the difference."""
+    kept = json.loads(KEPT.read_text())
     for one in FORTY:
-        assert resolved(one) == kept[one.name], one.name
+        assert shown(one) == kept[one.name], one.name
     assert kept.keys() == {one.name for one in FORTY}
 
 
@@ -96,11 +78,11 @@ def test_a_filter_may_be_a_part_of_the_name_in_the_files():
     [
         ("merge_method: ties\nbase_model: b\nmodels:\n- model: a\n- model: c\n", ["merge.yaml:4", "weight of a"]),
         (
-            "merge_method: slerp\nbase_model: a\nmodels: [a, b]\nparameters: {t: {filter: mlp, value: 1}}",
+            f"{SLERP}parameters: {{t: {{filter: mlp, value: 1}}}}",
             ["merge.yaml:1", "parameter t", "model.embed_tokens.weight"],
         ),
         (
-            "merge_method: slerp\nbase_model: a\nmodels: [a, b]\nparameters:\n  t: [{filter: mpl, value: 1}]",
+            f"{SLERP}parameters:\n  t: [{{filter: mpl, value: 1}}]",
             ["merge.yaml:5", "'mpl'", "'mlp'"],
         ),
     ],
@@ -109,8 +91,3 @@ def test_what_is_missing_for_a_tensor_is_named(text, said):
     with pytest.raises(RecipeError) as error:
         resolved(recipe(text))
     assert all(word in str(error.value) for word in said), error.value
-
-
-if __name__ == "__main__":
-    text = json.dumps({one.name: resolved(one) for one in FORTY}, indent=1, ensure_ascii=False)
-    (HERE / "forty.json").write_text(text + "\n")
