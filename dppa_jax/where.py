@@ -48,18 +48,21 @@ class ConfigAlone:
         return tensor_specs(self.config)
 
 
-def open_checkpoint(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Checkpoint:
+def open_checkpoint(
+    where: str | Path, seed: int = 0, stated: Stated | str | None = None, dequantise: bool = False
+) -> Checkpoint:
     """Open a model to be read by row; see `look` for the arguments and errors."""
-    return _with_weights(look(where, seed, stated))
+    return _with_weights(look(where, seed, stated, dequantise))
 
 
-def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Looked:
+def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None, dequantise: bool = False) -> Looked:
     """Open a model; if it is on the hub and not in the cache, read its config.json and headers, and no weights.
 
     Other arguments and errors are those of `locate`.
 
     Args:
       stated: what its tensors are, as `stated_architecture` gives it; None for what the table of architectures says.
+      dequantise: read quantised weights as bfloat16.
 
     Raises:
       CheckpointError: the model is damaged, or not one that can be merged.
@@ -68,8 +71,8 @@ def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -
         return _spliced({place: look(place, seed, stated) for place in runs}, where)
     base, adapter = parts_of(where)
     if adapter:
-        return _adapted(look(base, seed, stated), adapter)
-    return _look(where, locate(where, seed, weights=False), stated)
+        return _adapted(look(base, seed, stated, dequantise), adapter)
+    return _look(where, locate(where, seed, weights=False), stated, dequantise)
 
 
 def stated_architecture(flag: str) -> Stated | str | None:
@@ -87,21 +90,23 @@ def stated_architecture(flag: str) -> Stated | str | None:
         raise CheckpointError(f"--architecture={flag}: no such file; --job=inspect writes one to start from.") from None
 
 
-def look_for_plan(where: str | Path, seed: int = 0, stated: Stated | str | None = None) -> Looked | ConfigAlone:
+def look_for_plan(
+    where: str | Path, seed: int = 0, stated: Stated | str | None = None, dequantise: bool = False
+) -> Looked | ConfigAlone:
     """Look at a model as `look` does; where neither weights nor headers can be read, its config.json is enough."""
     if runs := runs_of(where):
         models = {place: look_for_plan(place, seed, stated) for place in runs}
         return _spliced(models, where)
     base, adapter = parts_of(where)
     if adapter:
-        planned = look_for_plan(base, seed, stated)
+        planned = look_for_plan(base, seed, stated, dequantise)
         return planned if isinstance(planned, ConfigAlone) else _adapted(planned, adapter)
     directory = locate(where, seed, weights=False)
     if is_orbax(directory) or has_all_weights(directory):
-        return _look(where, directory, stated)
+        return _look(where, directory, stated, dequantise)
     if _is_on_hub(where):
         try:
-            return _look(where, directory, stated)
+            return _look(where, directory, stated, dequantise)
         except HubError as error:
             logging.warning("%s: planned from config.json alone: %s", where, error)
     return ConfigAlone(directory, read_config(directory))
@@ -112,6 +117,7 @@ def open_all(
     seed: int = 0,
     check: Callable[[dict[str, Looked]], None] | None = None,
     stated: Stated | str | None = None,
+    dequantise: bool = False,
 ) -> dict[str, Checkpoint]:
     """Open models by name. All are looked at before the weights of one are fetched.
 
@@ -119,13 +125,13 @@ def open_all(
       places: where each is; see `with_bases` and `locate`.
       seed: of the demo family.
       check: refuses what cannot work; it gets what `look` returned, by name.
-      stated: see `look`.
+      stated, dequantise: see `look`.
     """
     looked: dict[str, Looked] = {}
     for name, where in with_bases(places).items():
         base, adapter = parts_of(where)
         shared = looked.get("base") if adapter and base == places.get("base") else None
-        looked[name] = _adapted(shared, adapter) if shared else look(where, seed, stated)
+        looked[name] = _adapted(shared, adapter) if shared else look(where, seed, stated, dequantise)
     if check:
         check(looked)
     check_room(looked.values())
@@ -245,13 +251,13 @@ def _is_on_hub(where: str | Path) -> bool:
     return bool(HUB_ID.fullmatch(text)) and not text.startswith(".") and not os.path.lexists(text)
 
 
-def _look(where: str | Path, directory: Path, stated: Stated | str | None = None) -> Looked:
+def _look(where: str | Path, directory: Path, stated: Stated | str | None, dequantise: bool) -> Looked:
     """Open what `locate` found, or look at it on the hub."""
     if is_orbax(directory):
         return OrbaxDirectory(directory)
     if _is_on_hub(where) and not has_all_weights(directory):
-        return HubModel(str(where), directory, stated)
-    return SafetensorsDirectory(directory, stated)
+        return HubModel(str(where), directory, stated, dequantise)
+    return SafetensorsDirectory(directory, stated, dequantise)
 
 
 def _with_weights(model: Looked) -> Checkpoint:
@@ -345,7 +351,7 @@ def open_models(
     places = {"base": job.base, **job.experts}
     pinned = processes.of_first("commits", lambda: {n: _pinned(where) for n, where in places.items()}, dict[str, str])
     with processes.first_alone("models"):  # process 0 fetches or builds what the others then find
-        models = open_all(pinned, job.merge.seed, check, stated_architecture(job.architecture))
+        models = open_all(pinned, job.merge.seed, check, stated_architecture(job.architecture), job.dequantise)
     return models.pop("base"), models
 
 

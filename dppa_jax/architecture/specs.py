@@ -22,8 +22,8 @@ LARGEST = 10_000_000  # of a size in config.json; the largest vocabulary of a mo
 MOST_LAYERS = 2_000
 QUANTISATION = "quantization_config"  # a key of config.json
 DEQUANTISE = (
-    "Quantised weights have no delta to a base: take the model as it was before quantisation, or dequantise it "
-    "(transformers: model.dequantize().save_pretrained(DIR))."
+    "Quantised weights have no delta to a base: take the model as it was before quantisation, or give --dequantise, "
+    "which reads FP8, MXFP4 and compressed-tensors as bfloat16."
 )
 
 

@@ -25,6 +25,10 @@ NO_WEIGHT = {  # buffers, which are copied where a model may have such
     **{"BOOL": np.dtype(bool), "C64": np.dtype(np.complex64), "I16": np.dtype(np.int16), "U16": np.dtype(np.uint16)},
     **{"I64": np.dtype(np.int64), "U64": np.dtype(np.uint64)},
 }
+QUANTISED = {  # numbers of quantised weights, read with --dequantise; see `quantised`
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    **{"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "I32": np.dtype(np.int32)},
+}
 FIX_BY_CODE = {  # of a tensor of another code; one that is not here is a quantised weight
     "F64": "Save the model in one of them (transformers: from_pretrained(DIR, dtype='float32').save_pretrained(NEW)).",
 }
@@ -54,6 +58,11 @@ class StoredTensor:
     offset: int
     run: int = 0
     step: int = 0
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold it."""
+        return (self.file,)
 
     @property
     def nbytes(self) -> int:
@@ -89,19 +98,20 @@ class _Entry(msgspec.Struct, gc=False):
         return bool(self.dtype) and self.shape is not None and self.data_offsets is not None
 
 
-def read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path, quantised: bool = False) -> dict[str, StoredTensor]:
     """Return the tensors of a file by name; see `header_of`."""
     with naming(file), open(open_regular(file, CheckpointError), "rb") as stream:
-        return header_of(stream, os.fstat(stream.fileno()).st_size, file)
+        return header_of(stream, os.fstat(stream.fileno()).st_size, file, quantised)
 
 
-def header_of(stream: Any, size: int, file: Path) -> dict[str, StoredTensor]:
+def header_of(stream: Any, size: int, file: Path, quantised: bool = False) -> dict[str, StoredTensor]:
     """Return the tensors of a file by name, from a stream that is at its beginning. Only the header is read.
 
     Args:
       stream: of bytes, on this machine or on another.
       size: bytes of the whole file.
       file: how messages call it.
+      quantised: also take the dtypes of `QUANTISED`.
 
     Raises:
       UnfitError: a tensor has a dtype that weights cannot have.
@@ -116,7 +126,7 @@ def header_of(stream: Any, size: int, file: Path) -> dict[str, StoredTensor]:
     entries = _parse(file, stream.read(length))
     tensors, data = {}, 8 + length
     for name, offset in _in_order(file, entries, data, size):
-        if tensor := _tensor(file, name, entries[name], offset):
+        if tensor := _tensor(file, name, entries[name], offset, quantised):
             tensors[name] = tensor
     return tensors
 
@@ -175,17 +185,26 @@ def _in_order(file: Path, entries: dict[str, _Entry], data: int, size: int) -> I
         raise CheckpointError(f"{file}: {size - data - position} bytes after the last tensor; {AGAIN}.")
 
 
-def _tensor(file: Path, name: str, entry: _Entry, offset: int) -> StoredTensor | None:
+def quantised_error(file: Path, name: str, dtype: np.dtype) -> UnfitError:
+    """Return the error for a tensor whose dtype is one of `QUANTISED`."""
+    return _no_weight(file, name, next(code for code, known in QUANTISED.items() if known == dtype))
+
+
+def _no_weight(file: Path, name: str, code: str) -> UnfitError:
+    return UnfitError(
+        f"{file}: {shown(name)} is stored as {printable(code[:20])}; weights must be {', '.join(DTYPE_BY_CODE)}. "
+        f"{FIX_BY_CODE.get(code, DEQUANTISE)}"
+    )
+
+
+def _tensor(file: Path, name: str, entry: _Entry, offset: int, quantised: bool) -> StoredTensor | None:
     """Return the tensor of an entry, or None for a buffer of another dtype that no merge needs."""
     code, shape, (begin, end) = entry.dtype, entry.shape, entry.data_offsets
-    dtype = DTYPE_BY_CODE.get(code) or NO_WEIGHT.get(code)
+    dtype = DTYPE_BY_CODE.get(code) or NO_WEIGHT.get(code) or (QUANTISED.get(code) if quantised else None)
     if dtype is None:
         if IGNORED.match(name):
             return None
-        raise UnfitError(
-            f"{file}: {shown(name)} is stored as {printable(code[:20])}; weights must be {', '.join(DTYPE_BY_CODE)}. "
-            f"{FIX_BY_CODE.get(code, DEQUANTISE)}"
-        )
+        raise _no_weight(file, name, code)
     nbytes = math.prod(shape) * dtype.itemsize
     if end - begin != nbytes:
         raise CheckpointError(

@@ -83,7 +83,7 @@ class HubModel(SafetensorsHeaders):
     Args:
       where: owner/name, or owner/name@revision.
       directory: its small files, as `fetch_small_files` returned it.
-      stated: see `SafetensorsHeaders`.
+      stated, dequantise: see `SafetensorsDirectory`.
 
     Attributes:
       where: owner/name@COMMIT, as messages call it.
@@ -95,13 +95,13 @@ class HubModel(SafetensorsHeaders):
       CheckpointError: a file is missing or damaged, or there are only pickles.
     """
 
-    def __init__(self, where: str, directory: Path, stated: Stated | str | None = None):
+    def __init__(self, where: str, directory: Path, stated: Stated | str | None = None, dequantise: bool = False):
         self.repository, self.commit = where.partition("@")[0], directory.name
         self.where = f"{self.repository}@{self.commit[:7]}"
         logging.info("%s: reading the headers of its weights on the hub", self.where)
-        files = _HubFiles(self.repository, directory)
+        files = _HubFiles(self.repository, directory, dequantise)
         super().__init__(files, stated)
-        self.names = sorted({str(tensor.file.relative_to(files.place)) for tensor in self.tensors.values()})
+        self.names = sorted({str(f.relative_to(files.place)) for tensor in self.tensors.values() for f in tensor.files})
         found = {name: files.files[name] for name in self.names}
         self.missing = {name: file.size for name, file in found.items() if not _is_cached(directory, name, file)}
 
@@ -125,7 +125,7 @@ class HubModel(SafetensorsHeaders):
         patterns = [glob.escape(name) for name in self.names]
         with _asking(self.where):
             snapshot_download(self.repository, revision=self.commit, allow_patterns=patterns)
-        found = SafetensorsDirectory(self.directory, self._given)
+        found = SafetensorsDirectory(self.directory, self._given, self.is_dequantised)
         if not _layout(found.tensors) <= _layout(self.tensors):
             raise CheckpointError(
                 f"{self.where}: the weights that came have other headers than the hub showed before; remove "
@@ -177,8 +177,8 @@ class _HubFiles:
       files: what the hub says of each file, by name.
     """
 
-    def __init__(self, repository: str, directory: Path):
-        self.directory, self.place = directory, Path(repository)
+    def __init__(self, repository: str, directory: Path, quantised: bool = False):
+        self.directory, self.place, self.quantised = directory, Path(repository), quantised
         self._commit, self._where = directory.name, f"{repository}@{directory.name[:7]}"
 
     @cached_property
@@ -215,7 +215,7 @@ class _HubFiles:
             try:
                 path = f"{self.place}@{self._commit}/{name}"
                 with self._filesystem.open(path, "rb", block_size=FIRST, size=size) as stream:
-                    return header_of(stream, size, self.place / name)
+                    return header_of(stream, size, self.place / name, self.quantised)
             except CheckpointError as error:  # nothing was downloaded that could be downloaded again
                 raise type(error)(str(error).replace(AGAIN, ON_THE_HUB)) from None
 
@@ -226,7 +226,7 @@ def _is_cached(directory: Path, name: str, file: Any) -> bool:
     return (directory / name).exists() or (directory.parent.parent / "blobs" / blob).exists()
 
 
-def _layout(tensors: Mapping[str, StoredTensor]) -> set[tuple]:
+def _layout(tensors: Mapping[str, Any]) -> set[tuple]:
     """Return what headers say of tensors, wherever their files are."""
     return {(name, tensor.file.name, tensor.dtype, tensor.shape, tensor.offset) for name, tensor in tensors.items()}
 

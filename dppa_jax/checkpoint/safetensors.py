@@ -31,6 +31,7 @@ from dppa_jax.checkpoint.promised import (
     quantisation_left_over,
     without_quantisation,
 )
+from dppa_jax.checkpoint.quantised import Dequantised, dequantised, is_quantised
 from dppa_jax.checkpoint.weights import ADAPTER, Files, LocalFiles, find_tensors, has_weights
 from dppa_jax.runtime.reading import read_json
 
@@ -48,6 +49,7 @@ class SafetensorsHeaders:
       directory: where config.json and the other small files are.
       config: the content of config.json.
       tensors: where each tensor lies, by name.
+      is_dequantised: do quantised tensors stand for the weights?
 
     Raises:
       CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
@@ -57,8 +59,13 @@ class SafetensorsHeaders:
         self.directory, self._given = files.directory, stated
         said = read_any_config(self.directory, needed=not stated)
         self.config = without_quantisation(said)
-        with quantisation_left_over(said, self.directory / "config.json"):
-            self._promised = Promised(self.config, find_tensors(files, tied_heads(self.config)), stated)
+        path, self.is_dequantised = self.directory / "config.json", False
+        with quantisation_left_over({} if files.quantised else said, path):
+            stored = find_tensors(files, tied_heads(self.config))
+            if files.quantised and is_quantised(stored):
+                logging.info("%s: its quantised weights are read as bfloat16", self.directory)
+                stored, self.is_dequantised = dequantised(stored, said.get(QUANTISATION), path), True
+            self._promised = Promised(self.config, stored, stated)
             self.tensors = self._promised.tensors
             if said.get(QUANTISATION):
                 _ = self.specs  # they are looked at when they are asked for
@@ -101,14 +108,15 @@ class SafetensorsDirectory(SafetensorsHeaders):
     Args:
       directory: of the model.
       stated: what the tensors are, in place of what the table's row says; see `Promised`.
+      dequantise: read quantised weights as bfloat16; see `quantised`.
 
     Raises:
       CheckpointError: a file is missing, damaged, a pickle, or lies outside the directory.
     """
 
-    def __init__(self, directory: Path | str, stated: Stated | str | None = None):
+    def __init__(self, directory: Path | str, stated: Stated | str | None = None, dequantise: bool = False):
         self._files = OpenFiles()
-        super().__init__(LocalFiles(Path(directory)), stated)
+        super().__init__(LocalFiles(Path(directory), dequantise), stated)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
@@ -129,7 +137,11 @@ class SafetensorsDirectory(SafetensorsHeaders):
         Raises:
           CheckpointError: the file ends inside the tensor.
         """
-        self._files.read_rows(name, self.tensors[name], start, stop, out)
+        tensor = self.tensors[name]
+        if isinstance(tensor, Dequantised):
+            tensor.read_rows(self._files, name, start, stop, out)
+        else:
+            self._files.read_rows(name, tensor, start, stop, out)
 
     def evict_rows(self, name: str, start: int, stop: int) -> None:
         """Drop rows from the operating system's page cache, so that reading them takes as long as the disk takes."""
@@ -153,7 +165,7 @@ class SafetensorsDirectory(SafetensorsHeaders):
 
     def files(self) -> dict[str, Path]:
         """Return the files of the weights by name."""
-        return {file.name: file for file in sorted({tensor.file for tensor in self.tensors.values()})}
+        return {file.name: file for file in sorted({f for tensor in self.tensors.values() for f in tensor.files})}
 
     def close(self) -> None:
         """Close the files; reading opens them again."""

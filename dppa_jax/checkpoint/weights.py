@@ -46,10 +46,12 @@ class Files(Protocol):
     Attributes:
       directory: where the small files are.
       place: the directory or the repository, as messages call it.
+      quantised: are headers with the dtypes of quantised weights read?
     """
 
     directory: Path
     place: Path
+    quantised: bool
 
     def has(self, name: str) -> bool:
         """Return whether there is such a file."""
@@ -64,8 +66,8 @@ class Files(Protocol):
 class LocalFiles:
     """The files of a directory."""
 
-    def __init__(self, directory: Path):
-        self.directory = self.place = directory
+    def __init__(self, directory: Path, quantised: bool = False):
+        self.directory, self.place, self.quantised = directory, directory, quantised
 
     def has(self, name: str) -> bool:
         """Return whether there is such a file, or a link."""
@@ -77,7 +79,7 @@ class LocalFiles:
 
     def headers(self, names: Iterable[str], named_by: Path | None = None) -> dict[str, dict[str, StoredTensor]]:
         """Read the headers of files; see `Files`."""
-        return {name: read_header(readable(self.directory, name, named_by)) for name in names}
+        return {name: read_header(readable(self.directory, name, named_by), self.quantised) for name in names}
 
 
 def has_weights(directory: Path) -> bool:

@@ -82,6 +82,7 @@ class JobConfig:
         "FILE.json that says which tensors are linears, or generic: by names and shapes",
         kind="path",
     )
+    dequantise: bool = option(False, "read quantised weights (FP8, MXFP4, compressed-tensors) as bfloat16", rare=True)
     overwrite: bool = option(False, "replace what is in --output", group="work")
     workdir: str = option(
         "runs", "directory of responses, searches, reports, benchmark models", group="work", kind="path"
@@ -176,6 +177,7 @@ class ConvertConfig:
     base: str = same(JobConfig, "base")
     output: str = same(JobConfig, "output")
     architecture: str = same(JobConfig, "architecture")
+    dequantise: bool = same(JobConfig, "dequantise")
     mesh: str = same(JobConfig, "mesh")
     output_dtype: str = same(MergeConfig, "output_dtype", default="")
     max_shard_size: int = same(JobConfig, "max_shard_size")

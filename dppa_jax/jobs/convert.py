@@ -43,7 +43,7 @@ def run_convert(job: ConvertConfig) -> None:
     with processes.first_alone("output"):
         output = output_directory(job.output.removeprefix(PREFIX), job.overwrite)
     with processes.first_alone("model"):  # the first process fetches or builds it, the others then find it
-        opened = open_checkpoint(job.base, job.seed, stated=stated_architecture(job.architecture))
+        opened = open_checkpoint(job.base, job.seed, stated_architecture(job.architecture), job.dequantise)
     with closing(opened) as source:
         check_apart({"--output": str(output)}, directories({"base": source}))
         beside(source)  # refused, if need be, before the work

@@ -32,7 +32,7 @@ def run_plan(job: JobConfig) -> Plan:
             _print_resolved(one)
     job = _without_earlier(job)
     where = with_bases({"base": job.base, **job.experts})
-    options = job.merge.seed, stated_architecture(job.architecture)
+    options = job.merge.seed, stated_architecture(job.architecture), job.dequantise
     models = {name: look_for_plan(place, *options) for name, place in where.items()}
     check_apart({}, directories(models), job.workdir)
     prepared = prepare(job, models)
@@ -43,6 +43,8 @@ def run_plan(job: JobConfig) -> Plan:
     fetched = bytes_to_fetch(models.values())
     table = Table("plan", "", show_header=False)
     rows = [("fetched from the hub", size_text(fetched))] if fetched else []
+    if read := [name for name, model in models.items() if getattr(model, "is_dequantised", False)]:
+        rows.append(("dequantised while read", f"{', '.join(read)}: as bfloat16"))
     for row in (*rows, *plan.lines(), ("time", told)):
         table.add_row(*row)
     console().print(table)

@@ -226,7 +226,7 @@ def test_quantised_by_its_config(merge, weights, tensors):
     for of in (merge.flags(), ["--job=plan", *merge.flags()]):
         message = merge.refusal(of=of)
         assert f"{merge.law}/config.json: the weights are quantised (quant_method 'gptq')" in message
-        assert "dequantise it" in message
+        assert "give --dequantise" in message
 
 
 def test_quantization_config_that_was_left_over(merge, capsys, caplog):
