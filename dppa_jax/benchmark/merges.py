@@ -32,6 +32,7 @@ OURS = {
     "task_arithmetic": ["--method=task_arithmetic", "--coefficient=0.3"],
     "dare": ["--method=dare", "--rate=0.9", "--coefficient=0.3"],
     "ties": ["--method=ties", "--rate=0.9", "--coefficient=0.3"],
+    "della": ["--method=della", "--rate=0.7", "--coefficient=0.3"],
     "dppa": ["--method=dppa", "--rate=0.8", "--factors=1.8,1.3", "--coefficient=0.3"],
     "linear": ["--method=linear"],
     "slerp": ["--method=slerp", "--coefficient=0.5"],
@@ -54,11 +55,12 @@ PEERS = {
     "task_arithmetic": Peer({"weight": 0.3}),
     "dare_linear": Peer({"weight": 0.3, "density": 0.1}),
     "ties": Peer({"weight": 0.3, "density": 0.1}),
+    "della": Peer({"weight": 0.3, "density": 0.3}),
     "linear": Peer({"weight": 1.0}, lists_base=True),
     "slerp": Peer({}, {"t": 0.5}),
     "model_stock": Peer({}),
 }
-COMPARED = (("task_arithmetic", "task_arithmetic"), ("dare", "dare_linear"), ("ties", "ties"))
+COMPARED = (("task_arithmetic", "task_arithmetic"), ("dare", "dare_linear"), ("ties", "ties"), ("della", "della"))
 COMPARED += (("dppa", "dare_linear"), ("dppa", "ties"))
 COMPARED += (("linear", "linear"), ("slerp", "slerp"), ("model_stock", "model_stock"))
 FLOOR = "I/O floor"

@@ -23,7 +23,8 @@ from dppa_jax.architecture.specs import (
     tied_heads,
 )
 from dppa_jax.architecture.table import architecture_of, known, vocabulary_size
-from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, NO_WEIGHT, StoredTensor, UnfitError, shown
+from dppa_jax.checkpoint.headers import DTYPE_BY_CODE, NO_WEIGHT, UnfitError, shown
+from dppa_jax.checkpoint.protocol import Stored
 
 NO_WEIGHT_CODES = {dtype: code for code, dtype in NO_WEIGHT.items()}
 ADAPTER = re.compile(r"^base_model\.model\.|\.(base_layer|modules_to_save)\.|\.lora_")
@@ -45,7 +46,7 @@ class Promised:
       stated: what the tensors are if no row promises them.
     """
 
-    def __init__(self, config: Mapping, stored: Mapping[str, StoredTensor], stated: Stated | str | None = None):
+    def __init__(self, config: Mapping, stored: Mapping[str, Stored], stated: Stated | str | None = None):
         shapes = {name: tensor.shape for name, tensor in stored.items()}
         row = None if stated else known(config)
         self.config, self._row, self._stored, self.stated = config, row, stored, None
@@ -61,7 +62,7 @@ class Promised:
             self.specs, self.layout = stated_specs(self.stated, shapes)
 
     @property
-    def tensors(self) -> dict[str, StoredTensor]:
+    def tensors(self) -> dict[str, Stored]:
         """Where each tensor lies: those of the model by their names here, all others by their names in the files."""
         places = self.layout.places
         tensors = {name: self._stored[place.stored].at(place, self._shape(name)) for name, place in places.items()}

@@ -1,11 +1,29 @@
 """What a merge asks of a checkpoint: a `Source` gives rows of tensors, a `Sink` takes them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from dppa_jax.architecture.layout import Place
 from dppa_jax.architecture.specs import TensorSpec
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """A tensor of a file, or what stands in its place: quantised weights, an array in memory.
+
+    Attributes:
+      file: how messages call the place where it lies.
+    """
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def at(self, place: Place, shape: tuple[int, ...]) -> "Stored":
+        """Return the tensor of this shape that lies at a place of this one."""
 
 
 @runtime_checkable
