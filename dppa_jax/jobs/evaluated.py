@@ -129,7 +129,7 @@ def check_whole_layers(looked: Looked, needs: str, instead: str) -> None:
 def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     """Open the evaluator, with the tokenizer of the merges, which --tokenizer names."""
     needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
-    looked = look(job.base, job.merge.seed)
+    looked = look(job.base, job.merge.seed, dequantise=job.dequantise)
     check_forward(looked, needs)
     if job.adamerging:
         check_whole_layers(looked, ADAMERGING, "numbers as --coefficient, or search for factors")

@@ -45,7 +45,7 @@ def check_q(job: JobConfig, domains: Domains | None = None) -> None:
         raise ValueError(f"--q={q.way} needs --calibration=FILE, a text file whose lines the experts read.")
     if q.way in BY_TEXT and processes.count() > 1:
         raise ValueError(f"--q={q.way}: one process computes whole models; give a number, or a rule such as bound.")
-    looked, needs = look(job.base, merge.seed), f"--q={q.way}"
+    looked, needs = look(job.base, merge.seed, dequantise=job.dequantise), f"--q={q.way}"
     check_forward(looked, needs)
     if q.way == GRADIENT:
         check_combine(merge, needs)

@@ -123,7 +123,7 @@ def said_by(recipe: Recipe, values: Values, named: Mapping[str, str], like: Mapp
     if meaning_of(recipe).method not in METHODS:
         raise RecipeError(f"{recipe.place}: merge_method {recipe.method} is not done here; --help names the methods.")
     found = models_of(recipe, named)
-    options = values["seed"], stated_architecture(values["architecture"])
+    options = values["seed"], stated_architecture(values["architecture"]), values["dequantise"]
     model = look_for_plan(_replaced(found.base, like), *options)
     places = getattr(getattr(model, "layout", None), "places", {})
     tensors, layers = tensors_of(model.specs, {name: place.stored for name, place in places.items()})
