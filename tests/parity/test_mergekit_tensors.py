@@ -1,9 +1,10 @@
-"""mergekit 0.1.5 itself on merges of whole tensors and of compared deltas, on a random family in bfloat16.
+"""mergekit 0.1.5 itself on merges of whole tensors and of compared deltas, on a random family in float32.
 
 mergekit computes in float32 (`dtype`), and rounds once to `out_dtype`. Its norms, products and tangents are float32 as
 well, ours float64, and PyTorch fuses the additions of `linear`: so float32 outputs differ by a few units in the last
-place of the largest of the models' elements, and bfloat16 ones by a unit of their own, where a rounding falls to the
-other side.
+place of the largest of the models' elements, and by up to 32 where a norm multiplies all (multislerp, karcher).
+bfloat16 outputs differ by a unit of their own, in a few elements whose rounding falls to the other side. Nothing
+differs in passthrough, arcee_fusion, ram and ramplus_tl.
 """
 
 import json
@@ -29,7 +30,8 @@ EXPERTS = ("math", "law", "finance")
 WEIGHTS = {"base": 0.5, "math": 0.7, "law": 1.0, "finance": 0.2}
 SHAPE = {"hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2}
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-UNITS = 12  # of float32, by which float32 outputs may differ
+UNITS = 40  # of float32, by which float32 outputs may differ
+SAME = ("passthrough", "arcee_fusion", "ram", "ramplus_tl")
 
 
 class Pair(NamedTuple):
@@ -41,7 +43,6 @@ class Pair(NamedTuple):
       theirs: `merge_method`, and whether the base is a model among others.
       parameters: of the recipe.
       coefficient: of every expert; None for WEIGHTS.
-      differ: share of the elements about which the two may decide otherwise.
     """
 
     experts: int
@@ -49,7 +50,6 @@ class Pair(NamedTuple):
     theirs: tuple[str, bool]
     parameters: Mapping
     coefficient: float | None = None
-    differ: float = 0.0
 
 
 PAIRS = {
@@ -66,7 +66,7 @@ PAIRS = {
     "model_stock": Pair(3, {}, ("model_stock", False), {}, 1.0),
     "model_stock, by row": Pair(3, {"compare": "row"}, ("model_stock", False), {"filter_wise": True}, 1.0),
     "nearswap": Pair(1, {}, ("nearswap", False), {"t": 0.003}, 0.003),
-    "arcee_fusion": Pair(1, {}, ("arcee_fusion", False), {}, 1.0, differ=0.02),
+    "arcee_fusion": Pair(1, {}, ("arcee_fusion", False), {}, 1.0),
     "ram": Pair(3, {"method_options": {"ram_epsilon": 0.004}}, ("ram", False), {"epsilon": 0.004}, 1.0),
     "ramplus_tl": Pair(
         3,
@@ -76,9 +76,7 @@ PAIRS = {
         1.0,
     ),
     "sce": Pair(3, {}, ("sce", False), {}, 1.0),
-    "sce, a third": Pair(
-        3, {"method_options": {"sce_topk": 0.3}}, ("sce", False), {"select_topk": 0.3}, 1.0, differ=0.002
-    ),
+    "sce, a third": Pair(3, {"method_options": {"sce_topk": 0.3}}, ("sce", False), {"select_topk": 0.3}, 1.0),
 }
 
 
@@ -105,13 +103,10 @@ def recipe(name: str, root: Path, out_dtype: str) -> dict:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, MemorySource]:
-    base, experts = make_family(EXPERTS, "bfloat16", num_hidden_layers=1, vocab_size=300, **SHAPE)
+    base, experts = make_family(EXPERTS, "float32", num_hidden_layers=1, vocab_size=300, **SHAPE)
 
     def further(expert: MemorySource) -> dict[str, np.ndarray]:
-        wide = {name: array.astype(np.float32) for name, array in base.tensors.items()}
-        return {
-            n: (w + 8 * (expert.tensors[n].astype(np.float32) - w)).astype(DTYPES["bfloat16"]) for n, w in wide.items()
-        }
+        return {n: start + 8 * (expert.tensors[n] - start) for n, start in base.tensors.items()}
 
     return {"base": base, **{name: MemorySource(base.config, further(expert)) for name, expert in experts.items()}}
 
@@ -141,8 +136,8 @@ def test_a_merge_is_that_of_mergekit(name, dtype, models, theirs):
         arrays = [model.tensors[tensor].astype(np.float32) for model in (models["base"], *experts.values())]
         unit = np.spacing(np.max(np.abs([*arrays, wanted.astype(np.float32)]), axis=0))
         allowed = UNITS * unit + (np.abs(np.spacing(wanted)).astype(np.float32) if dtype == "bfloat16" else 0)
-        apart = np.abs(found[tensor].astype(np.float32) - wanted.astype(np.float32)) > allowed
-        assert apart.mean() <= pair.differ, tensor
+        apart = np.abs(found[tensor].astype(np.float32) - wanted.astype(np.float32))
+        assert (apart <= (0 if method in SAME else allowed)).all(), tensor
         assert (wanted != models["base"].tensors[tensor]).any(), tensor
 
 
