@@ -55,6 +55,7 @@ FAST = {  # a ranked score, a random one, and one that needs sums over all rows
     "dare_ties": ("4 by 2 devices",),
     "column": ("4 by 2 devices",),
     "karcher": ("4 by 2 devices",),
+    "linear": ("4 by 2 devices",),
     "sce_topk": ("4 by 2 devices",),
 }
 PAIRS = [

@@ -50,7 +50,7 @@ def linear(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
 
 def weights_total(weights: OfModels, parameters: Parameters) -> np.ndarray:
     """Σ wₖ where `normalize` is 1, else 1: the sum is divided by it, which keeps the mean of equal models exact."""
-    return weights.sum(axis=-1) if parameters["normalize"] else np.ones(len(weights))
+    return _total(weights)[:, 0] if parameters["normalize"] else np.ones(len(weights))
 
 
 def passthrough(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
@@ -89,7 +89,7 @@ def multislerp(gram: Gram, weights: OfModels, parameters: Parameters) -> OfModel
       ValueError: more than two directions cancel, so that they have no mean.
     """
     if parameters["normalize"]:
-        weights = weights / weights.sum(axis=-1, keepdims=True)
+        weights = weights / _total(weights)
     norms = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
     directions = weights / (norms + TINY)
     length = _norm(gram, directions)
@@ -112,7 +112,7 @@ def karcher(gram: Gram, weights: OfModels, parameters: Parameters) -> OfModels:
     tolerance = parameters["karcher_tolerance"]
     norms = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
     valid = norms > tolerance
-    shares = weights / weights.sum(axis=-1, keepdims=True)
+    shares = weights / _total(weights)
     unit = np.divide(1.0, norms, out=np.zeros_like(norms), where=valid)
     units = gram * unit[:, :, None] * unit[:, None, :]
     own = np.where(valid, shares, 0)
@@ -166,6 +166,14 @@ WHOLE = {
     "karcher": Whole(karcher),
     "model_stock": Whole(model_stock, of_deltas=True),
 }
+
+
+def _total(weights: OfModels) -> Float[np.ndarray, "tensors 1"]:
+    """Return Σ wₖ, by which weights can be divided."""
+    total = weights.sum(axis=-1, keepdims=True)
+    if not total.all():
+        raise ValueError("the coefficients add up to 0, and are divided by their sum; change --coefficient")
+    return total
 
 
 def _cosines(gram: Gram, least: float = TINY**2) -> Gram:

@@ -95,7 +95,7 @@ class Elementwise:
         each = zip(coefficients, models, strict=True)
         own = [rounded(c * self.weights(base, model), zero) for c, model in each]
         total = reduce(add, own if total is None else [total, *own])
-        return total if divisor is None else total / divisor
+        return total if divisor is None else total / jnp.where(divisor == 0, 1, divisor)  # padded rows have 0
 
 
 def elementwise_of(config: MergeConfig) -> tuple[Elementwise, Elementwise]:

@@ -71,11 +71,12 @@ class Grams:
         try:
             with np.errstate(invalid="ignore"):  # NaN and Inf are told of where the merge is checked
                 found = self._whole.coefficients(self._gram(x, by_row) if self._whole.gram else None, *given)
+                divisor = None if self._whole.divisor is None else self._whole.divisor(*given)
         except ValueError as error:
             raise ValueError(f"{ranges[0].name}: --method={self._config.method}: {error}") from error
         if self._whole.of_deltas:
             found = np.concatenate([1 - found.sum(axis=1, keepdims=True), found], axis=1)
-        return found, None if self._whole.divisor is None else self._whole.divisor(*given)
+        return found, divisor
 
     def _weights(self, tensor: str) -> list[float]:
         """What the coefficients of base and experts are given as."""

@@ -152,6 +152,14 @@ def test_directions_that_cancel_have_no_mean():
         multislerp(gram, np.ones((1, 3)), {"normalize": 1.0})
 
 
+@pytest.mark.parametrize("method", ["linear", "multislerp", "karcher"])
+def test_coefficients_that_add_up_to_0_are_refused(method):
+    base, experts = family(1.0)
+    config = MergeConfig(("math",), method=method, coefficients={"base": 1.0, "math": -1.0})
+    with pytest.raises(ValueError, match=r"--method=.*: the coefficients add up to 0"):
+        merge_to_arrays(base, {"math": experts["math"]}, config, layout=Layout(1))
+
+
 def test_every_whole_method_is_compared():
     assert {case.split(",")[0] for case in CASES} == set(WHOLE)
 
