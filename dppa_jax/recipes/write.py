@@ -13,7 +13,7 @@ from dppa_jax.config.numbers import Coefficient, rate_of_density
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.presets import COMPARISONS
 from dppa_jax.recipes.configs import MEANINGS, OF_DELTAS, Meaning, meaning_of, numbers_of
-from dppa_jax.recipes.document import RecipeError, parse_documents
+from dppa_jax.recipes.document import parse_documents
 from dppa_jax.recipes.grammar import recipe_of
 from dppa_jax.recipes.methods import MERGE_METHODS, PARAMETERS, parameter
 from dppa_jax.recipes.models import BASE, models_of, tensors_of
@@ -129,14 +129,14 @@ class _Writer:
 
 def _check_same(merge: MergeConfig, text: str, specs: Mapping[str, TensorSpec]) -> None:
     """Refuse a recipe that means another merge when it is read."""
-    [(value, _)] = parse_documents(text, "the recipe")
     try:
+        [(value, _)] = parse_documents(text, "the recipe")
         recipe = recipe_of(value)
         found = models_of(recipe, {})
         tensors, layers = tensors_of(specs, {})
         numbers = numbers_of(recipe, found, resolve(recipe, tensors, layers, found.names))
         again = MergeConfig(tuple(found.experts), meaning_of(recipe).method, **numbers)
-    except RecipeError as error:
+    except ValueError as error:
         raise Unsayable(str(error)) from None
     for name in (*COMPARED, *(PRUNING if merge.score else ())):
         if getattr(again, name) != getattr(merge, name):

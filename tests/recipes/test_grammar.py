@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from hostile import damaged, read_or_message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dppa_jax.recipes.document import MOST_BYTES, RecipeError
@@ -120,6 +120,7 @@ def test_files_that_are_no_recipes(text, said, tmp_path):
     assert all(word in message for word in said), message
 
 
+@settings(deadline=None)
 @given(damaged((Path(__file__).parent / "forty.yaml").read_bytes()) | damaged(SLICES.encode()) | st.binary(max_size=40))
 def test_damaged_recipes_are_read_or_refused_with_a_message(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("damaged", numbered=True) / "merge.yaml"
