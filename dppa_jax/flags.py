@@ -263,6 +263,12 @@ def _complemented(flag: str, said: Option, given: Any) -> Any:
     """Return the value of a rate's flag for what its density's flag was given."""
     if said.kind == "float":
         return rate_of_density(flag, given)
+    if said.kind == "named":
+        parts = [
+            (f"{name}{equals}", *read_numbers(flag, [value]))
+            for name, equals, value in (text.rpartition("=") for text in given)
+        ]
+        return [f"{name}{rate_of_density(flag, density)!r}" for name, density in parts]
     read = KINDS[said.kind].read(flag, given)
     if said.kind == "rules":
         return [f"{pattern}={rate_of_density(flag, density)!r}" for pattern, density in read]

@@ -102,7 +102,7 @@ def test_every_flag_has_a_kind_and_every_option_of_a_config_a_flag():
 # ---- paths
 
 NOT_PATHS = {"job", "tokenizer", "coefficient", "factors", "q", "mesh", "coordinator", "evaluate", "methods"}
-NOT_PATHS |= {"merge_methods", "shape", "lora_targets"}
+NOT_PATHS |= {"merge_methods", "shape", "lora_targets", "expert_rate", "expert_density"}
 PATHS = {"path": "~/x", "paths": ["~/x", "~/y"], "experts": ["math=~/x"]}
 
 

@@ -3,19 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dppa_jax.config.conventions import OURS
 from dppa_jax.delta.presets import COMPARISONS
 
 
 def axis(name: str) -> Mapping[str, Any]:
-    """Return the table of the choices on an axis: score, allocate, scale or combine, or of --ties."""
+    """Return the table of the choices on an axis: score, allocate, scale or combine, or of --ties or --divide."""
     from dppa_jax.delta.allocate import ALLOCATIONS  # here, as some of them import JAX, which --help does without
     from dppa_jax.delta.combine import COMBINATIONS
     from dppa_jax.delta.scale import SCALES
     from dppa_jax.delta.score import SCORES
+    from dppa_jax.delta.stepwise import DIVISORS, STEPS
     from dppa_jax.delta.tied import TIES
 
     tables = {"score": SCORES, "allocate": ALLOCATIONS, "scale": SCALES, "combine": COMBINATIONS, "ties": TIES}
-    return tables[name]
+    return {**tables, "divide": dict.fromkeys(DIVISORS), "steps": STEPS}[name]
 
 
 def check_score(merge: Any) -> None:
@@ -24,7 +26,7 @@ def check_score(merge: Any) -> None:
     Args:
       merge: a `MergeConfig` whose choices are made.
     """
-    score, only_linears = axis("score")[merge.score] if merge.score else None, merge.prune == type(merge).prune
+    score, only_linears = axis("score")[merge.score] if merge.score else None, merge.prune == OURS["prune"]
     if merge.is_surveyed and not only_linears:
         raise ValueError(
             f"--prune={merge.prune}: --allocate={merge.allocate} spreads the rate over the linears of layers; give "
@@ -72,14 +74,15 @@ def check_lora_factors(merge: Any) -> None:
     score, scale = axis("score")[merge.score] if merge.score else None, axis("scale")[merge.scale]
     if not score or not score.random or score.draws or score.gain:
         raise ValueError(f"--lora_factors: only --score=random (dare, darex_q) prunes factors, not {merge.score!r}.")
-    if scale.takes_factors or scale.parameters:
+    if scale.takes_factors or scale.parameters or scale.keeps_norm:
         raise ValueError(f"--lora_factors: --scale={merge.scale} weighs no factors; give none, dare or q.")
-    if merge.tensor_rates or merge.is_surveyed or any(isinstance(q, Mapping) for q in merge.q.values()):
+    differ = merge.tensor_rates or merge.expert_rates or merge.is_surveyed
+    if differ or any(isinstance(q, Mapping) for q in merge.q.values()):
         raise ValueError(
-            "--lora_factors: the factors of all linears have one rate and one q; leave --tensor_rate and --allocate "
-            "out, and give --q as a number."
+            "--lora_factors: the factors of all linears have one rate and one q; leave --tensor_rate, "
+            "--expert_rate and --allocate out, and give --q as a number."
         )
-    if merge.prune != type(merge).prune:
+    if merge.prune != OURS["prune"]:
         raise ValueError(f"--prune={merge.prune}: only linears have factors to prune; leave --prune or --lora_factors.")
 
 

@@ -2,15 +2,17 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from dppa_jax.architecture.row import PRUNED
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.combinations import axis, check_combination, check_lora_factors, check_score
-from dppa_jax.config.numbers import Coefficient, default_partitions, listed
+from dppa_jax.config.conventions import by_convention
+from dppa_jax.config.numbers import Coefficient, coefficient_of, default_partitions, each_number, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
+from dppa_jax.delta.compatible import COMPATIBLE
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
 
 A_RATE = {  # the bounds of an option
@@ -38,6 +40,12 @@ class MergeConfig:
         amplification: 1, and 1/(1−rate) for random scores.
       coefficients: per expert, one number for all its tensors or one for every tensor of the base; 1 by default. Of
         "base" where the base is one of the models that are averaged.
+      lambda_: what the combined delta is multiplied by.
+      divide: what the sum of deltas is divided by, of `delta.stepwise.DIVISORS`; by default as the combination has it:
+        by nothing, or by the number of experts that agree.
+      compatible: a program of `delta.compatible.COMPATIBLE`, whose conventions are the defaults of the options.
+      arithmetic: the dtype to which inputs and every step are rounded; "inputs" is that of the models.
+      expert_rates: per expert, a rate in place of `rate`, or one for every tensor of the base.
       q: the divisor of scale "q": per expert, one number for all its linears or one for every linear; in (0, 1].
       compare: what an element's score is ranked in: its "linear", with one threshold, or its "row", of which
         int(columns · rate) elements are dropped, the first ones of equal score. With "row" a merge of whole tensors
@@ -70,6 +78,24 @@ class MergeConfig:
         "weight: 0.7, NAME=0.7, FILE.json, adamerging[_layerwise,_linearwise]; default 1",
         flag="coefficient",
         kind="named",
+    )
+    expert_rates: Mapping[str, Coefficient] = option(
+        {}, "NAME=RATE, in place of --rate", flag="expert_rate", kind="named", rare=True,
+        complement="expert_density",
+    )  # fmt: skip
+    lambda_: float = option(1.0, "what the combined delta is multiplied by", flag="lambda", rare=True)
+    divide: str | None = option(
+        None,
+        "what a sum is divided by: none, count of experts that agree, their weights; default as --combine has it",
+        choices=lambda: axis("divide"),
+        rare=True,
+    )
+    compatible: str | None = option(None, "a program whose conventions are the defaults", choices=COMPATIBLE, rare=True)
+    arithmetic: str | None = option(
+        None,
+        "dtype of every step, or inputs for that of the models; default float32",
+        choices=(*WEIGHT_DTYPES, "inputs"),
+        rare=True,
     )
     score: str | None = option(
         None, "what ranks delta parameters, in place of the preset's", choices=lambda: axis("score")
@@ -112,9 +138,9 @@ class MergeConfig:
     compare: str = option(
         "linear", "rank scores, or merge whole tensors, by linear or, as WANDA does, by row", choices=COMPARISONS
     )
-    prune: str = option(
-        "linears",
-        "linears of layers; backbone: embeddings, norms and biases, too, but no head; all",
+    prune: str | None = option(
+        None,
+        "linears of layers (default); backbone: embeddings, norms and biases, too, but no head; all",
         choices=PRUNED,
         rare=True,
     )
@@ -146,7 +172,10 @@ class MergeConfig:
         check(self)
         preset = METHODS[self.method]
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        for name in ("score", "allocate", "scale", "combine"):
+        set_("combine", self.combine or preset.combine)
+        for name, value in by_convention(self, self._own_divide).items():
+            set_(name, value)
+        for name in ("score", "allocate", "scale"):
             set_(name, getattr(self, name) or getattr(preset, name))
         if self.score is None and (self.allocate or self.scale != "none"):
             raise ValueError(f"--method={self.method} prunes nothing: give --score as well as --allocate or --scale.")
@@ -163,16 +192,23 @@ class MergeConfig:
             raise ValueError(f"--partitions: only --scale=partition (dppa, dare_dpa) has them, not {self.scale!r}.")
         set_("factors", self._resolve_factors())
         named = {**dict.fromkeys(self.experts, self.combination.coefficient), **self.coefficients}
-        set_("coefficients", {name: _coefficient("--coefficient", name, one) for name, one in named.items()})
-        set_("q", {name: _coefficient("--q", name, one) for name, one in self.q.items()})
+        set_("coefficients", {name: coefficient_of("--coefficient", name, one) for name, one in named.items()})
+        set_("q", {name: coefficient_of("--q", name, one) for name, one in self.q.items()})
         if scale.takes_q and set(self.q) != set(self.experts):
             raise ValueError("--scale=q (darex_q) needs --q, for all experts or as NAME=0.2 for each of them.")
         if not scale.takes_q and self.q:
             raise ValueError(f"--q: only --scale=q (darex_q) divides by it, not {self.scale!r}.")
         if self.lora_factors:
             check_lora_factors(self)
-        if self.score is None and self.tensor_rates:
-            raise ValueError(f"--tensor_rate: --method={self.method} prunes nothing; give a method with a score.")
+        for flag, given in (("tensor_rate", self.tensor_rates), ("expert_rate", self.expert_rates)):
+            if self.score is None and given:
+                raise ValueError(f"--{flag}: --method={self.method} prunes nothing; give a method with a score.")
+        if scale.takes_factors and self.expert_rates:
+            raise ValueError("--expert_rate: the experts have --partitions in common; give --rate, or another --scale.")
+        own = {name: coefficient_of("--expert_rate", name, one) for name, one in self.expert_rates.items()}
+        set_("expert_rates", own)
+        if self.is_stepwise and self.combine not in axis("steps"):
+            raise ValueError(f"--divide, --lambda, --arithmetic, --compatible: not with --combine={self.combine}.")
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -182,6 +218,17 @@ class MergeConfig:
         return self.partitions or self.rates_of_tensor(self.rate)
 
     @property
+    def _own_divide(self) -> str:
+        steps = axis("steps").get(self.combine)
+        return steps.divide if steps else "none"
+
+    @property
+    def is_stepwise(self) -> bool:
+        """Whether the sum goes step by step (`delta.stepwise`): it is divided or multiplied, or its dtype matters."""
+        plain = self.divide == self._own_divide and self.lambda_ == 1 and self.arithmetic == "float32"
+        return bool(self.compatible) or not plain
+
+    @property
     def combination(self) -> Any:
         """The facts of the combination."""
         return axis("combine")[self.combine]
@@ -189,7 +236,7 @@ class MergeConfig:
     @property
     def experts_at_a_time(self) -> int:
         """How many experts a streamed merge holds: a few of many, where they are added up and nothing is pruned."""
-        few = self.combination.accumulates and not self.score
+        few = self.combination.accumulates and not (self.score or self.is_stepwise)
         return min(len(self.experts), AT_A_TIME) if few else len(self.experts)
 
     @property
@@ -289,7 +336,7 @@ class MergeConfig:
                     f"--expert: {name!r} cannot name an expert, as 'base' names the base and --save_delta makes a "
                     f"directory of it; use letters, digits, _ . and -."
                 )
-        for flag in ("factors", "coefficients", "q"):
+        for flag in ("factors", "coefficients", "q", "expert_rates"):
             for name in getattr(self, flag):
                 if (flag, name) != ("coefficients", "base"):
                     choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
@@ -298,14 +345,17 @@ class MergeConfig:
         for pattern, value in self.tensor_rates:
             if not 0.0 <= value <= 1.0:
                 raise ValueError(A_RATE["message"].format(flag=f"tensor_rate {pattern}", value=value))
-        finite = list(_each("--coefficient", self.coefficients))
+        for flag, value in each_number("--expert_rate", self.expert_rates):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(A_RATE["message"].format(flag=flag.removeprefix("--"), value=value))
+        finite = [("--lambda", self.lambda_), *each_number("--coefficient", self.coefficients)]
         finite += [(f"--factors of {name!r}", factor) for name, factors in self.factors.items() for factor in factors]
         finite += [(f"--tensor_coefficient {pattern}", value) for pattern, value in self.tensor_coefficients]
         finite += [("--depth_scaling", value) for value in self.depth_scaling]
         for flag, value in finite:
             if not math.isfinite(value):
                 raise ValueError(f"{flag}: {value} is not a finite number.")
-        for flag, value in _each("--q", self.q):
+        for flag, value in each_number("--q", self.q):
             if not 0.0 < value <= 1.0:
                 raise ValueError(f"{flag}={value}: outside (0, 1]; kept parameters are divided by it.")
         if len(self.depth_scaling) not in (0, 2):
@@ -364,17 +414,3 @@ def method_option(name: str, parameter: Any) -> Option:
         rare=True,
         within=(parameter.lower, parameter.upper),
     )
-
-
-def _each(flag: str, numbers: Mapping[str, Coefficient]) -> Iterator[tuple[str, float]]:
-    """Yield every number, with the flag, the expert and, where it has its own, the tensor that it is of."""
-    for name, given in numbers.items():
-        for tensor, value in given.items() if isinstance(given, Mapping) else [("", given)]:
-            yield f"{flag} {name} {tensor}".rstrip(), value
-
-
-def _coefficient(flag: str, expert: str, given: object) -> Coefficient:
-    try:
-        return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
-    except (TypeError, ValueError):
-        raise ValueError(f"{flag} of {expert!r}: {given!r} is not a number, or one for each tensor.") from None

@@ -1,6 +1,6 @@
 """Numbers of a merge: by expert, by tensor, from files, and as flags write them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -68,3 +68,18 @@ def default_partitions(rate: float) -> tuple[float, ...]:
 def listed(numbers: Iterable[float]) -> str:
     """Write numbers as a flag takes them: 0.9,0.8."""
     return ",".join(f"{number:g}" for number in numbers)
+
+
+def each_number(flag: str, numbers: Mapping[str, Coefficient]) -> Iterator[tuple[str, float]]:
+    """Yield every number, with the flag, the expert and, where it has its own, the tensor that it is of."""
+    for name, given in numbers.items():
+        for tensor, value in given.items() if isinstance(given, Mapping) else [("", given)]:
+            yield f"{flag} {name} {tensor}".rstrip(), value
+
+
+def coefficient_of(flag: str, expert: str, given: object) -> Coefficient:
+    """Return a number, or one for each tensor, as floats."""
+    try:
+        return {tensor: float(v) for tensor, v in given.items()} if isinstance(given, Mapping) else float(given)
+    except (TypeError, ValueError):
+        raise ValueError(f"{flag} of {expert!r}: {given!r} is not a number, or one for each tensor.") from None

@@ -29,6 +29,8 @@ class Scale:
       weights: from (rates, numbers of the expert) to the weights of the partitions.
       takes_factors: is it given `--partitions` and a factor for each?
       takes_q: is it given `--q`?
+      keeps_norm: are its weights multiplied by Σ|δ| / Σ|what is kept of δ| of the tensor, so that the sum stays?
+      gains: does the `gain` of a score, which makes up for an element's own probability, apply?
       rates: from (the rate, the parameters by name) to the partitions' nominal rates, highest first, for a scale that
         makes its partitions itself.
       parameters: the scale's own numbers, keys of `presets.PARAMETERS`, which `rates` gets by name.
@@ -37,6 +39,8 @@ class Scale:
     weights: Callable[[np.ndarray, Numbers], np.ndarray]
     takes_factors: bool = False
     takes_q: bool = False
+    keeps_norm: bool = False
+    gains: bool = True
     rates: Callable[[float, Mapping[str, float]], tuple[float, ...]] = lambda rate, parameters: (rate,)
     parameters: tuple[str, ...] = ()
 
@@ -109,11 +113,18 @@ def over_depth(layer: int, layers: int, alpha: float, beta: float) -> float:
 
 
 SCALES = {
-    "none": Scale(lambda rates, numbers: none(rates)),
+    "none": Scale(lambda rates, numbers: none(rates), gains=False),
+    "l1": Scale(lambda rates, numbers: none(rates), keeps_norm=True, gains=False),
     "dare": Scale(lambda rates, numbers: dare(rates)),
     "q": Scale(lambda rates, numbers: q(rates, numbers.q), takes_q=True),
     "breadcrumbs": Scale(
         lambda rates, numbers: breadcrumbs(rates), rates=breadcrumbs_rates, parameters=("breadcrumbs_gamma",)
+    ),
+    "breadcrumbs_l1": Scale(
+        lambda rates, numbers: breadcrumbs(rates),
+        keeps_norm=True,
+        rates=breadcrumbs_rates,
+        parameters=("breadcrumbs_gamma",),
     ),
     "partition": Scale(
         lambda rates, numbers: partition(rates, numbers.factors, numbers.dpa_combine), takes_factors=True

@@ -128,14 +128,18 @@ def delta(base: jax.Array, expert: jax.Array, dtype: str) -> Delta:
 
     For 16-bit weights of that dtype these are the bits that PyTorch's 16-bit subtraction gives.
     """
-    difference = expert.astype(jnp.float32) - base.astype(jnp.float32)
+    return in_dtype(expert.astype(jnp.float32) - base.astype(jnp.float32), dtype)
+
+
+def in_dtype(x: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:
+    """Round float32 numbers to those that a dtype has, as float32."""
     if dtype == "float32":
-        return difference
+        return x
     info = jnp.finfo(dtype)
-    rounded = lax.reduce_precision(difference, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+    rounded = lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
     if dtype == "float16":  # reduce_precision flushes what is below 6.1e-5, and many deltas of a fine-tune are
         step = np.float32(info.smallest_subnormal)
-        rounded = jnp.where(jnp.abs(difference) < info.tiny, jnp.round(difference / step) * step, rounded)
+        rounded = jnp.where(jnp.abs(x) < info.tiny, jnp.round(x / step) * step, rounded)
     return rounded
 
 

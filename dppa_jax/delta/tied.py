@@ -7,6 +7,8 @@ hash of their place in the tensor chooses: an element is then ranked by the pair
 """
 
 import hashlib
+from decimal import Decimal
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -15,16 +17,18 @@ from jaxtyping import Array, Bool, Int64, UInt32
 
 from dppa_jax.delta.draws import COLUMN_STEP, hashed
 from dppa_jax.delta.score import Keys
-from dppa_jax.delta.threshold import Thresholds
+from dppa_jax.delta.threshold import Thresholds, index
 
 FAR = 0.25  # of what is asked to be kept: a difference that matters
 
-TIES = {  # from (n, ⌈n·rate⌉, thresholds) to how many elements are dropped
+TIES = {  # from (n, how many are `asked` to be dropped, thresholds) to how many elements are dropped
     "auto": lambda numel, asked, found: np.where(_is_far(numel, asked, found), asked, found.through),
     "drop": lambda numel, asked, found: found.through,
     "keep": lambda numel, asked, found: found.below,
     "exact": lambda numel, asked, found: asked,
+    "floor": lambda numel, asked, found: asked,
 }
+FLOORED = ("floor",)  # the rules that ask for whole shares, see `floors`
 
 
 class Placed(NamedTuple):
@@ -46,9 +50,43 @@ def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int6
 
     "exact" drops ⌈n·rate⌉, in float64, and so keeps ⌊n·(1−rate)⌋. Where no two scores are equal, "drop" keeps as many,
     and one less where n·rate is a whole number. "auto" is "exact" where "drop" would keep far less, else "drop".
+    "floor" keeps what `floors` says.
     """
-    asked = np.ceil(numel * np.asarray(rates, np.float64)).astype(np.int64)
+    asked = floors(numel, rates) if ties in FLOORED else np.ceil(numel * np.asarray(rates, np.float64)).astype(np.int64)
     return np.where(np.isin(rates, (0, 1)), asked, TIES[ties](numel, asked, found))
+
+
+def ranks_of(ties: str, numel: int, rates: np.ndarray) -> Int64[np.ndarray, "problems ranks"]:
+    """Which thresholds a rule needs: the ranks of their keys, 0-based ascending."""
+    return np.minimum(floors(numel, rates), numel - 1) if ties in FLOORED else index(numel, rates)
+
+
+def floors(numel: int, rates: np.ndarray) -> Int64[np.ndarray, "problems ranks"]:
+    """How many elements are dropped where ⌊n·density⌋ are kept, but at least one, densities being exact in decimals.
+
+    Of several rates, highest first, ⌊n·share⌋ elements lie between one and the next, share being their difference, and
+    there may be none. Source: the counts of mergekit 0.1.5, for Breadcrumbs too.
+
+    >>> floors(10, np.array([[0.75], [0.999]])).tolist(), floors(10, np.array([[0.9, 0.35]])).tolist()
+    ([[8], [9]], [[9, 4]])
+    """
+    return np.array([_floors(numel, [float(rate) for rate in own]) for own in np.asarray(rates)], np.int64)
+
+
+def _floors(numel: int, rates: list[float]) -> list[int]:
+    kept = [int(_share(high, low) * numel) for high, low in pairwise([1.0, *rates])]
+    if len(rates) == 1 and rates[0] < 1:
+        kept = [max(1, kept[0])]
+    gone = [0 if rates[-1] == 0 else max(0, numel - sum(kept))]
+    for between in reversed(kept[1:]):
+        gone.append(gone[-1] + between)
+    return gone[::-1]
+
+
+def _share(high: float, low: float) -> float:
+    """Return high − low as decimals: 1 − 0.8 is 0.2."""
+    share = float(Decimal(repr(high)) - Decimal(repr(low)))
+    return round(share, 12) if abs(share - round(share, 12)) < 1e-15 else share
 
 
 def place_words(expert: str, tensor: str, start: int, stop: int, columns: int) -> UInt32[np.ndarray, "rows 2"]:

@@ -62,6 +62,7 @@ def _job_config(
         "factors": {} if searches(values) else _factors(values, names),
         "coefficients": _coefficients(values, names),
         "q": _q(values, names),
+        "expert_rates": per_expert("--expert_rate", values["expert_rate"], names, float),
         "method_options": _method_options(values),
     }
     chosen = {**values, "method": UNDECIDED} if advised else values

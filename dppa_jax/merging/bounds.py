@@ -10,30 +10,34 @@ import numpy as np
 from dppa_jax.architecture.row import Role
 from dppa_jax.architecture.rules import first_match, nearest
 from dppa_jax.architecture.specs import Linears, TensorSpec, layer_count
+from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.scale import SCALES, Numbers, over_depth
 from dppa_jax.delta.score import FIRST_BOUND, SCORES, Rows, Units, random_bound
-from dppa_jax.delta.threshold import BOUNDS, SAMPLE, cuts, index, order_statistics, sample_starts
-from dppa_jax.delta.tied import Placed, dropped, place_words
+from dppa_jax.delta.threshold import BOUNDS, SAMPLE, cuts, order_statistics, sample_starts
+from dppa_jax.delta.tied import Placed, dropped, place_words, ranks_of
 from dppa_jax.merging.kernels import Kernels, host_sums
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.mesh import PerTensor, put_rows
 
-DECIDED = ("thresholds", "densities", "tied")
+DECIDED = ("thresholds", "densities", "tied", "rescales")
+LEAST_NORM = 1e-7  # a sum of |δ| below this is left as it is, as in mergekit
 
 Norms = Mapping[str, Mapping[str, np.ndarray]]  # by expert and tensor: ‖x_j‖ of its inputs, (columns,)
 
 
-def allocate(config: MergeConfig, linears: Linears, statistics: Statistics) -> np.ndarray:
-    """Rates (nominal rates, linears) of one expert, `--tensor_rate` rules last."""
-    rates = np.zeros((len(config.rates), len(linears)))
-    for p, rate in enumerate(config.rates):
+def allocate(config: MergeConfig, linears: Linears, statistics: Statistics, expert: str = "") -> np.ndarray:
+    """Rates (nominal rates, linears) of one expert, its own of single tensors next, `--tensor_rate` rules last."""
+    rates, own = np.zeros((len(config.rates), len(linears))), config.expert_rates.get(expert)
+    by_tensor = own if isinstance(own, Mapping) else {}
+    for p, rate in enumerate(config.rates if own is None or by_tensor else config.rates_of_tensor(own)):
         rates[p] = ALLOCATIONS[config.allocate].rates(rate, statistics, config.max_fluctuation)
     for place, name in enumerate(linears.names):
         rate = first_match(config.tensor_rates, name)
+        rate = by_tensor.get(name) if rate is None else rate
         if rate is not None:
             rates[:, place] = config.rates_of_tensor(rate)
     return rates
@@ -43,7 +47,7 @@ def merge_rates(config: MergeConfig, linears: Linears, statistics: Sequence[Stat
     """Rates of every expert, (experts, nominal rates, linears)."""
     nothing = np.zeros(len(linears)), np.zeros(linears.layers)
     statistics = statistics or [Statistics(linears.layer, linears.numel, *nothing)] * len(config.experts)
-    return np.array([allocate(config, linears, each) for each in statistics])
+    return np.array([allocate(config, linears, *each) for each in zip(statistics, config.experts, strict=True)])
 
 
 def q_of_all(q: Mapping[str, float], linears: Linears) -> np.ndarray:
@@ -76,6 +80,7 @@ class Pruner:
       tied: the share of each linear whose score is the threshold, (experts, partitions, linears).
       ranks: of each expert, by group: the place of each unit in the order of importance, from 0; empty where units are
         not ranked.
+      rescales: what the weights of each linear are multiplied by, (experts, 1, linears), so that Σ|δ| stays; else 1.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Pruner:
         self.densities = np.ones(shape)
         self.tied = np.zeros(shape)
         self.ranks: list[dict[str, np.ndarray]] = [{} for _ in config.experts]
+        self.rescales = np.ones((shape[0], 1, shape[2]))
         self._starts: dict[tuple[int, int, int], jax.Array] = {}
         self._found: dict[tuple, tuple] = {}  # inputs and bounds, by matrix and expert: no factor changes them
 
@@ -152,10 +158,13 @@ class Pruner:
         if not matrix.linears or self.config.score is None:
             ranges = len(matrix.ranges)
             return None, np.full((ranges, 1), FIRST_BOUND, np.uint32), np.full((ranges, 1), self._dense_weight(name))
+        places = list(matrix.linears)
         if (matrix, e) not in self._found:
             inputs = self.placed_inputs(x, e)
             self._found[matrix, e] = self._bounds(x, e, inputs)
-        return *self._found[matrix, e], self.weights[e][:, list(matrix.linears)].T
+            if SCALES[self.config.scale].keeps_norm:
+                self.rescales[e, 0, places] = self._rescales(x, e, *self._found[matrix, e])
+        return *self._found[matrix, e], (self.weights[e] * self.rescales[e])[:, places].T
 
     def decided(self, matrix: Matrix) -> dict[str, list]:
         """What was found of a matrix, for a journal."""
@@ -222,7 +231,8 @@ class Pruner:
             return inputs, bounds
         numel = matrix.ranges[0].rows * matrix.columns
         count = partial(self._count, x, e, inputs)
-        found = order_statistics(count, numel, index(numel, rates), self._sample(x, e, inputs))
+        ranks = ranks_of(self.config.ties_rule, numel, rates)
+        found = order_statistics(count, numel, ranks, self._sample(x, e, inputs))
         gone = dropped(self.config.ties_rule, numel, rates, found)
         self.thresholds[e][:, places] = np.where(rates == 0, -1.0, found.keys.view(np.float32)).T
         self.densities[e][:, places] = (1.0 - gone / numel).T
@@ -232,6 +242,16 @@ class Pruner:
             return inputs, bounds
         inputs = Placed(inputs, put_rows(self.kernels.mesh, self._place_words(matrix, e)))
         return inputs, np.stack([bounds, cuts(partial(self._count, x, e, inputs), numel, found, gone)], axis=-1)
+
+    def _rescales(self, x: DeviceMatrix, e: int, inputs, bounds: np.ndarray) -> np.ndarray:
+        """Σ|δ| / Σ|what is kept of δ| of each range, in the dtype of the arithmetic; 1 where either is nothing."""
+        matrix, kernels, dtype = x.matrix, self.kernels, DTYPE_BY_NAME[self.config.arithmetic]
+        weights = self.on_rows(x, self.weights[e][:, list(matrix.linears)].T.astype(np.float32))
+        kept = kernels.kept_sums(x.base, x.experts[e], inputs, self.on_rows(x, bounds), weights)
+        both = kernels.row_sums("absolute", x.base, x.experts[e]), kept
+        whole, kept = (matrix.range_sums(host_sums(sums, matrix.rows)).astype(dtype) for sums in both)
+        small = (whole < LEAST_NORM) | (kept < LEAST_NORM)
+        return np.where(small, 1, whole / np.where(small, np.ones_like(kept), kept)).astype(np.float64)
 
     def _known_bounds(self, matrix: Matrix, e: int, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Bounds that need no counting, and the shares that are kept: of random scores, and of ranks."""

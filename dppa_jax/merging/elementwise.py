@@ -17,7 +17,9 @@ from jaxtyping import Array, Float
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS, scaled
 from dppa_jax.delta.rounding import rounded
-from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed, ranks
+from dppa_jax.delta.scale import SCALES
+from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed, in_dtype, ranks
+from dppa_jax.delta.stepwise import STEPS, stepwise
 from dppa_jax.delta.tied import Pair, Placed
 
 
@@ -28,6 +30,10 @@ class Elementwise:
     Attributes:
       parameters: the score's own numbers, by name.
       within_rows: is an element's key its rank within its row, from 0 for the lowest score?
+      gains: does the score's own scale of each element apply?
+      stepwise: does the sum go step by step?
+      divide: what it is then divided by.
+      arithmetic: the dtype to which inputs and every step are rounded.
     """
 
     score: str
@@ -36,9 +42,14 @@ class Elementwise:
     allow_nonfinite: bool = False
     parameters: tuple[tuple[str, float], ...] = ()
     within_rows: bool = False
+    gains: bool = True
+    stepwise: bool = False
+    divide: str = "none"
+    arithmetic: str = "float32"
 
     def delta(self, base: jax.Array, expert: jax.Array) -> Float[Array, "rows columns"]:
         """Return expert − base, rounded to the delta's dtype, as float32."""
+        base, expert = self._inputs(base), self._inputs(expert)
         return (finite_delta if self.allow_nonfinite else delta)(base, expert, self.delta_dtype)
 
     def keys(self, delta: jax.Array, inputs, column: jax.Array) -> Keys | Pair:
@@ -60,16 +71,21 @@ class Elementwise:
         column = lax.broadcasted_iota(jnp.int32, (1, base.shape[1]), 1)
         score = SCORES[self.score]
         given = difference, inputs, column
-        gain = None if score.gain is None else score.gain(*given, **dict(self.parameters))
-        return scaled(difference, self.keys(*given), bounds, weights, zero, gain)
+        gain = None if score.gain is None or not self.gains else score.gain(*given, **dict(self.parameters))
+        return in_dtype(scaled(difference, self.keys(*given), bounds, weights, zero, gain), self.arithmetic)
 
     def merged(
         self, base, pruned: Sequence[jax.Array], dtype: str | np.dtype | None, numbers=None, zero=None, total=None
     ) -> jax.Array:
         """Return base + combine(pruned deltas), cast once to `dtype`; `numbers` (rows, k) are of the combination.
 
+        Of a sum that goes step by step (`delta.stepwise`) these are the coefficients, and the factor of all.
         A sum may be made in parts: `total` is that of the deltas before, and without a dtype the new total comes back.
         """
+        if self.stepwise:
+            *coefficients, factor = (numbers[:, i : i + 1] for i in range(numbers.shape[1]))
+            combined = stepwise(pruned, coefficients, factor, zero, STEPS[self.combine], self.divide, self.arithmetic)
+            return in_dtype(self._inputs(base).astype(jnp.float32) + combined, self.arithmetic).astype(dtype)
         pruned = pruned if total is None else [total, *pruned]
         given = (pruned,) if numbers is None else (pruned, numbers, zero)
         if dtype is None:
@@ -97,12 +113,20 @@ class Elementwise:
         total = reduce(add, own if total is None else [total, *own])
         return total if divisor is None else total / jnp.where(divisor == 0, 1, divisor)  # padded rows have 0
 
+    def _inputs(self, x: jax.Array) -> jax.Array:
+        """Return weights as the arithmetic's dtype has them."""
+        return x if self.arithmetic == "float32" else in_dtype(x.astype(jnp.float32), self.arithmetic)
+
 
 def elementwise_of(config: MergeConfig) -> tuple[Elementwise, Elementwise]:
     """The arithmetic of pruned linears, and that of dense tensors and of the survey, which rank by magnitude."""
-    shared = config.combine, config.delta_dtype, config.allow_nonfinite
-    plain = Elementwise("magnitude", *shared)
+    arithmetic = config.arithmetic
+    delta_dtype = config.delta_dtype if arithmetic == "float32" else arithmetic
+    shared = config.combine, delta_dtype, config.allow_nonfinite
+    steps = {"stepwise": True, "divide": config.divide, "arithmetic": arithmetic} if config.is_stepwise else {}
+    plain = Elementwise("magnitude", *shared, **steps)
     if config.score is None:
         return plain, plain
     own = tuple((name, config.method_options[name]) for name in SCORES[config.score].parameters)
-    return Elementwise(config.score, *shared, own, config.compares_rows), plain
+    gains = SCALES[config.scale].gains or SCORES[config.score].gain is None
+    return Elementwise(config.score, *shared, own, config.compares_rows, gains, **steps), plain

@@ -248,6 +248,14 @@ class Kernels:
 
         return partial(over_rows(self.mesh, prune, replicated=(0,)), ZERO)
 
+    def kept_sums(self, base: jax.Array, expert: jax.Array, inputs, bounds: jax.Array, weights: jax.Array) -> jax.Array:
+        """Σ over columns of |scale(keep(δ))|, folded: see `host_sums`."""
+        return self._fold_again(self._absolute(self.prune(base, expert, inputs, bounds, weights)))
+
+    @cached_property
+    def _absolute(self):
+        return self._over_rows(lambda x: fold.fold(x.shape[1], lambda columns: fold.absolute(x[:, columns])))
+
     @cached_property
     def _zeros(self):
         return self._over_rows(zeros)

@@ -1,6 +1,6 @@
 """The merge, top to bottom: survey, allocate, apply, write."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -96,6 +96,7 @@ def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
     """Refuse coefficients, q and rules that name tensors which the base does not have."""
     check_tensors(config.coefficients, list(specs))
     check_tensors(config.q, linears_of(specs).names, "--q", "linear")
+    check_tensors(config.expert_rates, list(specs), "--expert_rate")
     check_patterns(config.tensor_rates, specs, "--tensor_rate")
     check_patterns(config.tensor_coefficients, specs, "--tensor_coefficient")
     check_groups(config, linears_of(specs))
@@ -132,6 +133,7 @@ class Merger:
         specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
         check_named(config, specs)
         specs = pruned_specs(specs, config.prune)
+        config = with_arithmetic(config, (base, *experts.values()))
         self.base, self.config, self.quiet, self._journal = base, config, quiet, journal or Journal()
         own = shares(specs, layout.processes)[layout.process]
         blocks = make_blocks(own, layout.block_layers, layout.small_blocks)
@@ -171,7 +173,7 @@ class Merger:
         pruner.join(self._owners)
         if not self.quiet:
             tell_of_ties(pruner)
-        tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights.copy())
+        tables = (pruner.rates, pruner.thresholds, pruner.densities, pruner.weights * pruner.rescales)
         return Outcome(self._linears, *tables, self._statistics, stream.bytes_read)
 
     def _merged_blocks(
@@ -270,7 +272,7 @@ def merge_matrix(
       tensors: find what the combination has of whole tensors.
       total: the sum of the experts before; None where there are none.
     """
-    inputs, bounds, weights = [], [], []
+    inputs, bounds, weights, apart = [], [], [], []
     names = [config.experts[e] for e in x.places]
     for e, (name, (own_inputs, bound, weight)) in enumerate(zip(names, per_expert, strict=True)):
         inputs.append(own_inputs)
@@ -281,14 +283,19 @@ def merge_matrix(
             _write_ranges(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
         scaled = config.combination.prunes  # else the combination has the coefficients
         coefficients = np.array([[pruner.coefficient(name, rows.name) if scaled else 1.0] for rows in x.matrix.ranges])
-        weights.append(pruner.on_rows(x, (weight * coefficients).astype(np.float32)))
+        apart.append(coefficients)
+        weights.append(pruner.on_rows(x, (weight * (1.0 if config.is_stepwise else coefficients)).astype(np.float32)))
     dtype = common_dtype(_output_dtype(rows.name, base, config) for rows in x.matrix.ranges)
     is_last = x.places.stop == len(config.experts)
     if isinstance(tensors, Grams):
         over = dtype if is_last else np.dtype(np.float32)
         return kernels.weighted(over, x.base, x.experts, *tensors.on_rows(x), total)
     each = tuple(inputs), tuple(bounds), tuple(weights)
-    return kernels.merge(dtype if is_last else None, x.base, x.experts, *each, tensors and tensors.on_rows(x), total)
+    numbers = tensors and tensors.on_rows(x)
+    if config.is_stepwise:
+        factor = np.full_like(apart[0], config.lambda_)
+        numbers = pruner.on_rows(x, np.concatenate([*apart, factor], axis=1).astype(np.float32))
+    return kernels.merge(dtype if is_last else None, x.base, x.experts, *each, numbers, total)
 
 
 def check_finite(x: DeviceMatrix, merged: jax.Array, kernels: Kernels, config: MergeConfig) -> None:
@@ -341,6 +348,14 @@ def _locate_nonfinite(x: DeviceMatrix, merged: jax.Array, config: MergeConfig) -
         f"{x.matrix.ranges[0].name}: the merged values overflow {merged.dtype}; lower --coefficient or --factors, or "
         f"give --output_dtype=bfloat16."
     )
+
+
+def with_arithmetic(config: MergeConfig, models: Iterable[Headers]) -> MergeConfig:
+    """Return the config with a dtype for its arithmetic: "inputs" is the one that holds those of all their tensors."""
+    if config.arithmetic != "inputs":
+        return config
+    dtypes = (one.tensors[name].dtype for one in models for name in one.specs)
+    return replace(config, arithmetic=common_dtype(dtypes).name)
 
 
 def _tensors_of(kernels: Kernels, config: MergeConfig, pruner: Pruner) -> Grams | TensorNumbers | None:

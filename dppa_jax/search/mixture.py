@@ -22,7 +22,9 @@ from dppa_jax.architecture.specs import Role, TensorSpec, linears_of, tree_of
 from dppa_jax.checkpoint.dtypes import common_dtype
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.checkpoint.stacked import StoredArray
+from dppa_jax.config.conventions import OURS
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.delta.scale import SCALES
 from dppa_jax.delta.score import SCORES
 from dppa_jax.delta.tied import Placed, pairs, place_words
 from dppa_jax.merging.blocks import make_blocks, shares, whole_matrix
@@ -263,7 +265,7 @@ class Mixture:
 
 def check_combine(config: MergeConfig, needs: str = "--coefficient=adamerging") -> None:
     """Refuse what has no gradient, and pruning outside the linears; `needs` is the flag that wants a gradient."""
-    if config.prune != type(config).prune:
+    if config.prune != OURS["prune"]:
         raise ValueError(f"--prune={config.prune}: {needs} prunes linears alone; leave it out.")
     if config.depth_scaling:
         raise ValueError(f"--depth_scaling: {needs} finds numbers by tensor itself; leave it out.")
@@ -271,6 +273,11 @@ def check_combine(config: MergeConfig, needs: str = "--coefficient=adamerging") 
         raise ValueError(
             f"{needs} needs --combine=sum, not {config.combine!r}: what others choose of the deltas, as "
             f"TIES does signs, jumps as coefficients change, so that there is no gradient."
+        )
+    if config.is_stepwise or SCALES[config.scale].keeps_norm:
+        raise ValueError(
+            f"{needs} is for sums in float32 as they are: leave out --divide, --lambda, "
+            f"--arithmetic and --compatible, and give another scale than {config.scale!r} if it keeps norms."
         )
 
 

@@ -1,7 +1,8 @@
-"""mergekit 0.1.5 on three experts, as far as its rule is ours: task arithmetic bit for bit, TIES on the linears.
+"""mergekit 0.1.5 on three experts: task arithmetic bit for bit and, by its conventions, TIES.
 
-Its TIES divides Σ 0.3·δ by Σ 0.3 over the agreeing, ours takes their mean: within 1 ulp of |base| + Σ|δ|, the largest
-number that either sum can pass through. The golden sce case is a method that the engine does not have.
+By our own conventions they differ: its TIES divides Σ 0.3·δ by Σ 0.3 over the agreeing, ours takes their mean. Both are
+within 1 ulp of |base| + Σ|δ|, the largest number that either sum can pass through. The golden sce case is a method that
+the engine does not have.
 """
 
 import numpy as np
@@ -45,6 +46,12 @@ def test_ties_of_linears_within_1_ulp(models, ties):
         assert changed[0] == changed[1] > 0.2 * size
         largest = abs(base.read(name)) + sum(abs(e.read(name) - base.read(name)) for e in experts.values())
         assert (abs(ours[name] - theirs[name]) <= np.spacing(largest)).all(), name
+
+
+def test_ties_bit_for_bit_by_the_conventions_of_mergekit(models, ties):
+    coefficients = dict.fromkeys(EXPERTS, 0.3)
+    config = MergeConfig(EXPERTS, method="ties", rate=0.8, compatible="mergekit", coefficients=coefficients)
+    assert_same_bits(merge_to_arrays(*models, config).tensors, ties[1])
 
 
 def test_differs_from_mergekit_ties_leaves_embeddings_head_and_norms_untrimmed(models, ties):
