@@ -1,13 +1,14 @@
 """Merge fine-tuned language models by pruning and amplifying their delta parameters.
 
-For notebooks: `load`, `merge`, `save`, `methods`. The command line is `dppa_jax`, or `python -m dppa_jax.launch`.
+For notebooks: `load`, `merge`, `save`, `methods`. For other tools, which have the tensors themselves: `merge_tensors`,
+`merge_state_dicts`. The command line is `dppa_jax`, or `python -m dppa_jax.launch`.
 """
 
 from dppa_jax.delta.presets import METHODS as methods
 
-_NOTEBOOK = ("Model", "load", "merge", "save")
+_NOTEBOOK = ("Model", "load", "merge", "merge_state_dicts", "merge_tensors", "save")
 
-__all__ = ["Model", "load", "merge", "methods", "save"]
+__all__ = ["Model", "load", "merge", "merge_state_dicts", "merge_tensors", "methods", "save"]
 
 
 def __getattr__(name: str):

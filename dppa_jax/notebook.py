@@ -1,4 +1,4 @@
-"""Load, merge and save models in memory, for notebooks."""
+"""Load, merge and save models in memory, for notebooks and other tools."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import Any
 
 from dppa_jax.checkpoint import save_tree
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.config.merge import MergeConfig
-from dppa_jax.config.numbers import rate_of_density
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Layout, Merger
+from dppa_jax.merging.tensors import config_of, merge_state_dicts, merge_tensors
 from dppa_jax.runtime.mesh import make_mesh
 from dppa_jax.where import load
 
-__all__ = ["Model", "load", "merge", "save"]
+__all__ = ["Model", "load", "merge", "merge_state_dicts", "merge_tensors", "save"]
 
 
 def merge(
@@ -54,15 +53,7 @@ def merge(
     >>> int(kept.sum()), kept.size
     (38, 384)
     """
-    if density is not None:
-        if "rate" in options:
-            raise ValueError("rate and density are both given, and rate = 1 − density: give one of them.")
-        options["rate"] = rate_of_density("density", density)
-    config = MergeConfig(experts=tuple(experts), method=method, **options)
-    if config.lora_factors:
-        raise ValueError(
-            "lora_factors: models in memory are whole, without factors; the command line has --lora_factors."
-        )
+    config = config_of(tuple(experts), method, density, options)
     return merged_model(Merger(base, experts, config, make_mesh(mesh), Layout(), quiet=True), base.directory)
 
 

@@ -9,11 +9,12 @@ hash of their place in the tensor chooses: an element is then ranked by the pair
 import hashlib
 from decimal import Decimal
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int64, UInt32
+from jaxtyping import Array, Bool, Int, Int64, UInt32
 
 from dppa_jax.delta.draws import COLUMN_STEP, hashed
 from dppa_jax.delta.score import Keys
@@ -22,7 +23,7 @@ from dppa_jax.delta.threshold import Thresholds, index
 FAR = 0.25  # of what is asked to be kept: a difference that matters
 
 TIES = {  # from (n, how many are `asked` to be dropped, thresholds) to how many elements are dropped
-    "auto": lambda numel, asked, found: np.where(_is_far(numel, asked, found), asked, found.through),
+    "auto": lambda numel, asked, found: _where(_is_far(numel, asked, found), asked, found.through),
     "drop": lambda numel, asked, found: found.through,
     "keep": lambda numel, asked, found: found.below,
     "exact": lambda numel, asked, found: asked,
@@ -45,7 +46,7 @@ class Pair(NamedTuple):
     place: Keys
 
 
-def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int64[np.ndarray, "problems ranks"]:
+def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int[Array | np.ndarray, "problems ranks"]:
     """How many elements of each linear a rule drops. Rate 0 drops none and rate 1 all, whatever the rule.
 
     "exact" drops ⌈n·rate⌉, in float64, and so keeps ⌊n·(1−rate)⌋. Where no two scores are equal, "drop" keeps as many,
@@ -53,7 +54,7 @@ def dropped(ties: str, numel: int, rates: np.ndarray, found: Thresholds) -> Int6
     "floor" keeps what `floors` says.
     """
     asked = floors(numel, rates) if ties in FLOORED else np.ceil(numel * np.asarray(rates, np.float64)).astype(np.int64)
-    return np.where(np.isin(rates, (0, 1)), asked, TIES[ties](numel, asked, found))
+    return _where(np.isin(rates, (0, 1)), asked, TIES[ties](numel, asked, found))
 
 
 def ranks_of(ties: str, numel: int, rates: np.ndarray) -> Int64[np.ndarray, "problems ranks"]:
@@ -123,6 +124,12 @@ def reaches(
         return keys >= bounds
     key, place = bounds[..., 0], bounds[..., 1]
     return (keys.key > key) | ((keys.key == key) & (keys.place >= place))
+
+
+def _where(condition: Any, yes: Any, no: Any) -> Any:
+    """Choose on the host or, inside of jit, in the graph."""
+    traced = any(isinstance(one, jax.Array) for one in (condition, yes, no))
+    return (jnp if traced else np).where(condition, yes, no)
 
 
 def _is_far(numel: int, asked: np.ndarray, found: Thresholds) -> np.ndarray:

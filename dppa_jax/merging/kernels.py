@@ -143,13 +143,8 @@ class Kernels:
         see `Elementwise.merged` for `total`, and for no dtype.
         """
 
-        def merge(zero, base, experts, inputs, bounds, weights, numbers, total):
-            each = zip(experts, inputs, bounds, weights, strict=True)
-            pruned = [self.elementwise.pruned(base, *of_expert, zero) for of_expert in each]
-            return self.elementwise.merged(base, pruned, output_dtype, numbers, zero, total)
-
         if output_dtype not in self._merges:
-            self._merges[output_dtype] = over_rows(self.mesh, merge, replicated=(0,))
+            self._merges[output_dtype] = over_rows(self.mesh, partial(self.merge_rows, output_dtype), replicated=(0,))
         return self._merges[output_dtype](ZERO, base, experts, inputs, bounds, weights, numbers, total)
 
     def weighted(
@@ -237,6 +232,12 @@ class Kernels:
 
         vectors = {False: self.elementwise.weights, True: self.elementwise.delta}
         return {way: over_rows(self.mesh, partial(folded, vector), (0,)) for way, vector in vectors.items()}
+
+    def merge_rows(self, output_dtype, zero, base, experts, inputs, bounds, weights, numbers, total) -> jax.Array:
+        """What `merge` compiles; `zero` is the int32 number 0, unknown to the compiler."""
+        each = zip(experts, inputs, bounds, weights, strict=True)
+        pruned = [self.elementwise.pruned(base, *of_expert, zero) for of_expert in each]
+        return self.elementwise.merged(base, pruned, output_dtype, numbers, zero, total)
 
     @cached_property
     def prune(self):

@@ -142,7 +142,7 @@ class Merger:
         self._linears, owner = linears_of(specs), owners(specs, layout.processes)
         self._owners = np.array([owner[name] for name in self._linears.names], np.int64)
         self._pruner = Pruner(self._kernels, config, self._linears, norms, depth_factors(config, specs))
-        self._tensors = _tensors_of(self._dense, config, self._pruner)
+        self._tensors = tensors_of(self._dense, config, self._pruner)
         self._surveyed = False
         self._statistics: list[Statistics] | None = None
 
@@ -257,7 +257,7 @@ def merge_matrix(
     per_expert: list[tuple],
     kernels: Kernels,
     pruner: Pruner,
-    base: Source,
+    base: Headers,
     config: MergeConfig,
     delta_sinks: Mapping[str, Sink] | None,
     tensors: Grams | TensorNumbers | None = None,
@@ -358,7 +358,7 @@ def with_arithmetic(config: MergeConfig, models: Iterable[Headers]) -> MergeConf
     return replace(config, arithmetic=common_dtype(dtypes).name)
 
 
-def _tensors_of(kernels: Kernels, config: MergeConfig, pruner: Pruner) -> Grams | TensorNumbers | None:
+def tensors_of(kernels: Kernels, config: MergeConfig, pruner: Pruner) -> Grams | TensorNumbers | None:
     """What finds the numbers that the combination has of whole tensors; None where it has none."""
     if config.combination.whole:
         return Grams(kernels, config, pruner)

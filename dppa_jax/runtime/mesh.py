@@ -95,8 +95,8 @@ def padded_rows(mesh: Mesh, rows: int) -> int:
     return -(-rows // mesh.size) * mesh.size
 
 
-def put_rows(mesh: Mesh, array: np.ndarray) -> jax.Array:
-    """Put a host array whose first axis is rows onto the mesh, padded. A CPU takes an aligned buffer without a copy."""
+def put_rows(mesh: Mesh, array: np.ndarray | jax.Array) -> jax.Array:
+    """Put an array whose first axis is rows onto the mesh, padded. A CPU takes an aligned buffer without a copy."""
     padding = padded_rows(mesh, array.shape[0]) - array.shape[0]
     if padding:
         array = np.concatenate([array, np.zeros((padding, *array.shape[1:]), array.dtype)])
