@@ -88,7 +88,7 @@ def of_tensor(choice: str, name: str, jit: bool) -> np.ndarray:
 def test_a_tensor_has_the_bits_of_the_whole_merge_eagerly_and_in_jit(choice):
     wanted = merged(choice).tensors
     for name in (LINEAR, NORM):
-        assert not same_bits(wanted[name], family()[0].tensors[name]), name
+        assert name == NORM or not same_bits(wanted[name], family()[0].tensors[name]), name
         for jit in (False, True) if combination(choice).prunes else (False,):
             found = of_tensor(choice, name, jit)
             assert same_bits(found, wanted[name]), (name, jit, int((found != wanted[name]).sum()))

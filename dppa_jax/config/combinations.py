@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dppa_jax.config.conventions import OURS
+from dppa_jax.config.numbers import each_number
 from dppa_jax.delta.presets import COMPARISONS
+
+A_RATE = {  # the bounds of an option
+    "within": (0, 1),
+    "message": "--{flag}: rate {value} is outside [0, 1]; it is the share that is removed, 1 − density.",
+}
 
 
 def axis(name: str) -> Mapping[str, Any]:
@@ -63,6 +69,27 @@ def _check_comparison(merge: Any, score: Any) -> None:
         raise ValueError(f"--compare=row: --score={merge.score} drops what it drops as a whole; leave it out.")
     if merge.ties != "auto":
         raise ValueError(f"--ties={merge.ties}: with --compare=row the first ones of equal score go; leave it out.")
+
+
+def check_rates(merge: Any) -> None:
+    """Refuse rates of single experts and tensors that are none, or that nothing asks for, and sums without steps.
+
+    Args:
+      merge: a `MergeConfig` whose choices are made.
+    """
+    given = [(f"tensor_rate {pattern}", value) for pattern, value in merge.tensor_rates]
+    given += [(flag.removeprefix("--"), value) for flag, value in each_number("--expert_rate", merge.expert_rates)]
+    for flag, value in given:
+        if merge.score is None:
+            raise ValueError(
+                f"--{flag.split()[0]}: --method={merge.method} prunes nothing; give a method with a score."
+            )
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(A_RATE["message"].format(flag=flag, value=value))
+    if axis("scale")[merge.scale].takes_factors and merge.expert_rates:
+        raise ValueError("--expert_rate: the experts have --partitions in common; give --rate, or another --scale.")
+    if merge.is_stepwise and merge.combine not in axis("steps"):
+        raise ValueError(f"--divide, --lambda, --arithmetic, --compatible: not with --combine={merge.combine}.")
 
 
 def check_lora_factors(merge: Any) -> None:

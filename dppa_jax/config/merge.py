@@ -8,17 +8,12 @@ from typing import Any, ClassVar
 
 from dppa_jax.architecture.row import PRUNED
 from dppa_jax.architecture.rules import nearest
-from dppa_jax.config.combinations import axis, check_combination, check_lora_factors, check_score
+from dppa_jax.config.combinations import A_RATE, axis, check_combination, check_lora_factors, check_rates, check_score
 from dppa_jax.config.conventions import by_convention
 from dppa_jax.config.numbers import Coefficient, coefficient_of, default_partitions, each_number, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.compatible import COMPATIBLE
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
-
-A_RATE = {  # the bounds of an option
-    "within": (0, 1),
-    "message": "--{flag}: rate {value} is outside [0, 1]; it is the share that is removed, 1 − density.",
-}
 
 AT_A_TIME = 3  # experts of a plain sum that are held with the base; the sum of those before is as large as two of them
 
@@ -200,15 +195,8 @@ class MergeConfig:
             raise ValueError(f"--q: only --scale=q (darex_q) divides by it, not {self.scale!r}.")
         if self.lora_factors:
             check_lora_factors(self)
-        for flag, given in (("tensor_rate", self.tensor_rates), ("expert_rate", self.expert_rates)):
-            if self.score is None and given:
-                raise ValueError(f"--{flag}: --method={self.method} prunes nothing; give a method with a score.")
-        if scale.takes_factors and self.expert_rates:
-            raise ValueError("--expert_rate: the experts have --partitions in common; give --rate, or another --scale.")
-        own = {name: coefficient_of("--expert_rate", name, one) for name, one in self.expert_rates.items()}
-        set_("expert_rates", own)
-        if self.is_stepwise and self.combine not in axis("steps"):
-            raise ValueError(f"--divide, --lambda, --arithmetic, --compatible: not with --combine={self.combine}.")
+        set_("expert_rates", {e: coefficient_of("--expert_rate", e, one) for e, one in self.expert_rates.items()})
+        check_rates(self)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -342,12 +330,6 @@ class MergeConfig:
                     choose(f"--{flag.removesuffix('s')} expert", name, self.experts)
 
     def _check_numbers(self) -> None:
-        for pattern, value in self.tensor_rates:
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(A_RATE["message"].format(flag=f"tensor_rate {pattern}", value=value))
-        for flag, value in each_number("--expert_rate", self.expert_rates):
-            if not 0.0 <= value <= 1.0:
-                raise ValueError(A_RATE["message"].format(flag=flag.removeprefix("--"), value=value))
         finite = [("--lambda", self.lambda_), *each_number("--coefficient", self.coefficients)]
         finite += [(f"--factors of {name!r}", factor) for name, factors in self.factors.items() for factor in factors]
         finite += [(f"--tensor_coefficient {pattern}", value) for pattern, value in self.tensor_coefficients]

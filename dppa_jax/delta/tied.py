@@ -132,6 +132,6 @@ def _where(condition: Any, yes: Any, no: Any) -> Any:
     return (jnp if traced else np).where(condition, yes, no)
 
 
-def _is_far(numel: int, asked: np.ndarray, found: Thresholds) -> np.ndarray:
+def _is_far(numel: int, asked: np.ndarray, found: Thresholds) -> np.ndarray | jax.Array:
     """Whether to drop all that tie keeps far less than asked. A score of zero is no change, which nobody misses."""
     return (found.through - asked > FAR * (numel - asked)) & (found.keys > 0)
