@@ -37,7 +37,7 @@ def test_a_cell_shows_the_name(name):
 
 
 def test_a_model_card_shows_hostile_names():
-    config = {"coefficients": {"math": 0.5}, "factors": {}, "method": "ties", "score": None}
+    config = {"coefficients": {"math": 0.5}, "factors": {}, "method": "ties", "score": None, "lora_factors": False}
     config |= dict.fromkeys(("allocate", "scale", "combine"), "x")
     card = model_card(HOSTILE, HOSTILE, {"math": HOSTILE}, config, [HOSTILE], f"python --base={HOSTILE!r}")
     shown = printable(HOSTILE, keep="")
