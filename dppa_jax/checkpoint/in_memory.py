@@ -24,17 +24,19 @@ class Model:
       tree: the stacked arrays; dppa_jax/model/README.md shows the tree.
       directory: where the model came from; its tokenizer files go along when the model is saved.
       outcome: the `merging.merger.Outcome` of the merge that made it; None for a model that was read.
+      own_specs: of its tensors, where config.json does not promise them all: an encoder has a head of its own.
     """
 
     config: dict
     tree: dict
     directory: Path | None = None
     outcome: Any = None
+    own_specs: Mapping | None = None
 
     @cached_property
     def specs(self) -> Mapping:
-        """What config.json promises of each tensor, by name."""
-        return tensor_specs(self.config)
+        """What is known of each tensor, by name."""
+        return tensor_specs(self.config) if self.own_specs is None else self.own_specs
 
     @cached_property
     def tensors(self) -> dict[str, np.ndarray]:
@@ -49,7 +51,7 @@ class Model:
 def in_memory(source: Any) -> Model:
     """Read an open checkpoint into memory. It is not closed."""
     tree = tree_of(source.specs.values(), lambda group: StoredArray(source, group).read())
-    return Model(source.config, tree, source.directory)
+    return Model(source.config, tree, source.directory, own_specs=source.specs)
 
 
 def for_evaluator(model: Any) -> Path | Model:

@@ -80,6 +80,26 @@ def encode(tokenizer: Any, texts: Sequence[str], begin: bool = True) -> list[lis
     return [body if first and body[: len(first)] == first else [*first, *body] for body in bodies]
 
 
+def encode_whole(
+    tokenizer: Any, texts: Sequence[tuple[str, ...]], max_length: int
+) -> list[tuple[list[int], list[int]]]:
+    """Return token ids and types of texts, or of pairs of texts, with all that the tokenizer puts around them.
+
+    The type of a token is 1 in the second text of a pair, and 0 elsewhere. Where types are not among the inputs that
+    the tokenizer has for its model (`model_input_names`), all are 0, as transformers then gives the model none.
+
+    Args:
+      tokenizer: of transformers.
+      texts: all of one text, or all of two.
+      max_length: longer ones are cut, of a pair the longer text first.
+    """
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    typed = "token_type_ids" in tokenizer.model_input_names
+    found = tokenizer(*columns, truncation=True, max_length=max_length, padding=False, return_token_type_ids=typed)
+    types = found["token_type_ids"] if typed else [[0] * len(tokens) for tokens in found["input_ids"]]
+    return list(zip(found["input_ids"], types, strict=True))
+
+
 def _put_before(tokenizer: Any, text: str, body: list[int]) -> list[int]:
     """Return the tokens that a tokenizer puts before a text, whose own ones are `body`."""
     (whole,) = tokenizer([text])["input_ids"]

@@ -174,7 +174,10 @@ class FinetuneConfig:
     base: str = same(JobConfig, "base")
     output: str = same(JobConfig, "output")
     data: tuple[str, ...] = option(
-        (), "files of examples, JSON lines of prompt and completion (which is learned)", flag="train_data", kind="paths"
+        (),
+        "files of examples, JSON lines: prompt and completion (learned); encoders: text, label",
+        flag="train_data",
+        kind="paths",
     )
     eval_data: tuple[str, ...] = option((), "files of examples whose loss is logged", kind="paths")
     epochs: float = option(1.0, "passes over the examples")

@@ -133,10 +133,7 @@ class Evaluation:
             self._ask(name, missing, reader, logs, cost)
 
         def judged() -> Scores:
-            return {
-                name: Score(sum(logs[name].verdict(question, options) for question in group), len(group))
-                for name, group in questions.items()
-            }
+            return {task.name: _score(task, logs[task.name], questions[task.name], options) for task in tasks}
 
         scores = processes.of_first("scores", judged, Scores)
         for log in logs.values():
@@ -155,6 +152,13 @@ class Evaluation:
         key = task.name, split, options, id(tokenizer)  # the readers hold it, so that no other gets its id
         if key not in self._questions:
             items = task.items(options, split)
+            if task.kind.classifies:
+                read = task.encode_texts(options, items, tokenizer)
+                self._questions[key] = [
+                    Question(task, item, tokens, 1, digest([tokens, types])[:16], types)
+                    for item, (tokens, types) in zip(items, read, strict=True)
+                ]
+                return self._questions[key]
             prompts = task.encode(options, items, tokenizer)
             self._questions[key] = [
                 Question(task, item, prompt, task.budget(options, prompt), digest(prompt)[:16])
@@ -205,13 +209,23 @@ class Evaluation:
         with steps(f"evaluate {name}", len(questions), "responses") as advance:
             for start in range(0, len(questions), at_a_time):
                 batch = questions[start : start + at_a_time]
-                tokens = self.evaluator.generate([q.prompt for q in batch], [q.budget for q in batch])
-                texts = reader.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                prompts = [q.prompt for q in batch]
+                if batch[0].task.kind.classifies:  # and so do all: a model either classifies or generates
+                    texts = self.evaluator.classify(prompts, [q.types for q in batch])
+                else:
+                    tokens = self.evaluator.generate(prompts, [q.budget for q in batch])
+                    texts = reader.tokenizer.batch_decode(tokens, skip_special_tokens=True)
                 for question, text in zip(batch, texts, strict=True):
                     logs[question.task.name].add(question, text)
                 advance(len(batch))
         cost.generate += time.perf_counter() - started
         cost.responses += len(questions)
+
+
+def _score(task: Task, log: ResponseLog, questions: Sequence[Question], options: TaskOptions) -> Score:
+    """Judge a model's responses to all items of a task."""
+    verdicts = [log.verdict(question, options) for question in questions]
+    return task.score(verdicts, [log.response(question) for question in questions], [q.item for q in questions])
 
 
 @contextmanager

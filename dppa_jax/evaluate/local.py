@@ -1,4 +1,4 @@
-"""The evaluator that generates with the JAX model in this process (--evaluator=jax)."""
+"""The evaluator that generates, or classifies, with the JAX model in this process (--evaluator=jax)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,8 @@ import numpy as np
 from absl import logging
 
 from dppa_jax.checkpoint.in_memory import Model
-from dppa_jax.model import DecoderConfig, generate
+from dppa_jax.model import DecoderConfig, EncoderConfig, classify, generate, model_config
+from dppa_jax.model.config import ModelConfig
 from dppa_jax.model.generate import bucket, end_tokens
 from dppa_jax.runtime.memory import device_memory
 from dppa_jax.where import load_tree
@@ -18,7 +19,7 @@ BATCH_SIZE = 256
 
 
 class JaxEvaluator:
-    """An `Evaluator` that generates greedily with the model of dppa_jax.model.
+    """An `Evaluator` that generates greedily with a decoder of dppa_jax.model, and classifies with an encoder.
 
     New weights of the same shapes need no new compilation: the weights are arguments of the compiled program.
 
@@ -34,7 +35,7 @@ class JaxEvaluator:
     def __init__(self, *, dtype: str = "auto", batch_size: int = BATCH_SIZE, max_length: int = 2048):
         self.batch_size, self.max_length = batch_size, max_length
         self._dtype = "float32" if dtype == "auto" and jax.default_backend() == "cpu" else dtype
-        self._config: DecoderConfig | None = None
+        self._config: ModelConfig | None = None
         self._tree: dict = {}
 
     @property
@@ -55,7 +56,9 @@ class JaxEvaluator:
         else:
             config, tree = load_tree(weights)
             origin = weights
-        parsed = DecoderConfig.from_hf(config)
+        parsed = model_config(config)
+        if isinstance(parsed, EncoderConfig) and not parsed.labels:
+            raise ValueError(f"{origin}: it has no classification head, as experts that are tuned from it have.")
         self._end = end_tokens(config, origin)
         dtype = None if self._dtype == "auto" else self._dtype
         self._tree = jax.tree.map(lambda array: jnp.array(array, dtype), tree)
@@ -77,6 +80,40 @@ class JaxEvaluator:
         for index, answer in zip(asked, generated, strict=True):
             answers[index] = answer
         return answers
+
+    def classify(self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> list[str]:
+        """Return the number and the name of the class of each text, "1 positive", or the number that is predicted.
+
+        Args:
+          texts: token ids with all that an encoder reads.
+          types: of the tokens.
+        """
+        if not isinstance(self._config, EncoderConfig):
+            raise ValueError("the evaluator has no encoder yet: call use() with one first.")
+        most, names = max(map(len, texts), default=0), self._config.labels
+        if most > self._config.positions:
+            raise ValueError(
+                f"a text has {most} tokens, and the model reads {self._config.positions}: give "
+                f"--max_length={self._config.positions}."
+            )
+        answers = []
+        for start in range(0, len(texts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            logits = self._logits(texts[part], types[part])
+            if len(names) == 1:
+                answers += [f"{value:.9g}" for value in logits[:, 0].tolist()]
+            else:
+                answers += [f"{best} {names[best]}" for best in logits.argmax(axis=1).tolist()]
+        return answers
+
+    def _logits(self, texts: Sequence[Sequence[int]], types: Sequence[Sequence[int]]) -> np.ndarray:
+        """Compute the logits of a batch, padded to a length and a number of rows of which there are few."""
+        shape = bucket(len(texts)), min(bucket(max(map(len, texts))), self._config.positions)
+        tokens, kinds, text = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+        text[len(texts) :, 0] = True  # an empty row would divide by nothing
+        for row, (ids, own) in enumerate(zip(texts, types, strict=True)):
+            tokens[row, : len(ids)], kinds[row, : len(ids)], text[row, : len(ids)] = ids, own, True
+        return np.asarray(classify(self._config, self._tree, tokens, text, kinds))[: len(texts)]
 
     def close(self) -> None:
         """Free the weights."""

@@ -22,6 +22,8 @@ def domain_ratio(accuracies: Sequence[float], expert_accuracies: Sequence[float]
       accuracies: one for each task.
       expert_accuracies: those of the dense expert, in the same order.
 
+    A correlation, which some tasks have in place of an accuracy, counts as 0 where it is negative.
+
     Source: Zhu et al. 2024, eq. 8. The text does not say that the mean is geometric, but the published tables do: for
     GSM8K and MATH at 90 % magnitude pruning they give 53.41, cut off after the second digit:
 
@@ -30,4 +32,4 @@ def domain_ratio(accuracies: Sequence[float], expert_accuracies: Sequence[float]
     53.41
     """
     ratios = [task_ratio(*pair) for pair in zip(accuracies, expert_accuracies, strict=True)]
-    return math.prod(ratios) ** (1 / len(ratios))
+    return math.prod(0.0 if ratio < 0 else ratio for ratio in ratios) ** (1 / len(ratios))

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, NotRequired, TextIO, TypedDict
 
@@ -14,7 +14,7 @@ from dppa_jax.runtime.files import digest, open_to_append, sources_digest
 from dppa_jax.runtime.reading import MAX_LINE_BYTES, MAX_LINES_BYTES, parse_json, read_bytes
 
 # Verdicts of other code are not reused.
-SCORER = sources_digest(*(f"evaluate/{name}.py" for name in ("answers", "equivalence", "limited_worker")))
+SCORER = sources_digest(*(f"evaluate/{name}.py" for name in ("answers", "classes", "equivalence", "limited_worker")))
 
 
 class Kept(TypedDict):
@@ -36,7 +36,8 @@ class Question(NamedTuple):
     item: Item
     prompt: list[int]  # token ids
     budget: int  # tokens that the response may have
-    digest: str  # of the token ids
+    digest: str  # of what is read
+    types: Sequence[int] = ()  # of the tokens, for an encoder
 
 
 class ResponseLog:
@@ -73,6 +74,10 @@ class ResponseLog:
             line = {**line, "scoring": scoring, "correct": task.correct(options, line["response"], item)}
             self._write(line)
         return line["correct"]
+
+    def response(self, question: Question) -> str:
+        """Return the response to a question."""
+        return self._lines[question.item.id, question.digest]["response"]
 
     def close(self) -> None:
         """Close the file; the next line that is written opens it again."""

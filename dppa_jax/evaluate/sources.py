@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 import msgspec
 from absl import logging
 
+from dppa_jax.finetune.labelled import Labelled, read_labelled
 from dppa_jax.runtime import reading
 
 Text = Annotated[str, msgspec.Meta(min_length=1)]
@@ -23,12 +24,14 @@ class Item(NamedTuple):
       prompt: the text that the model is asked with.
       answers: texts, each of which is right.
       choices: texts, one of which is the answer; empty where the answer is free.
+      texts: what an encoder reads, one or two; the prompt is these, one below the other.
     """
 
     id: str
     prompt: str
     answers: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
 
 class Row(msgspec.Struct):
@@ -55,6 +58,8 @@ class Dataset:
       template: makes a prompt of `{text}` and `{target}`; empty where the prompt is the text alone.
       labels: the choices of rows in JSON lines that name none; empty where answers are free.
       no_label: the answer of rows without a label; rows that have only this answer are left out.
+      split: of the data set on the hub, which is scored.
+      labelled: are lines texts with labels (`finetune.labelled`) in place of questions with answers?
     """
 
     path: str
@@ -65,6 +70,8 @@ class Dataset:
     template: str = ""
     labels: tuple[str, ...] = ()
     no_label: str = ""
+    split: str = "test"
+    labelled: bool = False
 
     @property
     def cue(self) -> str:
@@ -88,7 +95,10 @@ def read(task: str, dataset: Dataset, data_dir: str) -> dict[str, tuple[Item, ..
       OSError: there is no such file, or the hub cannot be reached.
     """
     if not data_dir:
+        if not dataset.path:
+            raise ValueError(f"the task {task!r} is not on the hub: give --data_dir, the directory of its file.")
         return {"test": _checked(f"{dataset.path} on the hub", _from_hub(task, dataset), dataset)}
+    task = task.rpartition(":")[2]
     names = [f"{task}.jsonl", f"{task}_test.jsonl"]
     path = next((Path(data_dir) / name for name in names if (Path(data_dir) / name).is_file()), None)
     if path is None:
@@ -133,6 +143,7 @@ def read_json_lines(path: Path, dataset: Dataset) -> list[Item]:
     """Read the items of a file that has one JSON object in each line.
 
     The keys are `id`, `question` and `answer`, and where they apply `choices`, `text` and `target`; others are ignored.
+    Texts with labels have other keys: see `finetune.labelled.read_labelled`.
     `answer` is a text, or a list of texts each of which is right. Where there are choices, the text may also name
     several of them, joined by ", ". Where there is `text` (and `target`), `question` must be what the task's template
     makes of them, with or without the template's last line.
@@ -140,6 +151,8 @@ def read_json_lines(path: Path, dataset: Dataset) -> list[Item]:
     Raises:
       ValueError: a line is no such object; names the file and the line.
     """
+    if dataset.labelled:
+        return [labelled_item(line) for line in read_labelled(path)]
     items = []
     for number, row in reading.read_json_lines(path, Row, fix='Each line needs "id", "question" and "answer".'):
         try:
@@ -147,6 +160,11 @@ def read_json_lines(path: Path, dataset: Dataset) -> list[Item]:
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
     return items
+
+
+def labelled_item(line: Labelled) -> Item:
+    """Make an item of a text with a label; its answer is the name or the number of the class."""
+    return Item(line.id, "\n".join(line.texts), (str(line.label),), texts=line.texts)
 
 
 def _from_row(row: Row, dataset: Dataset) -> Item:
@@ -191,11 +209,12 @@ def _checked(where: str, items: Iterable[Item], dataset: Dataset) -> tuple[Item,
 
 def _from_hub(task: str, dataset: Dataset) -> list[Item]:
     """Read the items of a data set on the hub."""
-    files = {"data_files": {"test": dataset.file}} if dataset.file else {}
+    files = {"data_files": {dataset.split: dataset.file}} if dataset.file else {}
     try:
         import datasets
 
-        rows = datasets.load_dataset(dataset.path, dataset.name, split="test", revision=dataset.revision, **files)
+        where = {"split": dataset.split, "revision": dataset.revision, **files}
+        rows = datasets.load_dataset(dataset.path, dataset.name, **where)
     except Exception as error:  # `datasets` raises errors of its own and of three libraries that it uses
         raise OSError(
             f"the task {task!r}: {dataset.path} cannot be loaded from the hub ({type(error).__name__}: {error}). "

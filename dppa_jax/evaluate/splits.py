@@ -8,7 +8,8 @@ SOURCE is a directory with these files; their rows are of the form that --data_d
 - unfair_tos_full1607.jsonl, the test split of LexGLUE, including the rows with the answer "None".
 
 TARGET gets TASK_test.jsonl and TASK_validation.jsonl for --data_dir, and TASK_train.jsonl and TASK_eval.jsonl with
-prompts and completions for --job=finetune. No question is in two of the splits.
+prompts and completions for --job=finetune. No question is in two of the splits. TARGET/labels gets the same splits of
+FPB as sentences with labels, for encoders and --evaluate=classify:fpb.
 """
 
 import hashlib
@@ -52,6 +53,7 @@ class Solution(TypedDict):
     solution: str
 
 
+LABELLED = ("fpb",)  # tasks of one label, of which files for encoders are written as well
 Splits = dict[str, list[Row]]
 
 
@@ -115,7 +117,7 @@ SPLITS: dict[str, Callable[[Path], Splits]] = {"gsm8k": gsm8k, "fpb": fpb, "unfa
 
 def write_splits(source: Path, target: Path) -> dict[str, dict[str, int]]:
     """Write the files of all three tasks; return how many rows each split has, by task."""
-    target.mkdir(parents=True, exist_ok=True)
+    (target / "labels").mkdir(parents=True, exist_ok=True)
     counts: dict[str, dict[str, int]] = {}
     for task, split in SPLITS.items():
         splits = split(source)
@@ -125,9 +127,17 @@ def write_splits(source: Path, target: Path) -> dict[str, dict[str, int]]:
         for name, rows in learned.items():
             examples = [{"prompt": prompt(task, row), "completion": row["completion"]} for row in rows]
             write_rows(target / f"{task}_{name}.jsonl", examples)
+        if task in LABELLED:
+            for name, rows in {**splits, "eval": splits["validation"]}.items():
+                write_rows(target / "labels" / f"{task}_{name}.jsonl", [_labelled_row(row) for row in rows])
         counts[task] = {name: len(rows) for name, rows in splits.items()}
         logging.info("%s: %s", task, ", ".join(f"{count} {name}" for name, count in counts[task].items()))
     return counts
+
+
+def _labelled_row(row: Row) -> Row:
+    """Return a row as a sentence, which is the question without what the template adds, and its label."""
+    return {"id": row["id"], "sentence": row["question"].partition("\nQuestion:")[0], "label": row["answer"]}
 
 
 def prompt(task: str, row: Row) -> str:

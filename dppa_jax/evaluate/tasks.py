@@ -1,18 +1,21 @@
 """The table of tasks: where the items of each come from, how they are asked, and how a response is judged."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from absl import logging
 
 from dppa_jax.checkpoint.tokenizer import encode as encode_texts
+from dppa_jax.checkpoint.tokenizer import encode_whole
 from dppa_jax.config.evaluation import Split, TaskOptions
 from dppa_jax.config.option import choose
 from dppa_jax.demo import text
-from dppa_jax.evaluate import answers
+from dppa_jax.evaluate import answers, classes
+from dppa_jax.evaluate.classes import Metric
 from dppa_jax.evaluate.paper_tasks import DATASETS
+from dppa_jax.evaluate.scores import Score
 from dppa_jax.evaluate.sources import Item, read, set_aside
 from dppa_jax.evaluate.templates import in_chat_template
 
@@ -28,6 +31,7 @@ class Kind:
       judge: says whether a response answers an item.
       prompt, scoring: say in words how items are asked and judged under the options.
       wrapped: whether `--prompt_wrapper` applies.
+      classifies: whether an encoder answers, with a class or a number, where a decoder would generate text.
     """
 
     ask: Callable[[TaskOptions, Item], str]
@@ -35,6 +39,7 @@ class Kind:
     prompt: Callable[[TaskOptions], str]
     scoring: Callable[[TaskOptions], str]
     wrapped: bool = False
+    classifies: bool = False
 
 
 EXACT = Kind(
@@ -80,6 +85,20 @@ CHOICE = Kind(
 )
 
 
+CLASS = Kind(
+    ask=lambda options, item: item.prompt,
+    judge=lambda options, response, item: classes.is_class(response, item.answers),
+    prompt=lambda options: "the text itself",
+    scoring=lambda options: "the class with the largest logit",
+    classifies=True,
+)
+NUMBER = replace(
+    CLASS,
+    judge=lambda options, response, item: classes.is_near(response, item.answers),
+    scoring=lambda options: "the number that is predicted",
+)
+
+
 @dataclass(frozen=True)
 class Task:
     """A set of questions with answers that a program can judge.
@@ -90,6 +109,7 @@ class Task:
       load: reads all items of its splits.
       kind: how it asks and judges.
       max_new_tokens: where a response is cut off, if `--max_new_tokens` does not say it.
+      metric: what is measured in place of the share of right answers, if it is not that.
     """
 
     name: str
@@ -97,6 +117,7 @@ class Task:
     load: Callable[[TaskOptions], Mapping[str, Sequence[Item]]]
     kind: Kind = EXACT
     max_new_tokens: int = 2048
+    metric: Metric | None = None
 
     def items(self, options: TaskOptions, split: Split = "test") -> tuple[Item, ...]:
         """Read the items of a split, or the first `--limit` of them; every call reads anew.
@@ -127,12 +148,20 @@ class Task:
         """Say how responses are judged, as far as options decide it."""
         return self.kind.scoring(options)
 
+    def score(self, verdicts: Sequence[bool], responses: Sequence[str], items: Sequence[Item]) -> Score:
+        """Return the score of responses to all items, of which the verdicts are known."""
+        measured = ()
+        if self.metric:
+            right = [item.answers[0] for item in items]
+            measured = self.metric(right, list(map(classes.answered, responses, right)))
+        return Score(sum(verdicts), len(verdicts), *measured)
+
     def describe(self, options: TaskOptions) -> dict[str, str]:
         """Say what is printed with the results: how the items of this task are asked and judged."""
         limit = options.max_new_tokens or self.max_new_tokens
         return {
             "prompt": self.prompt_variant(options),
-            "scoring": self.scoring_variant(options),
+            "scoring": self.scoring_variant(options) + (f"; {self.metric.words}" if self.metric else ""),
             "tokens": f"at most {limit} new, {options.max_length} with the prompt",
         }
 
@@ -160,6 +189,13 @@ class Task:
                 options.max_length,
             )
         return prompts
+
+    def encode_texts(
+        self, options: TaskOptions, items: Sequence[Item], tokenizer: Any
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return what an encoder reads of the items: token ids and types; longer texts are cut at `--max_length`."""
+        length = min(options.max_length, tokenizer.model_max_length)
+        return encode_whole(tokenizer, [item.texts for item in items], length) if items else []
 
     def budget(self, options: TaskOptions, prompt: Sequence[int]) -> int:
         """Return how many new tokens an answer may have: the task's limit, or what `--max_length` leaves."""
@@ -201,8 +237,12 @@ def from_demo(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
 
 
 def from_dataset(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
-    """Read the splits of a task of the paper; `--validation_share` makes a validation split where there is none."""
-    items = read(name, DATASETS[name], options.data_dir)
+    """Read the splits of a task of the paper."""
+    return split_off(name, read(name, DATASETS[name], options.data_dir), options)
+
+
+def split_off(name: str, items: dict[str, tuple[Item, ...]], options: TaskOptions) -> dict[str, tuple[Item, ...]]:
+    """Return the splits; where there are no validation items, `--validation_share` of the items are set aside."""
     if "validation" in items or not options.validation_share:
         return items
     splits = set_aside(items["test"], options.validation_share, f"{name} {options.split_seed}")
@@ -211,6 +251,17 @@ def from_dataset(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]
             f"--validation_share={options.validation_share}: leaves {name!r} without test items; give a smaller share."
         )
     return splits
+
+
+def of_classes(name: str, kind: Kind = CLASS, metric: Metric | None = None) -> Task:
+    """Return a task of an encoder, whose expert has its name; `classify:NAME` is one of NAME.jsonl in --data_dir."""
+    own = name.rpartition(":")[2]
+    return Task(name, own, partial(from_labels, name), kind, max_new_tokens=1, metric=metric)
+
+
+def from_labels(name: str, options: TaskOptions) -> dict[str, tuple[Item, ...]]:
+    """Read the splits of a task of an encoder."""
+    return split_off(name, read(name, classes.dataset_of(name), options.data_dir), options)
 
 
 TASKS = {
@@ -222,6 +273,10 @@ TASKS = {
         Task("fpb", "finance", partial(from_dataset, "fpb"), CHOICE),
         Task("scotus", "law", partial(from_dataset, "scotus"), CHOICE),
         Task("unfair_tos", "law", partial(from_dataset, "unfair_tos"), CHOICE),
+        of_classes("cola", metric=classes.MATTHEWS),
+        of_classes("sst2"),
+        of_classes("mrpc", metric=classes.ACCURACY_F1),
+        of_classes("stsb", NUMBER, classes.CORRELATIONS),
         *(
             Task(name, domain, partial(from_demo, name), max_new_tokens=DEMO_ANSWER_TOKENS)
             for domain, names in text.TASKS.items()
@@ -229,6 +284,21 @@ TASKS = {
         ),
     )
 }
+
+
+OWN = "classify:"  # before the name of a file of texts with labels
+
+
+@cache
+def task_of(name: str) -> Task:
+    """Return the task of a name in `--evaluate`.
+
+    Raises:
+      ValueError: there is no such task.
+    """
+    if name.startswith(OWN) and name != OWN:
+        return of_classes(name)
+    return TASKS[choose("--evaluate", name, [*TASKS, f"{OWN}NAME"])]
 
 
 def by_domain(names: Iterable[str]) -> dict[str, list[Task]]:
@@ -242,7 +312,7 @@ def by_domain(names: Iterable[str]) -> dict[str, list[Task]]:
     """
     domains: dict[str, list[Task]] = {}
     for name in names:
-        task = TASKS[choose("--evaluate", name, TASKS)]
+        task = task_of(name)
         if task in domains.setdefault(task.domain, []):
             raise ValueError(f"--evaluate: {name} is given twice; name each task once.")
         domains[task.domain].append(task)

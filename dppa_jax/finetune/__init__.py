@@ -1,4 +1,4 @@
-"""Full fine-tuning and pre-training of the Flax decoder."""
+"""Fine-tuning and pre-training of decoders, and fine-tuning of encoders."""
 
 from dppa_jax.config.finetune import AdamW, TrainConfig
 from dppa_jax.finetune.data import Example, Rows, encode, encode_packed, read_examples

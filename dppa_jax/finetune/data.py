@@ -50,10 +50,27 @@ class Rows(NamedTuple):
         """Return the rows with these indices."""
         return Rows(*(None if array is None else array[at] for array in (self.tokens, self.learned, self.positions)))
 
+    def only(self, which: Bool[np.ndarray, " N"]) -> "Rows":
+        """Return the rows, of which the others do not count."""
+        return self._replace(learned=self.learned & which[:, None])
+
     @property
     def count(self) -> int:
         """The number of rows."""
         return len(self.tokens)
+
+    @property
+    def terms(self):
+        """How many tokens the loss counts: the learned ones but for the first of a row, which nothing predicts."""
+        return self.learned[..., 1:].sum()
+
+    @property
+    def present(self) -> Bool[np.ndarray, "N T"]:
+        """Which tokens belong to an example and are not padding."""
+        if self.positions is None:  # padding follows the last learned token
+            return np.flip(np.maximum.accumulate(np.flip(self.learned, -1), -1), -1)
+        following = np.concatenate([self.positions[:, 1:] > 0, np.zeros((len(self.positions), 1), bool)], -1)
+        return (self.positions > 0) | following
 
 
 def read_examples(path: Path | str) -> list[Example]:

@@ -19,12 +19,13 @@ from dppa_jax.checkpoint.adapter import PREFIX
 from dppa_jax.config.finetune import Lora
 from dppa_jax.config.option import choose
 from dppa_jax.model import DecoderConfig, abstract_tree
+from dppa_jax.model.config import ModelConfig
 
 A, B = "_lora_a", "_lora_b"
 LETTERS = {A: "A", B: "B"}
 
 
-def trained_tree(config: DecoderConfig, lora: Lora) -> dict:
+def trained_tree(config: ModelConfig, lora: Lora) -> dict:
     """Return what is trained, as shapes: all weights or, with a rank, the factors.
 
     Raises:
@@ -91,6 +92,8 @@ def with_targets(lora: Lora, config: Mapping) -> Lora:
     if not lora.rank:
         return lora
     row = architecture_of(config)
+    if row.own_heads:
+        raise ValueError("--lora_rank: adapters of encoders are not trained here; leave it out: all weights are.")
     if WRAPPED in config:
         raise ValueError("--lora_rank: a model of images and text has other modules; give the text model alone.")
     fused = {kind.rpartition(".")[2]: one.name for one in row.fused if one.always for kind in one.kinds}

@@ -1,4 +1,4 @@
-"""Fine-tuning and pre-training of the Flax decoder, of all weights or of an adapter, on a mesh of devices.
+"""Fine-tuning and pre-training of decoders, of all weights or of an adapter, and of encoders, on a mesh of devices.
 
 The mesh has the axes `data` and `fsdp`. Both divide the rows of a batch. `fsdp` also divides every matrix, its gradient
 and its optimiser moments; a layer's weights are gathered when the layer is computed.
@@ -14,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from dppa_jax.config.finetune import AdamW, Lora, TrainConfig
-from dppa_jax.finetune.data import Rows, batches
+from dppa_jax.finetune.data import batches
 from dppa_jax.finetune.lora import first_factors, trained_tree, whole_tree
+from dppa_jax.finetune.losses import AnyRows, loss_sums
 from dppa_jax.finetune.optimizer import pull_of, transformation
-from dppa_jax.model import DecoderConfig, abstract_tree, forward
+from dppa_jax.model import abstract_tree
+from dppa_jax.model.config import ModelConfig
 from dppa_jax.runtime.mesh import WIDE_VECTORS, put
 
 STEPS_PER_REPORT = 10  # reading a loss waits for the device's queue to empty, so it is not done at every step
@@ -65,7 +67,7 @@ class Trainer:
         adapter has no base.
     """
 
-    def __init__(self, config: DecoderConfig, options: TrainConfig, mesh: Mesh | None = None, base: dict | None = None):
+    def __init__(self, config: ModelConfig, options: TrainConfig, mesh: Mesh | None = None, base: dict | None = None):
         self.config, self.options = config, options
         self.mesh = mesh or Mesh(np.array(jax.local_devices()[:1]).reshape(1, 1), TRAIN_AXES)
         if options.rows_together % self.mesh.size:
@@ -112,7 +114,7 @@ class Trainer:
         state = State(tree, jax.eval_shape(transformation(self.options.optimizer).init, tree))
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, self.shardings)
 
-    def step(self, state: State, number: int, rows: Rows) -> tuple[State, Float[Array, ""]]:
+    def step(self, state: State, number: int, rows: AnyRows) -> tuple[State, Float[Array, ""]]:
         """Return the state after one step, and the loss before it. The memory of the given state is reused.
 
         Args:
@@ -121,7 +123,7 @@ class Trainer:
         """
         return self._update(state, self.rates[number], self._placed(rows, self.options.accumulate), self._anchor)
 
-    def steps(self, state: State, first: int, batches: Sequence[Rows]) -> tuple[State, Float[np.ndarray, "steps"]]:
+    def steps(self, state: State, first: int, batches: Sequence[AnyRows]) -> tuple[State, Float[np.ndarray, "steps"]]:
         """Take a step for each batch, `STEPS_PER_REPORT` at most, in one program; return the losses before them.
 
         The results are those of as many calls of `step`, up to rounding. A small model gains by it: between two steps
@@ -139,23 +141,22 @@ class Trainer:
         """Return AdamR's `vbar` and largest pull so far, for a log; refuse a pull of 1 or more, see `pull_of`."""
         return pull_of(state.moments)
 
-    def loss(self, state: State, rows: Rows) -> float:
-        """Return the mean cross-entropy, in nats, of the learned tokens of all rows."""
+    def loss(self, state: State, rows: AnyRows) -> float:
+        """Return the mean loss of all rows; see `losses.py`."""
         total = count = 0.0
         for start in range(0, rows.count, self.options.rows_together):
             at = np.arange(start, start + self.options.rows_together)
-            part = rows.take(at % rows.count)  # the last batch is filled with rows whose tokens do not count
-            part = part._replace(learned=part.learned & (at < rows.count)[:, None])
-            surprise, learned = self._loss(state.tree, self._placed(part, 1), self._anchor)
-            total, count = total + float(surprise), count + float(learned)
+            part = rows.take(at % rows.count)  # the last batch is filled with rows that do not count
+            surprise, terms = self._loss(state.tree, self._placed(part.only(at < rows.count), 1), self._anchor)
+            total, count = total + float(surprise), count + float(terms)
         return total / max(count, 1.0)
 
-    def _placed(self, rows: Rows, parts: int) -> Rows:
+    def _placed(self, rows: AnyRows, parts: int) -> AnyRows:
         """Put rows on the mesh, shaped (parts, rows of a part, tokens)."""
         sharding = NamedSharding(self.mesh, PartitionSpec(None, TRAIN_AXES))
         return jax.tree.map(lambda array: put(array, sharding), self._split(rows, parts))
 
-    def _split(self, rows: Rows, parts: int) -> Rows:
+    def _split(self, rows: AnyRows, parts: int) -> AnyRows:
         """Return views of the rows, shaped (parts, rows of a part, tokens)."""
         return jax.tree.map(lambda array: array.reshape(parts, -1, array.shape[-1]), rows)
 
@@ -167,13 +168,13 @@ def _on_mesh(weight, sharding: NamedSharding, dtype) -> Array:
 
 
 def train(
-    config: DecoderConfig,
+    config: ModelConfig,
     tree: dict,
-    rows: Rows,
+    rows: AnyRows,
     options: TrainConfig,
     report: Callable[[int, float], None] = lambda steps, loss: None,
 ) -> tuple[dict, Float[np.ndarray, "steps"]]:
-    """Minimise the mean cross-entropy of the learned tokens, on one device.
+    """Minimise the mean loss of the rows, on one device.
 
     On one machine, the same arguments give the same bits.
 
@@ -200,12 +201,12 @@ def train(
 
 
 @cache  # the learning rate is an argument of the step, so another schedule needs no new compilation
-def compiled(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora):
+def compiled(config: ModelConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora):
     """Return two jitted functions: the optimiser step, and `loss_sums` of one batch."""
     whole = NamedSharding(mesh, PartitionSpec())
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 
-    def batch_loss(tree, rows: Rows, base):
+    def batch_loss(tree, rows: AnyRows, base):
         return sums(whole_tree(base, tree, lora), jax.tree.map(lambda array: array[0], rows))
 
     return (
@@ -218,7 +219,7 @@ def compiled(config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: st
 
 @cache
 def compiled_steps(
-    config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora
+    config: ModelConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora
 ):
     """Return a jitted function that takes the first `count` of `STEPS_PER_REPORT` steps.
 
@@ -226,7 +227,7 @@ def compiled_steps(
     """
     update = _update_of(config, optimizer, accumulate, dtype, remat, mesh, lora)
 
-    def updates(state: State, learning_rates, rows: Rows, count, anchor):
+    def updates(state: State, learning_rates, rows: AnyRows, count, anchor):
         def take(number, carry):
             state, losses = carry
             taken = jax.tree.map(lambda array: array[number], rows)
@@ -238,7 +239,7 @@ def compiled_steps(
     return _jitted_update(updates, config, optimizer, mesh, lora)
 
 
-def _jitted_update(update: Callable, config: DecoderConfig, optimizer: AdamW, mesh: Mesh, lora: Lora):
+def _jitted_update(update: Callable, config: ModelConfig, optimizer: AdamW, mesh: Mesh, lora: Lora):
     """Jit a function of a state, whose memory it reuses, and more; it returns a state and what all devices hold."""
     shardings, whole = state_shardings(config, optimizer, mesh, lora), NamedSharding(mesh, PartitionSpec())
     options = _compiler_options(mesh)
@@ -250,23 +251,23 @@ def _compiler_options(mesh: Mesh) -> dict | None:
 
 
 def _update_of(
-    config: DecoderConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora
+    config: ModelConfig, optimizer: AdamW, accumulate: int, dtype: str, remat: bool, mesh: Mesh, lora: Lora
 ) -> Callable:
     """Return the optimiser step: a function of state, learning rate, rows (parts, rows of a part, tokens), anchor."""
     shardings = state_shardings(config, optimizer, mesh, lora)
     sums = partial(loss_sums, config, dtype=dtype, remat=remat)
 
-    def update(state: State, learning_rate, rows: Rows, anchor):
-        learned = jnp.maximum(jnp.sum(rows.learned[..., 1:]), 1)
+    def update(state: State, learning_rate, rows: AnyRows, anchor):
+        terms = jnp.maximum(rows.terms, 1)
 
-        def part_loss(tree, part: Rows):  # this part's share of the mean over the whole batch
-            return sums(whole_tree(anchor, tree, lora), part)[0] / learned
+        def part_loss(tree, part: AnyRows):  # this part's share of the mean over the whole batch
+            return sums(whole_tree(anchor, tree, lora), part)[0] / terms
 
-        def loss_and_gradient(part: Rows):
+        def loss_and_gradient(part: AnyRows):
             loss, gradient = jax.value_and_grad(part_loss)(state.tree, part)
             return loss, jax.lax.with_sharding_constraint(gradient, shardings.tree)
 
-        def add(carry, part: Rows):
+        def add(carry, part: AnyRows):
             return jax.tree.map(jnp.add, carry, loss_and_gradient(part)), None
 
         total = loss_and_gradient(jax.tree.map(lambda array: array[0], rows))
@@ -280,24 +281,8 @@ def _update_of(
     return update
 
 
-def loss_sums(
-    config: DecoderConfig, tree: dict, rows: Rows, *, dtype: str = "float32", remat: bool = False
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Return the sum of the cross-entropies, in nats, of the learned tokens, and how many there are.
-
-    A token's cross-entropy is −log p(token | the tokens before it in its example). The first token of a row has none.
-    `dtype` is the dtype of the forward pass; `remat` recomputes layers in the backward pass.
-    """
-    tree = jax.tree.map(lambda weight: weight.astype(dtype), tree)
-    positions = None if rows.positions is None else rows.positions[:, :-1]
-    logits = forward(config, tree, rows.tokens[:, :-1], positions, remat=remat)
-    surprise = optax.softmax_cross_entropy_with_integer_labels(logits, rows.tokens[:, 1:])
-    learned: Bool[Array, "B T"] = rows.learned[:, 1:]
-    return jnp.sum(surprise, where=learned), jnp.sum(learned)
-
-
 @cache
-def state_shardings(config: DecoderConfig, optimizer: AdamW, mesh: Mesh, lora: Lora) -> State:
+def state_shardings(config: ModelConfig, optimizer: AdamW, mesh: Mesh, lora: Lora) -> State:
     """Return the sharding of every array of a state; moments are divided like their weights."""
     tree = trained_tree(config, lora)
     weights = tree_shardings(tree, mesh)

@@ -8,6 +8,7 @@ from typing import Any
 
 from dppa_jax.config.advise import AUTO, DECIDED, UNDECIDED, AdviseConfig
 from dppa_jax.config.benchmark import BenchmarkConfig
+from dppa_jax.config.conventions import OURS
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
 from dppa_jax.config.merge import MergeConfig
@@ -106,7 +107,9 @@ def report_config(values: Values) -> ReportConfig:
         adamerging=_adamerging(values),
         method_options=_method_options(values),
     )
-    method = values["method"] or ("" if values["output"] else "dppa")  # nothing is merged by it without --output
+    # nothing is merged by it without --output; dppa prunes linears alone
+    other = "dppa" if values["prune"] in ("", OURS["prune"]) else "dare"
+    method = values["method"] or ("" if values["output"] else other)
     plain = {name: one.default for name, one in PARAMETERS.items()}  # the sweep has the numbers of its methods
     run = job_config({**values, "method": method, "q": [], **plain})
     run = replace(run, flags=values, command=command(values))

@@ -17,7 +17,6 @@ from dppa_jax.checkpoint.output import Unfinished, output_directory, publish
 from dppa_jax.config.finetune import FinetuneConfig
 from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.tasks import every_task
-from dppa_jax.finetune.data import read_examples
 from dppa_jax.finetune.optimizer import PullError
 from dppa_jax.flags import command
 from dppa_jax.jobs.finetune import run_finetune
@@ -27,7 +26,7 @@ from dppa_jax.runtime.directories import claim_directory, remove_content
 from dppa_jax.runtime.files import digest, sources_digest, write_whole
 from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import console
-from dppa_jax.runtime.reading import read_json
+from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_json, read_text
 from dppa_jax.search.decay import START, largest_within
 from dppa_jax.where import locate, open_checkpoint
 
@@ -159,7 +158,7 @@ def _scorer(job: FinetuneConfig, source: Path) -> Iterator[tuple[str, ScoreOf]]:
 def _place(job: FinetuneConfig, source: Path) -> Iterator[Path]:
     """Yield the directory of this search, locked; when the search is done, or has done nothing, it is removed."""
     model = open_checkpoint(source)
-    files = [list(map(tuple, read_examples(file))) for file in (*job.data, *job.eval_data)]
+    files = [read_text(file, MAX_LINES_BYTES) for file in (*job.data, *job.eval_data)]
     options = {name: value for name, value in asdict(job).items() if name not in ELSEWHERE}
     code = sources_digest("finetune/*.py", "model/*.py", "search/decay.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]

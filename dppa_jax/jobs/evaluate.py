@@ -10,7 +10,7 @@ from dppa_jax.config.run import EvaluateConfig
 from dppa_jax.evaluate.evaluation import open_evaluation
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import every_task
-from dppa_jax.jobs.evaluated import announce, check_tasks
+from dppa_jax.jobs.evaluated import announce, check_answers, check_tasks
 from dppa_jax.jobs.places import check_apart, directories
 from dppa_jax.report.sections import finish, new_report, show
 from dppa_jax.report.tables import Cell, ResultTable
@@ -31,6 +31,8 @@ def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
     with_tokenizer = [directory for directory in places.values() if has_tokenizer(directory)]
     default = places[job.tokenizer] if job.tokenizer else [*with_tokenizer, *places.values()][0]
     tasks = every_task(config.tasks)
+    for model in opened.values():
+        check_answers(model, tasks, alone=True)
     with open_evaluation(config, default, Path(job.workdir), shared=bool(job.tokenizer)) as evaluation:
         announce(evaluation, config)
         readers = {name: evaluation.readers.of(name, model.config, places[name]) for name, model in opened.items()}

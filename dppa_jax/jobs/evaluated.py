@@ -17,7 +17,7 @@ from dppa_jax.config.search import AdaMergingConfig, FactorSearch
 from dppa_jax.evaluate.evaluation import Evaluation, open_evaluation
 from dppa_jax.evaluate.tasks import Task, by_domain, every_task
 from dppa_jax.jobs.models import open_job
-from dppa_jax.model import DecoderConfig
+from dppa_jax.model import model_config
 from dppa_jax.runtime.progress import console
 from dppa_jax.runtime.reading import printable
 from dppa_jax.search.adamerging import adamerge
@@ -42,9 +42,12 @@ def find_coefficients(
 
 
 def check_tasks(config: EvaluationConfig) -> None:
-    """Refuse an evaluation without tasks."""
+    """Refuse an evaluation without tasks, or with some that its evaluator does not ask."""
     if not config.tasks:
         raise ValueError("--evaluate is empty: name the tasks, for example --evaluate=gsm8k,fpb.")
+    for task in every_task(config.tasks):
+        if task.kind.classifies and config.evaluator != type(config).evaluator:
+            raise ValueError(f"--evaluate={task.name}: --evaluator={config.evaluator} asks decoders; leave it out.")
 
 
 def check_search(job: JobConfig) -> None:
@@ -99,30 +102,52 @@ def check_forward(looked: Looked, needs: str | None) -> None:
         return
     directory, architecture = looked.directory, known(looked.config)
     if not architecture or not architecture.forward or WRAPPED in looked.config:
-        able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes)
+        able = ", ".join(name for row in ARCHITECTURES.values() if row.forward for name in row.classes[:1])
         named = printable(str((looked.config.get("architectures") or ["this model"])[0]))
         raise ValueError(
             f"{directory}: {needs} needs a forward pass in JAX, and {named} has none, as {able} "
             f"have. It can be merged, and evaluated with --evaluator=vllm."
         )
     try:
-        DecoderConfig.from_hf(looked.config)
+        model_config(looked.config)
     except ValueError as error:
         raise ValueError(f"{directory}: {needs}: {error}") from None
 
 
 def check_whole_layers(looked: Looked, needs: str, instead: str) -> None:
-    """Refuse a mixture of experts, of a model that this program computes, where a gradient by coefficients is needed.
+    """Refuse an encoder or a mixture of experts, of models computed here, where a gradient by coefficients is needed.
 
     Args:
       looked: the model.
       needs: the flag that needs it.
       instead: what to give in its place.
     """
-    if DecoderConfig.from_hf(looked.config).num_experts:
+    row = known(looked.config)
+    if row and not row.adamerging:
+        why = "looks at logits of tokens, and this is an encoder"
+        if not row.own_heads:
+            why = "merges one matrix of a layer at a time, and this layer is a mixture of experts"
+        raise ValueError(f"{looked.directory}: {needs} {why}: give {instead}.")
+
+
+def check_answers(looked: Looked, tasks: Sequence[Task], alone: bool = False) -> None:
+    """Refuse tasks that a model cannot answer: an encoder classifies, and a decoder generates.
+
+    Args:
+      looked: the model.
+      tasks: that it is asked.
+      alone: is it asked as it is, so that it needs a head of its own?
+    """
+    row, directory = known(looked.config), looked.directory
+    encodes = bool(row and row.own_heads)
+    for task in tasks:
+        if task.kind.classifies != encodes:
+            does = "classifies, and does not generate: give cola, sst2, mrpc, stsb or classify:NAME"
+            does = does if encodes else "generates, and does not classify: give a task that is answered in words"
+            raise ValueError(f"--evaluate={task.name}: {directory} {does} (dppa_jax/evaluate/README.md).")
+    if encodes and alone and not model_config(looked.config).labels:
         raise ValueError(
-            f"{looked.directory}: {needs} merges one matrix of a layer at a time, and this layer is a mixture of "
-            f"experts: give {instead}."
+            f"{directory} has no classification head, and cannot be evaluated alone; a merge of it has its expert's."
         )
 
 
@@ -131,6 +156,7 @@ def evaluation_of(job: JobConfig) -> AbstractContextManager[Evaluation]:
     needs = ADAMERGING if job.adamerging else None if job.evaluation.evaluator == "vllm" else "--evaluator=jax"
     looked = look(job.base, job.merge.seed, dequantise=job.dequantise)
     check_forward(looked, needs)
+    check_answers(looked, every_task(job.evaluation.tasks))
     if job.adamerging:
         check_whole_layers(looked, ADAMERGING, "numbers as --coefficient, or search for factors")
     given = {"base": job.base, **job.experts}

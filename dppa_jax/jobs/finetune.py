@@ -11,6 +11,7 @@ from functools import partial, reduce
 from importlib.metadata import version
 from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,21 +25,15 @@ from dppa_jax.checkpoint.card import library_versions
 from dppa_jax.checkpoint.laid_out import laid_out_writer
 from dppa_jax.checkpoint.output import check_space, output_directory
 from dppa_jax.checkpoint.safetensors_writer import total_bytes
-from dppa_jax.checkpoint.stacked import stored_tree
-from dppa_jax.checkpoint.tokenizer import load_tokenizer
-from dppa_jax.config.evaluation import EvaluationConfig
 from dppa_jax.config.finetune import FinetuneConfig, Lora, TrainConfig
-from dppa_jax.evaluate.reader import listed
-from dppa_jax.evaluate.tasks import every_task
-from dppa_jax.finetune.data import Example, Rows, batches, encode, encode_packed, read_examples
+from dppa_jax.finetune.data import batches
 from dppa_jax.finetune.lora import adapter_config, adapter_tensors, with_targets
+from dppa_jax.finetune.losses import AnyRows
 from dppa_jax.finetune.optimizer import PullError
 from dppa_jax.finetune.states import KEPT, Checkpoints, checkpoints
 from dppa_jax.finetune.train import STEPS_PER_REPORT, TRAIN_AXES, State, Trainer
-from dppa_jax.jobs.models import check_code
+from dppa_jax.jobs.material import material_of
 from dppa_jax.jobs.places import check_apart, directories
-from dppa_jax.model import DecoderConfig
-from dppa_jax.model.generate import end_tokens
 from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest
 from dppa_jax.runtime.mesh import make_mesh
@@ -46,6 +41,15 @@ from dppa_jax.runtime.progress import steps
 from dppa_jax.runtime.signals import defer_signals
 from dppa_jax.where import open_checkpoint
 
+LEARNED_BY = (
+    "data",
+    "heads",
+    "labelled",
+    "lora",
+    "losses",
+    "optimizer",
+    "train",
+)  # modules that decide what is learned
 STATE_BYTES = 12  # for each parameter: the weight and two moments in float32
 
 
@@ -69,20 +73,15 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
     with processes.first_alone("base"):
         model = open_checkpoint(job.base, job.seed)
     check_apart({"--output": job.output}, directories({"base": model}), job.workdir)
-    examples, checked = (_read(files) for files in (job.data, job.eval_data))
-    check_held_out(job.held_out, examples)
-    check_code(model)
-    tree = stored_tree(model, model.specs)
-    config, tokenizer = DecoderConfig.from_hf(model.config), _tokenizer(model)
-    rows = _rows(job, tokenizer, config, examples)
-    eval_rows = _rows(job, tokenizer, config, checked) if checked else None
+    material = material_of(job, model)
+    tree, rows, eval_rows = material.tree, material.rows, material.eval_rows
     options = job.training(rows.count)
     options = replace(options, lora=with_targets(options.lora, model.config))
-    trainer = Trainer(config, options, mesh, tree)
+    trainer = Trainer(material.config, options, mesh, tree)
     trained = trainer.abstract().tree if options.lora.rank else tree
     dtypes = jax.tree.map(lambda weight: DTYPE_BY_NAME[job.output_dtype] if job.output_dtype else weight.dtype, trained)
     _check_space(job, trained, dtypes)
-    _tell(options, len(examples), rows)
+    _tell(options, material.examples, rows)
     weights = processes.of_first("base digest", model.content_digest)
     key = processes.of_first("fingerprint", lambda: fingerprint(job, options, weights, rows, eval_rows))
     directory = Path(job.workdir) / f"finetune-{key[:12]}"
@@ -95,7 +94,7 @@ def run_finetune(job: FinetuneConfig) -> list[dict]:
         if options.lora.rank:
             write_adapter(job, state.tree, options.lora, model, texts)
         else:
-            write_expert(job, state.tree, dtypes, model, texts)
+            write_expert(job, state.tree, dtypes, material.model, texts)
         kept.finished()
     logging.info("wrote %s in %.1f s", job.output, seconds)
     return log
@@ -106,8 +105,8 @@ def _trained(
     trainer: Trainer,
     state: State,
     log: list[dict],
-    rows: Rows,
-    eval_rows: Rows | None,
+    rows: AnyRows,
+    eval_rows: AnyRows | None,
     kept: Checkpoints,
 ) -> tuple[State, list[dict]]:
     """Train from a state to the last step; return the last state and the log.
@@ -150,7 +149,7 @@ def _trained(
     return state, log
 
 
-def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Checkpoint, texts: Mapping[str, str]) -> None:
+def write_expert(job: FinetuneConfig, tree: dict, dtypes: dict, base: Any, texts: Mapping[str, str]) -> None:
     """Write the Hugging Face directory, in the first process. One tensor at a time is whole on every device."""
     specs, at = base.specs, lambda tree, spec: reduce(getitem, spec.path, tree)
     tensors = {name: (spec.shape, at(dtypes, spec)) for name, spec in specs.items()}
@@ -218,9 +217,9 @@ class Pace:
         self.steps = steps
         self._restart()
 
-    def add(self, rows: Rows) -> None:
+    def add(self, rows: AnyRows) -> None:
         """Count the tokens of a step."""
-        self._taken, self._tokens = self._taken + 1, self._tokens + int(_present(rows).sum())
+        self._taken, self._tokens = self._taken + 1, self._tokens + int(rows.present.sum())
 
     def entry(self) -> dict:
         """Return the speed since the last entry. Call it when the last loss is known, so that the device is idle."""
@@ -242,61 +241,19 @@ class Pace:
         self._taken, self._tokens, self._since = 0, 0, time.perf_counter()
 
 
-def fingerprint(job: FinetuneConfig, options: TrainConfig, weights: str, rows: Rows, eval_rows: Rows | None) -> str:
+def fingerprint(
+    job: FinetuneConfig, options: TrainConfig, weights: str, rows: AnyRows, eval_rows: AnyRows | None
+) -> str:
     """Return the fingerprint of everything that decides what is learned and logged, apart from the devices.
 
     `weights` is that of the base.
     """
     arrays = [array for part in (rows, eval_rows or ()) for array in part if array is not None]
     tokens = [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
-    code = ("finetune/data.py", "finetune/lora.py", "finetune/optimizer.py", "finetune/train.py", "model/*.py")
+    code = (*(f"finetune/{name}.py" for name in LEARNED_BY), "model/*.py")
     versions = [version(library) for library in ("jax", "optax", "grain")]
     sources = sources_digest(*code)
     return digest([versions, sources, weights, tokens, asdict(options), job.length])
-
-
-def check_held_out(tasks: EvaluationConfig, examples: Sequence[Example]) -> None:
-    """Refuse examples in which a line begins with the question of an item, of any split, of a task in --evaluate."""
-    learned = "".join(f"\n{prompt}{completion}" for prompt, completion in examples)
-    options = replace(tasks.options, limit=None)
-    for task in every_task(tasks.tasks):
-        for split, items in task.load(options).items():
-            for item in items:
-                if f"\n{item.prompt.strip()}" in learned:
-                    raise ValueError(
-                        f"--train_data holds the {split} item {item.id!r} of {task.name}: {item.prompt[:80]!r}; what "
-                        f"is evaluated must not be learned. Take it out."
-                    )
-
-
-def _read(files: Sequence[str]) -> list[Example]:
-    return [example for file in files for example in read_examples(file)]
-
-
-def _tokenizer(model: Checkpoint):
-    tokenizer, ends = load_tokenizer(model.directory), end_tokens(model.config, model.directory)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"{model.directory}: its tokenizer has no end-of-sequence token, by which completions end.")
-    if tokenizer.eos_token_id not in ends:
-        logging.warning(
-            "%s: completions end with the token %d of its tokenizer, but its answers with %s: the expert will not stop "
-            "where a completion ended; set eos_token_id in its generation_config.json",
-            *(model.directory, tokenizer.eos_token_id, listed(ends)),
-        )
-    return tokenizer
-
-
-def _rows(job: FinetuneConfig, tokenizer, config: DecoderConfig, examples: Sequence[Example]) -> Rows:
-    if job.pack:
-        rows = encode_packed(examples, tokenizer, job.length, job.seed)
-    else:
-        rows = encode(examples, tokenizer, job.length)
-    if not rows.learned[:, 1:].any():
-        raise ValueError(f"--train_length={job.length}: no completion begins within a row; make rows longer.")
-    highest = rows.tokens[_present(rows)].max()
-    if highest >= config.vocab_size:  # which no array access would notice
-        raise ValueError(f"--base: its tokenizer gave the token {highest}, its vocab_size is {config.vocab_size}.")
-    return rows
 
 
 def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
@@ -307,22 +264,14 @@ def _check_space(job: FinetuneConfig, tree: dict, dtypes: dict) -> None:
     check_space({Path(job.output).resolve(): written, Path(job.workdir).resolve(): kept})
 
 
-def _tell(options: TrainConfig, examples: int, rows: Rows) -> None:
+def _tell(options: TrainConfig, examples: int, rows: AnyRows) -> None:
     """Log what is learned in how many steps, and warn of a decay that does nothing."""
     logging.info(
         "%d examples in %d rows of %d tokens, %.0f %% of them filled; %d steps of %d rows",
-        examples, rows.count, rows.tokens.shape[1], 100 * _present(rows).mean(), options.steps, options.batch_size,
+        examples, rows.count, rows.tokens.shape[1], 100 * rows.present.mean(), options.steps, options.batch_size,
     )  # fmt: skip
     if options.optimizer.decays_toward_base and not options.optimizer.weight_decay:
         logging.warning("--decay_toward=base: --weight_decay is 0, so nothing pulls; give it, or --decay_search")
-
-
-def _present(rows: Rows) -> np.ndarray:
-    """Return which tokens belong to an example and are not padding."""
-    if rows.positions is None:  # padding follows the last learned token
-        return np.flip(np.maximum.accumulate(np.flip(rows.learned, -1), -1), -1)
-    following = np.concatenate([rows.positions[:, 1:] > 0, np.zeros((len(rows.positions), 1), bool)], -1)
-    return (rows.positions > 0) | following
 
 
 def _record(job: FinetuneConfig, options: TrainConfig, source: Path, log: Sequence[Mapping], seconds: float) -> str:

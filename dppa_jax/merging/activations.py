@@ -1,4 +1,4 @@
-"""What every linear's inputs are on calibration text, for calibrated scores and q; one decoder layer at a time."""
+"""What every linear's inputs are on calibration text, for calibrated scores and q; one layer at a time."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +16,10 @@ from dppa_jax.architecture.specs import Role, TensorSpec, by_path, tree_of
 from dppa_jax.checkpoint import Checkpoint
 from dppa_jax.checkpoint.tokenizer import encode, load_tokenizer
 from dppa_jax.config.run import JobConfig
-from dppa_jax.model.config import DecoderConfig
+from dppa_jax.model.config import DecoderConfig, EncoderConfig, ModelConfig, model_config
 from dppa_jax.model.context import LayerKind, context_of, layer_kinds
 from dppa_jax.model.decoder import decoder_layer, embed, mlp_inner, project
+from dppa_jax.model.encoder import embedded, encoder_layer
 from dppa_jax.runtime.reading import MAX_LINES_BYTES, read_text
 
 TOKENS = 512  # of a row; the text is one stream, cut into rows
@@ -45,7 +46,7 @@ class InputMoments(NamedTuple):
 
 
 class LayerSeen(NamedTuple):
-    """One decoder layer: its stored linears, and what was measured of the inputs of each, by the tensors' names."""
+    """One layer: its stored linears, and what was measured of the inputs of each, by the tensors' names."""
 
     linears: Mapping[str, np.ndarray]
     measured: Mapping[str, Any]
@@ -112,11 +113,11 @@ def layers_seen(
       measure: from the inputs of a linear to what is to be known of them.
       delta: from a linear's name and weights to the delta that `measure` gets; None for no delta.
     """
-    config = DecoderConfig.from_hf(model.config)
-    [embeddings] = (spec.name for spec in model.specs.values() if spec.kind == "model.embed_tokens")
+    config = model_config(model.config)
+    tokens = tokens_that_fit(config, tokens)
     counted = None if (tokens != PADDING).all() else jnp.asarray(tokens != PADDING, jnp.float32)
-    hidden = embed(config, jnp.asarray(model.read(embeddings)[np.maximum(tokens, 0)], jnp.float32))
-    step, kinds = jax.jit(partial(_layer, config, measure)), layer_kinds(config)
+    hidden = _first_states(config, model, np.maximum(tokens, 0))
+    step, kinds = jax.jit(partial(_layer, config, measure)), kinds_of(config)
     for layer in range(config.num_hidden_layers):
         specs = [spec for spec in model.specs.values() if spec.layer == layer]
         linears = [spec for spec in specs if spec.role is Role.LINEAR]
@@ -135,6 +136,25 @@ def layers_seen(
                 one = len(group) == 1
                 measured[spec.name] = of_group if one else jax.tree.map(lambda array, i=i: array[i], of_group)
         yield LayerSeen({spec.name: stored[spec.name] for spec in linears}, measured)
+
+
+def tokens_that_fit(config: ModelConfig, tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "rows tokens"]:
+    """Cut rows of tokens to what an encoder has positions for; a decoder's are left as they are."""
+    return tokens[:, : config.positions] if isinstance(config, EncoderConfig) else tokens
+
+
+def kinds_of(config: ModelConfig) -> LayerKind:
+    """Return the kind of every layer; an encoder's are all alike."""
+    return LayerKind() if isinstance(config, EncoderConfig) else layer_kinds(config)
+
+
+def _first_states(config: ModelConfig, model: Checkpoint, tokens: Int[np.ndarray, "rows tokens"]) -> Array:
+    """Compute what the first layer gets, in float32."""
+    specs = [spec for spec in model.specs.values() if spec.path[0] in ("embed_tokens", "embeddings")]
+    tree = tree_of(specs, lambda group: model.read(group[0].name))
+    if not isinstance(config, EncoderConfig):
+        return embed(config, jnp.asarray(tree["embed_tokens"][tokens], jnp.float32))
+    return embedded(config, jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), tree["embeddings"]), tokens)
 
 
 def _array(stored: Mapping[str, Any], group: Sequence[TensorSpec]) -> Float[Array, "..."]:
@@ -166,7 +186,7 @@ def moments(
 
 
 def _layer(
-    config: DecoderConfig,
+    config: ModelConfig,
     measure: Measure,
     weights: dict,
     kind: LayerKind,
@@ -174,7 +194,7 @@ def _layer(
     deltas: Mapping[str, Array],
     counted: Float[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-    """Return a decoder layer's output and, by the path of every linear, what is measured of its inputs.
+    """Return a layer's output and, by the path of every linear, what is measured of its inputs.
 
     `counted` is 1 for positions that count and 0 for others; None where all do.
     """
@@ -187,6 +207,9 @@ def _layer(
             picked = picked if counted is None else picked * counted[..., None]
             measured.update(_mixture(config, measure, weights["mlp"]["experts"], inputs, picked, deltas))
 
+    if isinstance(config, EncoderConfig):
+        text = jnp.ones(hidden.shape[:2], bool) if counted is None else counted > 0
+        return encoder_layer(config, weights, hidden, text, record), measured
     positions = jnp.arange(hidden.shape[1])[None]
     context = context_of(config, positions, positions).of(kind)
     return decoder_layer(config, weights, hidden, None, context, record=record)[0], measured

@@ -14,7 +14,7 @@ from dppa_jax.runtime import markdown
 
 DASH = "–"
 NO_RATIO = f"{DASH}: no ratio, because the dense expert answers nothing of a task correctly."
-INTERVALS = "[ ]: 95 % interval of the accuracy (Wilson 1927)."
+INTERVALS = "[ ]: 95 % interval of the accuracy (Wilson 1927; of other metrics a bootstrap)."
 SPREAD = "±: standard deviation over the seeds."
 PUBLISHED = "( ): published by Zhu et al. 2024, arXiv 2403.02799."
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 
 from dppa_jax.architecture.specs import with_dtype
-from dppa_jax.checkpoint.in_memory import for_evaluator
+from dppa_jax.checkpoint.in_memory import for_evaluator, in_memory
 from dppa_jax.checkpoint.laid_out import laid_out_writer
-from dppa_jax.checkpoint.matched import opened_model
+from dppa_jax.checkpoint.matched import opened_model, unwrapped
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.evaluate.evaluation import Cost, Evaluation, Weights
 from dppa_jax.evaluate.reader import Reader
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Split, Task
 from dppa_jax.merging.blocks import owners
-from dppa_jax.merging.in_memory import merged_model
+from dppa_jax.merging.in_memory import merged_model, with_rest
 from dppa_jax.merging.merger import ARITHMETIC, Merger, output_tensors
 from dppa_jax.merging.opened import Opened
 from dppa_jax.merging.rest import copy_rest
@@ -57,9 +57,13 @@ class Candidates:
         return processes.of_first("fingerprints", digests)
 
     def dense(self, name: str, tasks: Sequence[Task], split: Split = "test", options=None) -> Scores:
-        """Return the scores of "base" or of an expert, unpruned."""
-        weights = partial(for_evaluator, self.opened.models[name])
-        return self.evaluation.scores(name, self.fingerprints[name], weights, tasks, split, options, self.reader(name))
+        """Return the scores of "base" or of an expert, unpruned. A base without a head has that of the expert."""
+        rest, model = self.opened.rest, self.opened.models[name]
+        weights, fingerprint = partial(for_evaluator, model), self.fingerprints[name]
+        if name == "base" and rest.source is not unwrapped(model):
+            weights = lambda: with_rest(in_memory(model), rest)  # noqa: E731
+            fingerprint = digest([fingerprint, rest.source.content_digest()])
+        return self.evaluation.scores(name, fingerprint, weights, tasks, split, options, self.reader(name))
 
     def merged(
         self, name: str, merger: Merger, tasks: Sequence[Task], split: Split = "test", options=None, **overrides
@@ -84,7 +88,7 @@ class Candidates:
         `overrides` replace the merger's `factors` and `coefficients`.
         """
         if processes.count() == 1:
-            return merged_model(merger, self.opened.tokenizer.directory, **overrides)
+            return merged_model(merger, self.opened.tokenizer.directory, self.opened.rest, **overrides)
         config, base = merger.merge_config(**overrides), self.base
         directory = self._place(fingerprint)
         owner = owners(base.specs, processes.count())

@@ -17,13 +17,15 @@ from dppa_jax.config.merge import MergeConfig
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.config.q import QConfig
 from dppa_jax.config.search import Factors, search_defaults
-from dppa_jax.merging.activations import PADDING, calibration_tokens, probe
+from dppa_jax.merging.activations import PADDING, calibration_tokens, probe, tokens_that_fit
 from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Merger
 from dppa_jax.merging.opened import Opened
-from dppa_jax.model import DecoderConfig
+from dppa_jax.model import EncoderConfig, model_config
+from dppa_jax.model.config import ModelConfig
 from dppa_jax.model.decoder import hidden_states, unembed
+from dppa_jax.model.encoder import compared_states, encode
 from dppa_jax.runtime.progress import steps
 from dppa_jax.search.q import QSearched, alone_of, search_q
 from dppa_jax.search.rules import SearchResult, search
@@ -67,6 +69,11 @@ def hidden_change(
     return jnp.where(counted, jnp.abs(hidden - expert).mean(axis=-1), 0).sum()
 
 
+def states(config: ModelConfig, tree: dict, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Return the states that are compared: the last hidden ones, of RoBERTa after the head's dense."""
+    return compared_states(config, tree, hidden) if isinstance(config, EncoderConfig) else hidden
+
+
 @dataclass(frozen=True)
 class Objective:
     """How outputs are compared.
@@ -86,10 +93,13 @@ class Objective:
 
 OBJECTIVES = {
     "top_logits": Objective(unembed, top_logits, top_logits_change, "mean squared change of the 5 largest logits"),
-    "hidden": Objective(
-        lambda config, tree, hidden: hidden, lambda hidden: hidden, hidden_change, "mean change of hidden states"
-    ),
+    "hidden": Objective(states, lambda hidden: hidden, hidden_change, "mean change of hidden states"),
 }
+
+
+def objective_of(config: ModelConfig, objective: str) -> str:
+    """Return the key of `OBJECTIVES` of a model: what is asked for, or hidden states, as encoders predict no tokens."""
+    return "hidden" if isinstance(config, EncoderConfig) else objective
 
 
 class OutputChange:
@@ -109,38 +119,46 @@ class OutputChange:
         objective: str,
         counted: Bool[np.ndarray, "rows tokens"] | None = None,
     ):
-        self.config = DecoderConfig.from_hf(expert.config)
+        self.config = model_config(expert.config)
+        tokens = tokens_that_fit(self.config, tokens)
         kept, self._change = _compiled(self.config, objective)
         self._tokens, known = np.maximum(tokens, 0), tokens != PADDING
+        self._text = known
         self._counted = known if counted is None else known & counted
         tree = _on_device(expert)
-        self._expert = [jax.tree.map(np.asarray, kept(tree, tokens)) for _, tokens in self._batches()]
+        self._expert = [jax.tree.map(np.asarray, kept(tree, *batch)) for _, *batch in self._batches()]
 
     def __call__(self, model: Model) -> float:
         """Return the mean change of a model of the same shape."""
         tree, total = _on_device(model), 0.0
-        for of_expert, (rows, tokens) in zip(self._expert, self._batches(), strict=True):
-            total += float(self._change(tree, tokens, of_expert, self._counted[rows]))
+        for of_expert, (rows, *batch) in zip(self._expert, self._batches(), strict=True):
+            total += float(self._change(tree, *batch, of_expert, self._counted[rows]))
         return total / int(self._counted.sum())
 
-    def _batches(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def _batches(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         rows, width = self._tokens.shape
         many = max(1, min(rows, LOGITS // (width * self.config.vocab_size)))
         for start in range(0, rows, many):
-            yield slice(start, start + many), self._tokens[start : start + many]
+            part = slice(start, start + many)
+            yield part, self._tokens[part], self._text[part]
 
 
 @cache
-def _compiled(config: DecoderConfig, objective: str) -> tuple[Callable, Callable]:
+def _compiled(config: ModelConfig, objective: str) -> tuple[Callable, Callable]:
     """Return what reduces an expert's outputs, and what compares a model's with them; compiled once for all experts."""
     said = OBJECTIVES[objective]
 
-    def outputs(tree: dict, tokens: Array) -> Array:
-        hidden, _ = hidden_states(config, tree, tokens)
+    def outputs(tree: dict, tokens: Array, text: Array) -> Array:
+        if isinstance(config, EncoderConfig):
+            hidden = encode(config, tree, tokens, text)
+        else:
+            hidden, _ = hidden_states(config, tree, tokens)
         return said.outputs(config, tree, hidden)
 
-    kept = jax.jit(lambda tree, tokens: said.of_expert(outputs(tree, tokens)))
-    change = jax.jit(lambda tree, tokens, of_expert, counted: said.change(of_expert, outputs(tree, tokens), counted))
+    kept = jax.jit(lambda tree, tokens, text: said.of_expert(outputs(tree, tokens, text)))
+    change = jax.jit(
+        lambda tree, tokens, text, of_expert, counted: said.change(of_expert, outputs(tree, tokens, text), counted)
+    )
     return kept, change
 
 
@@ -148,6 +166,7 @@ class PrunedChange:
     """The change of an expert's outputs by pruning it, in any way, on --calibration text.
 
     Attributes:
+      measured: the change, in words.
       base: the change if nothing is kept at all, not even outside the linears.
     """
 
@@ -157,8 +176,10 @@ class PrunedChange:
         tokens = probe(calibration_tokens(self._directory, Path(opened.job.calibration)))
         layout = opened.layout(opened.plan(alone))
         dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, layout, quiet=True)
-        self._change = OutputChange(merged_model(dense, self._directory), tokens, objective)
-        self.base = self._change(merged_model(dense, self._directory, coefficients={name: 0.0}))
+        expert = merged_model(dense, self._directory, opened.rest)
+        objective = objective_of(model_config(expert.config), objective)
+        self._change, self.measured = OutputChange(expert, tokens, objective), OBJECTIVES[objective].measured
+        self.base = self._change(merged_model(dense, self._directory, opened.rest, coefficients={name: 0.0}))
         self._norms: Norms | None = None
 
     def by(self, merge: MergeConfig) -> Callable[..., float]:
@@ -174,7 +195,7 @@ class PrunedChange:
 
         def change(**numbers: Coefficient | Factors) -> float:
             own = {name: {self._name: number} for name, number in numbers.items()}
-            return self._change(merged_model(merger, self._directory, **own))
+            return self._change(merged_model(merger, self._directory, self._opened.rest, **own))
 
         return change
 
@@ -201,7 +222,7 @@ def searched_by_change(
 
         result = search_q(score, 1.0 - merge.rate, q)
         beside = {"of the base": change.base, "at q = 1 − rate": by_q(q=1.0 - merge.rate)}
-    return QSearched(name, merge.rate, OBJECTIVES[q.objective].measured, result, beside)
+    return QSearched(name, merge.rate, change.measured, result, beside)
 
 
 def factors_by_change(change: PrunedChange, merge: MergeConfig) -> SearchResult:
@@ -224,11 +245,11 @@ def factors_by_change(change: PrunedChange, merge: MergeConfig) -> SearchResult:
 def least_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig, of_eta: Sequence[Mapping]) -> int:
     """Return which of several q of the linears, one for each η, changes the outputs of an expert least."""
     with steps(f"search the eta of {name}", len(of_eta), "candidates") as advance:
-        by_q = PrunedChange(opened, name, q.objective, merge).by(merge)
-        changes = []
+        change = PrunedChange(opened, name, q.objective, merge)
+        by_q, changes = change.by(merge), []
         for eta, own in zip(q.eta, of_eta, strict=True):
             changes.append(by_q(q=own))
-            logging.info("%s: eta %g: %s %.4g", name, eta, OBJECTIVES[q.objective].measured, changes[-1])
+            logging.info("%s: eta %g: %s %.4g", name, eta, change.measured, changes[-1])
             advance()
     return int(np.argmin(changes))
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.demo.tokenizer import save_tokenizer
 from dppa_jax.evaluate.evaluation import Evaluation
+from dppa_jax.evaluate.scores import Score
 from dppa_jax.evaluate.tasks import TASKS
 
 TEN = 10
@@ -69,8 +70,8 @@ def evaluate(tokenizer, fpb, tmp_path):
 
 def test_responses_are_judged_and_kept_with_their_prompts(evaluate, tmp_path):
     score, parrot = evaluate("positive")
-    assert score == (TEN, TEN)
-    assert evaluate("negative", weights="other")[0] == (0, TEN)
+    assert score == Score(TEN, TEN)
+    assert evaluate("negative", weights="other")[0] == Score(0, TEN)
     assert parrot.used == [tmp_path / "weights"]
     (file,) = (tmp_path / "responses" / "weights").glob("fpb-*.jsonl")
     about, *lines = map(json.loads, file.read_text().splitlines())
@@ -84,7 +85,7 @@ def test_responses_are_judged_and_kept_with_their_prompts(evaluate, tmp_path):
 def test_what_is_known_is_not_asked_again_and_its_weights_are_not_made(evaluate):
     evaluate("positive")
     score, parrot = evaluate("negative")
-    assert score == (TEN, TEN)
+    assert score == Score(TEN, TEN)
     assert not parrot.asked
     assert not parrot.used
 
@@ -116,7 +117,7 @@ def test_all_that_decides_a_response_makes_it_another_one(evaluate, fpb, change)
         "tokens": {"options": TaskOptions(data_dir=fpb.data_dir, max_new_tokens=5)},
     }[change]
     score, parrot = evaluate("negative", **other)
-    assert score == (0, TEN)
+    assert score == Score(0, TEN)
     assert len(parrot.asked) == TEN
 
 
@@ -135,8 +136,8 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(evaluate, tmp_path):
     file.write_bytes(file.read_bytes()[:-20])  # and the last line was cut short, as by a kill
     score, parrot = evaluate("negative")
     assert len(parrot.asked) == TEN - 3
-    assert score == (3, TEN)
-    assert evaluate("neutral")[0] == (3, TEN)
+    assert score == Score(3, TEN)
+    assert evaluate("neutral")[0] == Score(3, TEN)
 
 
 def test_items_that_changed_are_asked_again(evaluate, fpb, tmp_path):
@@ -148,16 +149,16 @@ def test_items_that_changed_are_asked_again(evaluate, fpb, tmp_path):
 
 
 def test_a_limit_asks_the_first_items_and_a_higher_one_only_the_others(evaluate, fpb):
-    assert evaluate("positive", options=TaskOptions(data_dir=fpb.data_dir, limit=4))[0] == (4, 4)
+    assert evaluate("positive", options=TaskOptions(data_dir=fpb.data_dir, limit=4))[0] == Score(4, 4)
     score, parrot = evaluate("positive", options=TaskOptions(data_dir=fpb.data_dir, limit=6))
-    assert score == (6, 6)
+    assert score == Score(6, 6)
     assert len(parrot.asked) == 2
 
 
 def test_prompts_without_room_for_an_answer_are_not_asked_and_are_wrong(evaluate, fpb, tokenizer):
     shortest = len(tokenizer("Profit rose 1 €.\nQuestion: what is the sentiment?\nAnswer:")["input_ids"])
     score, parrot = evaluate("positive", options=TaskOptions(data_dir=fpb.data_dir, max_length=shortest))
-    assert score == (0, TEN)
+    assert score == Score(0, TEN)
     assert not parrot.asked
     _, parrot = evaluate("positive", options=TaskOptions(data_dir=fpb.data_dir, max_length=shortest + 3))
     assert parrot.budgets == [3] * TEN

@@ -54,6 +54,7 @@ def test_the_tasks_of_the_paper_and_of_the_demo_are_found_by_domain():
         "math": ["gsm8k", "math", "addition", "comparison"],
         "finance": ["fiqa_sa", "fpb", "sentiment", "trend"],
         "law": ["scotus", "unfair_tos", "clause_type", "governing_law"],
+        **{name: [name] for name in ("cola", "sst2", "mrpc", "stsb")},
     }
     assert list(by_domain(["trend", "comparison"])) == ["finance", "math"]
 
