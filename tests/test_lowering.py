@@ -139,6 +139,21 @@ def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
     assert merged.shape == pruned.shape == BASE.shape
 
 
+@pytest.mark.parametrize(("combine", "arithmetic"), [("ties", "bfloat16"), ("sum", "float16")])
+def test_kernels_of_sums_step_by_step_on_a_mesh(combine, arithmetic, lowered):
+    steps = {"stepwise": True, "divide": "weights", "arithmetic": arithmetic, "gains": False}
+    of = Kernels(make_mesh(MESH), Elementwise("magnitude", combine, arithmetic, **steps))
+
+    def drive(base, expert, bounds, weights, numbers):
+        each = tuple(zip(*[(expert, None, bounds, weights)] * len(EXPERTS), strict=True))
+        return of.merge(base.dtype, base, *each, numbers), of.kept_sums(base, expert, None, bounds, weights)
+
+    tables = array(ROWS, 1, dtype=np.uint32), array(ROWS, 1, dtype=np.float32)
+    numbers = array(ROWS, len(EXPERTS) + 1, dtype=np.float32)
+    merged, sums = jax.eval_shape(drive, BASE, EXPERT, *tables, numbers)
+    assert (merged.shape, merged.dtype, sums.shape[0]) == (BASE.shape, BASE.dtype, ROWS)
+
+
 @pytest.mark.parametrize("score", but("column", RANKING))
 def test_kernels_of_thresholds_on_a_mesh(score, lowered):
     of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32", parameters=defaults(score)))
@@ -220,6 +235,7 @@ def test_no_kernel_is_left_out():
         "_unpack",
         "_reached",
         "_products",
+        "_absolute",
         "sizes",
         "_inner",
         "maxima",

@@ -193,8 +193,8 @@ def test_more_layers_in_the_config_than_in_the_files(merge):
 @pytest.mark.parametrize(
     ("dtype", "code", "fix"),
     [
-        (np.int32, "I32", "model.dequantize().save_pretrained(DIR)"),
-        (np.uint8, "U8", "model.dequantize().save_pretrained(DIR)"),
+        (np.int32, "I32", "give --dequantise"),
+        (np.uint8, "U8", "give --dequantise"),
         (np.float64, "F64", "dtype='float32'"),
         (np.int64, "I64", "leave it out"),
     ],
@@ -204,7 +204,7 @@ def test_dtypes_that_weights_cannot_have(merge, weights, dtype, code, fix):
     message = merge.refusal()
     assert f"{weights}: {Q_PROJ} is stored as {code}; weights must be F32, F16, BF16" in message
     assert fix in message
-    assert ("uantise" in message) == ("dequantize" in fix)
+    assert ("uantise" in message) == ("dequantise" in fix)
 
 
 def test_float8(merge, weights):

@@ -28,7 +28,7 @@ from dppa_jax.delta.allocate import ALLOCATIONS
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.delta.score import SCORES, hashed
 from dppa_jax.delta.threshold import BOUNDS, Thresholds, cuts, index
-from dppa_jax.delta.tied import TIES, chosen, place_words
+from dppa_jax.delta.tied import TIES, chosen, floors, place_words
 from dppa_jax.merging.bounds import Pruner
 from dppa_jax.merging.kept import tell_of_ties
 from dppa_jax.merging.merger import Layout, Merger, kernels_of
@@ -108,7 +108,8 @@ def kept(ties: str, size: np.ndarray, rate: float, expert: str, tensor: str) -> 
     if ties == "auto":
         far = (size > threshold).sum() < 0.75 * exact.sum() and threshold > 0
         ties = "exact" if far else "drop"
-    return {"drop": size > threshold, "keep": size >= threshold, "exact": exact}[ties]
+    floor = ranked(size, expert, tensor) >= floors(size.size, np.array([[rate]]))[0, 0]
+    return {"drop": size > threshold, "keep": size >= threshold, "exact": exact, "floor": floor}[ties]
 
 
 KINDS = {
