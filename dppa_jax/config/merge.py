@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 from dppa_jax.architecture.row import PRUNED
 from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.combinations import A_RATE, axis, check_combination, check_lora_factors, check_rates, check_score
-from dppa_jax.config.conventions import by_convention
+from dppa_jax.config.conventions import PROGRAMS, by_convention
 from dppa_jax.config.numbers import Coefficient, coefficient_of, default_partitions, each_number, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
-from dppa_jax.delta.compatible import COMPATIBLE
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
 
 AT_A_TIME = 3  # experts of a plain sum that are held with the base; the sum of those before is as large as two of them
@@ -85,7 +84,9 @@ class MergeConfig:
         choices=lambda: axis("divide"),
         rare=True,
     )
-    compatible: str | None = option(None, "a program whose conventions are the defaults", choices=COMPATIBLE, rare=True)
+    compatible: str | None = option(
+        None, "a program whose conventions are the defaults; of recipes mergekit", choices=PROGRAMS, rare=True
+    )
     arithmetic: str | None = option(
         None,
         "dtype of every step, or inputs for that of the models; default float32",

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 from dppa_jax.config.numbers import Coefficient, rate_of_density
 from dppa_jax.config.run import FromRecipe
+from dppa_jax.delta.compatible import COMPATIBLE
 from dppa_jax.delta.presets import METHODS, PARAMETERS
 from dppa_jax.flags import BY_NAME, Values
 from dppa_jax.recipes.document import RecipeError
-from dppa_jax.recipes.methods import MERGE_METHODS
 from dppa_jax.recipes.models import BASE, Models, models_of, tensors_of
 from dppa_jax.recipes.recipe import Recipe, Scalar
 from dppa_jax.recipes.resolve import Resolved, resolve
@@ -19,7 +19,7 @@ from dppa_jax.where import look_for_plan, runs_of, stated_architecture
 SAYS = (  # flags of which a recipe says all
     *("base", "expert", "method", "rate", "coefficient", "score", "allocate", "scale", "combine", "partitions"),
     *("factors", "q", "tensor_rate", "tensor_coefficient", "tokenizer", "vocabulary", "output_dtype"),
-    *("compare", *PARAMETERS),
+    *("expert_rate", "lambda", "divide", "arithmetic", "compare", *PARAMETERS),
 )
 
 
@@ -31,6 +31,7 @@ class Meaning(NamedTuple):
       coefficient: the parameter that is the experts' coefficient; "" where they have none.
       base: has the base a coefficient, too?
       options: the parameters that are options of the method, with the flag and a factor.
+      scales: by the parameter rescale, the value of --scale; {} where there is no such parameter.
       by_row: the parameter that makes every row a tensor, and its value that does.
     """
 
@@ -38,9 +39,12 @@ class Meaning(NamedTuple):
     coefficient: str = "weight"
     base: bool = False
     options: Mapping[str, tuple[str, float]] = {}
+    scales: Mapping[bool, str] = {}
     by_row: tuple[str, bool] | None = None
 
 
+RESCALED = {True: "l1", False: "none"}
+RESCALED_CRUMBS = {True: "breadcrumbs_l1", False: "breadcrumbs"}
 WINDOW = {"epsilon": ("della_window", 2.0)}  # which is the whole window, and epsilon half of it
 GAMMA = {"gamma": ("breadcrumbs_gamma", 1.0)}
 KARCHER = {"max_iter": ("karcher_iterations", 1.0), "tol": ("karcher_tolerance", 1.0)}
@@ -52,13 +56,13 @@ MEANINGS = {
     "multislerp": Meaning("multislerp", base=True, options={"normalize_weights": ("normalize", 1.0)}),
     "karcher": Meaning("karcher", "", True, KARCHER),
     "task_arithmetic": Meaning("task_arithmetic"),
-    "ties": Meaning("ties"),
-    "dare_linear": Meaning("dare"),
-    "dare_ties": Meaning("dare_ties"),
-    "della": Meaning("della", options=WINDOW),
-    "della_linear": Meaning("della_linear", options=WINDOW),
-    "breadcrumbs": Meaning("breadcrumbs", options=GAMMA),
-    "breadcrumbs_ties": Meaning("breadcrumbs_ties", options=GAMMA),
+    "ties": Meaning("ties", scales=RESCALED),
+    "dare_linear": Meaning("dare", scales=RESCALED),
+    "dare_ties": Meaning("dare_ties", scales=RESCALED),
+    "della": Meaning("della", options=WINDOW, scales=RESCALED),
+    "della_linear": Meaning("della_linear", options=WINDOW, scales=RESCALED),
+    "breadcrumbs": Meaning("breadcrumbs", options=GAMMA, scales=RESCALED_CRUMBS),
+    "breadcrumbs_ties": Meaning("breadcrumbs_ties", options=GAMMA, scales=RESCALED_CRUMBS),
     "sce": Meaning("sce", "", options={"select_topk": ("sce_topk", 1.0)}),
     "ram": Meaning("ram", "", options=RAM),
     "ramplus_tl": Meaning("ramplus_tl", "", options={**RAM, "r": ("ram_r", 1.0), "alpha": ("ram_alpha", 1.0)}),
@@ -72,6 +76,7 @@ OF_DELTAS = {  # what these mean where a recipe names a base beside the models
     "multislerp": MEANINGS["multislerp"]._replace(method="multislerp_deltas", base=False),
 }
 UNDONE = {"nuslerp_row_wise": (True, "columns are not merged one by one here; leave it out")}  # values of parameters
+CONVENTIONS = "mergekit"  # of --compatible, if nothing else is given
 
 
 def meaning_of(recipe: Recipe) -> Meaning:
@@ -137,7 +142,7 @@ def said_by(recipe: Recipe, values: Values, named: Mapping[str, str], like: Mapp
             **({} if found.apart else {"allow_other_base": True}),  # models alike need not be fine-tunes of another
             **_output(recipe, found),
         },
-        merge=numbers_of(recipe, found, resolved),
+        merge=numbers_of(recipe, found, resolved, values["compatible"] or CONVENTIONS),
         recipe=FromRecipe(recipe.text, tuple(rows_of(resolved, tensors, found.names)), recipe.chat_template),
         name=recipe.name,
     )
@@ -188,22 +193,21 @@ def _output(recipe: Recipe, models: Models) -> dict[str, Any]:
 # ---- the numbers of a merge
 
 
-def numbers_of(recipe: Recipe, models: Models, resolved: Resolved) -> dict[str, Any]:
-    """Return the fields of `MergeConfig` for the values of the parameters."""
+def numbers_of(recipe: Recipe, models: Models, resolved: Resolved, compatible: str = CONVENTIONS) -> dict[str, Any]:
+    """Return the fields of `MergeConfig` for the values of the parameters.
+
+    Args:
+      compatible: of --compatible; with none the defaults of normalize and rescale are ours, and so is the arithmetic.
+    """
     meaning, reader = meaning_of(recipe), _Reader(recipe, models, resolved)
     said: dict[str, Any] = {
         "coefficients": reader.of_models(meaning.coefficient, meaning.base),
         "method_options": {flag: reader.one(name) * factor for name, (flag, factor) in meaning.options.items()},
     }
+    if meaning.method in COMPATIBLE[CONVENTIONS].divide:
+        said |= reader.of_deltas(meaning.scales, compatible)
     if "density" in resolved.models:
-        densities = reader.of_models("density").values()
-        if len({str(one) for one in densities}) > 1 or any(isinstance(one, Mapping) for one in densities):
-            raise reader.error("density", "differs by model or tensor; here it is one for all")
-        said["rate"] = rate_of_density("density", next(iter(densities)))
-    if "lambda" in resolved.merge:
-        _check_conventions(reader, said["coefficients"])
-        factor = float(reader.one("lambda"))
-        said["coefficients"] = {name: _times(one, factor) for name, one in said["coefficients"].items()}
+        said["expert_rates"] = {name: _rate(one) for name, one in reader.of_models("density").items()}
     if meaning.by_row and reader.one(meaning.by_row[0]) == meaning.by_row[1]:
         said["compare"] = "row"
     for name, (value, reason) in UNDONE.items():
@@ -212,21 +216,11 @@ def numbers_of(recipe: Recipe, models: Models, resolved: Resolved) -> dict[str, 
     return said
 
 
-def _check_conventions(reader: "_Reader", coefficients: Mapping[str, Coefficient]) -> None:
-    """Refuse sums and scales of deltas for which there is no counterpart."""
-    defaults = MERGE_METHODS[reader.recipe.method].parameters
-    for name in ("normalize", "rescale"):
-        if name in defaults and reader.one(name) != defaults[name]:
-            raise reader.error(name, f"is always {str(defaults[name]).lower()} here; leave it out")
-    if defaults.get("normalize") and len({str(one) for one in coefficients.values()}) > 1:
-        raise reader.error("weight", "differs, and the sum is divided by the count of models here; give equal weights")
-
-
-def _times(coefficient: Coefficient, factor: float) -> Coefficient:
-    """Multiply a coefficient, or that of each tensor."""
-    if isinstance(coefficient, Mapping):
-        return {name: value * factor for name, value in coefficient.items()}
-    return coefficient * factor
+def _rate(density: Coefficient) -> Coefficient:
+    """Return the rate of a density, or those of each tensor."""
+    if isinstance(density, Mapping):
+        return {name: rate_of_density("density", value) for name, value in density.items()}
+    return rate_of_density("density", density)
 
 
 class _Reader:
@@ -251,6 +245,22 @@ class _Reader:
         if base and (name or base_place is None):
             found[BASE] = 0.0 if base_place is None else _one_or_all(by_place[base_place])
         return found
+
+    def of_deltas(self, scales: Mapping[bool, str], compatible: str) -> dict[str, Any]:
+        """Return how a sum of deltas is computed: each step as the recipe says, or as is the custom of a program.
+
+        Args:
+          scales: those of a `Meaning`.
+        """
+        said: dict[str, Any] = {"compatible": compatible, "lambda_": float(self.one("lambda"))}
+        is_known = lambda name: compatible in COMPATIBLE or any(_said_in(self.recipe, name))  # noqa: E731
+        if is_known("normalize"):
+            said["divide"] = "weights" if self.one("normalize") else "none"
+        if scales and is_known("rescale"):
+            said["scale"] = scales[bool(self.one("rescale"))]
+        if compatible in COMPATIBLE and self.recipe.dtype:
+            said["arithmetic"] = self.recipe.dtype
+        return said
 
     def one(self, name: str) -> Scalar:
         """Return the one value that a parameter has for all tensors and models."""

@@ -19,7 +19,10 @@ from dppa_jax.recipes.methods import MERGE_METHODS, PARAMETERS, parameter
 from dppa_jax.recipes.models import BASE, models_of, tensors_of
 from dppa_jax.recipes.resolve import resolve
 
-COMPARED = ("score", "allocate", "scale", "combine", "compare", "method_options")
+COMPARED = (
+    *("score", "allocate", "scale", "combine", "divide", "lambda_", "arithmetic", "compare", "method_options"),
+    *("depth_scaling", "delta_dtype", "lora_factors"),
+)
 PRUNING = ("prune", "ties")  # compared where something is pruned
 
 Written = dict[str, Any]
@@ -52,14 +55,14 @@ def recipe_of_job(job: JobConfig, specs: Mapping[str, TensorSpec], dtype: str) -
     said: Written = {"merge_method": writer.name, **writer.models()}
     if own := writer.of_merge():
         said["parameters"] = own
-    said["dtype"], said["out_dtype"] = "float32", merge.output_dtype or dtype
+    said["dtype"], said["out_dtype"] = merge.arithmetic, merge.output_dtype or dtype
     if said["dtype"] == said["out_dtype"]:
-        said["dtype"] = said.pop("out_dtype")
+        del said["out_dtype"]
+    elif said["dtype"] == "inputs":
+        del said["dtype"]
     if job.vocabulary != BASE or job.tokenizer != BASE:
         said["tokenizer_source"] = "union" if job.vocabulary == "union" else job.experts[job.tokenizer]
     text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
-    if merge.score:
-        raise Unsayable(f"mergekit prunes otherwise than --method={merge.method} here.")
     _check_same(merge, text, specs)
     return text
 
@@ -90,7 +93,7 @@ class _Writer:
         if self.is_of_model(self.meaning.coefficient):
             own[self.meaning.coefficient] = self.setting(coefficients_of(merge, model, self.specs))
         if merge.score:
-            rates = _by_tensor(merge.tensor_rates, merge.rate, self.specs)
+            rates = rates_of(merge, model, self.specs)
             own["density"] = self.setting({tensor: rate_of_density("rate", rate) for tensor, rate in rates.items()})
         return {"parameters": own} if own else {}
 
@@ -100,6 +103,10 @@ class _Writer:
         own = self.options(of_model=False)
         if meaning.coefficient and not self.is_of_model(meaning.coefficient):
             own[meaning.coefficient] = self.setting(coefficients_of(merge, merge.experts[0], self.specs))
+        if "lambda" in has:
+            own |= {"lambda": merge.lambda_, "normalize": merge.divide == "weights"}
+        if meaning.scales:
+            own["rescale"] = next((key for key, scale in meaning.scales.items() if scale == merge.scale), False)
         if meaning.by_row:
             key, by_row = meaning.by_row
             own[key] = by_row == COMPARISONS[merge.compare]
@@ -146,11 +153,18 @@ def _check_same(merge: MergeConfig, text: str, specs: Mapping[str, TensorSpec]) 
     for ours, theirs in names.items():
         if coefficients_of(merge, ours, specs) != coefficients_of(again, theirs, specs):
             raise Unsayable(f"the coefficients of {ours} differ by tensor in a way that no gradient says.")
+        if merge.score and rates_of(merge, ours, specs) != rates_of(again, theirs, specs):
+            raise Unsayable(f"the rates of {ours} differ by tensor in a way that no gradient says.")
 
 
 def coefficients_of(merge: MergeConfig, model: str, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
     """Return the coefficient of every tensor of a model."""
     return _by_tensor(merge.tensor_coefficients, merge.coefficients.get(model, 1.0), specs)
+
+
+def rates_of(merge: MergeConfig, model: str, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
+    """Return the rate of every tensor of an expert."""
+    return _by_tensor(merge.tensor_rates, merge.expert_rates.get(model, merge.rate), specs)
 
 
 def _by_tensor(

@@ -1,13 +1,15 @@
-"""Merge methods of recipes that prune nothing become merges here, whose configs are written as the same recipes."""
+"""Every merge method of recipes becomes a merge here, whose config is written as a recipe that means the same."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import yaml
 from absl import flags
 from absl.testing import flagsaver
-from command import Merge
+from command import Merge, launch
 
+from dppa_jax.architecture.specs import layer_count
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.presets import METHODS
 from dppa_jax.flags import read_flags
@@ -55,10 +57,79 @@ def job_of(file: str) -> JobConfig:
 
 
 @pytest.mark.parametrize("values", [VALUES, {"weight": 1, "t": 0.5}], ids=["values", "defaults"])
-@pytest.mark.parametrize("method", [name for name, one in MEANINGS.items() if METHODS[one.method].score is None])
+@pytest.mark.parametrize("method", [name for name, one in MEANINGS.items() if one.method in METHODS])
 def test_the_recipe_of_a_method_is_found_again(method, values, merge):
     job, source = job_of(written(merge, method, values)), open_checkpoint(merge.base)
     again = merge.root / "again.yaml"
     again.write_text(recipe_text(replace(job, from_recipe=None), source.specs, "bfloat16", needed=True))
     found = job_of(str(again))
     assert (found.merge, found.base, found.experts) == (job.merge, job.base, job.experts)
+
+
+MODELS = {
+    "math": {"weight": [0, 0.75], "density": 0.25},
+    "law": {"weight": 0.5, "density": 0.625},
+}
+OF_ALL = {"ties": {"normalize": False}, "dare_linear": {}, "della": {"epsilon": 0.125, "rescale": False}}
+FLAGS = {
+    "ties": ["--method=ties", "--divide=none", "--scale=none"],
+    "dare_linear": ["--method=dare"],
+    "della": ["--method=della", "--della_window=0.25", "--scale=none"],
+}
+
+
+def of_deltas(merge: Merge, method: str, **more: object) -> str:
+    """A recipe with a weight and a density of each model, one of them a gradient, without a dtype of its arithmetic."""
+    models = [{"model": str(merge.root / name), "parameters": own} for name, own in MODELS.items()]
+    said = {"merge_method": method, "base_model": str(merge.base), "models": models, "out_dtype": "float32"}
+    file = merge.root / f"{method}.yaml"
+    file.write_text(yaml.safe_dump(said | {"parameters": {"lambda": 0.75, **OF_ALL[method]}} | more))
+    return str(file)
+
+
+def as_flags(merge: Merge, *flags: str) -> bytes:
+    """What flags merge that say the models' numbers; those of single tensors are in a file."""
+    specs, numbers = open_checkpoint(merge.base).specs, merge.root / "coefficients.json"
+    last = layer_count(specs) - 1
+    gradient = {one.name: 0.75 * (one.layer or 0) / last for one in specs.values()}
+    numbers.write_text(json.dumps({"coefficients": {"math": gradient, "law": 0.5}}))
+    densities = [f"--expert_density={name}={one['density']}" for name, one in MODELS.items()]
+    output = merge.root / "flags"
+    given = [f"--coefficient={numbers}", *densities, "--lambda=0.75", "--output_dtype=float32", f"--output={output}"]
+    merge(*given, *flags)
+    return (output / "model.safetensors").read_bytes()
+
+
+def as_recipe(merge: Merge, file: str, *flags: str) -> bytes:
+    launch(*arguments([file, str(merge.output), *flags]))
+    return (merge.output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", OF_ALL)
+def test_a_recipe_has_the_bits_of_flags_with_mergekits_conventions(method, merge):
+    wanted = as_flags(merge, "--compatible=mergekit", *FLAGS[method])
+    assert as_recipe(merge, of_deltas(merge, method)) == wanted
+
+
+def test_a_recipes_dtype_is_that_of_its_arithmetic(merge):
+    wanted = as_flags(merge, "--compatible=mergekit", *FLAGS["ties"], "--arithmetic=float16")
+    assert as_recipe(merge, of_deltas(merge, "ties", dtype="float16")) == wanted
+
+
+def test_a_recipe_without_mergekits_conventions_says_what_it_says(merge):
+    file = of_deltas(merge, "ties", dtype="float16")
+    assert as_recipe(merge, file, "--compatible=none") == as_flags(merge, "--method=ties", "--divide=none")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"parameters": {"nuslerp_row_wise": True}}, "nuslerp.yaml:3: nuslerp_row_wise is true"),
+        ({"parameters": {"nuslerp_row_wise": True, "nuslerp_flatten": False}}, "nuslerp_row_wise is true"),
+    ],
+)
+def test_columns_are_not_merged_one_by_one(more, said, merge):
+    models = [{"model": str(merge.root / name), "parameters": {"weight": 1}} for name in ("math", "law")]
+    file = merge.root / "nuslerp.yaml"
+    file.write_text(yaml.safe_dump({"merge_method": "nuslerp", **more, "models": models}, sort_keys=False))
+    assert said in merge.refusal(of=arguments([str(file), str(merge.output)]))

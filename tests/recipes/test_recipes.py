@@ -118,6 +118,7 @@ def test_the_template_that_most_models_have(merge):
     [
         (["--method=ties"], ["--method"]),
         (["--coefficient=2"], ["--coefficient"]),
+        (["--divide=none"], ["--divide"]),
         (["--base=demo:base"], ["--base"]),
         (["--density=0.5"], ["--rate"]),
         (["--job=search"], ["--job=search", "takes none"]),
