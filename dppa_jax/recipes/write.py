@@ -145,6 +145,8 @@ def _check_same(merge: MergeConfig, text: str, specs: Mapping[str, TensorSpec]) 
         again = MergeConfig(tuple(found.experts), meaning_of(recipe).method, **numbers)
     except ValueError as error:
         raise Unsayable(str(error)) from None
+    if len(again.experts) != len(merge.experts):
+        raise Unsayable("two of the models are in one place, which a recipe takes for one model.")
     for name in (*COMPARED, *(PRUNING if merge.score else ())):
         if getattr(again, name) != getattr(merge, name):
             flag = name.rstrip("_")

@@ -344,7 +344,11 @@ def test_the_file_it_writes_gives_the_merge_by_layer(run, root, tmp_path):
     experts = {name: str(root / name) for name in EXPERTS}
     run_merge(
         JobConfig(
-            replace(DPPA, coefficients=given), str(root / "base"), experts, str(tmp_path / "merged"), mesh=ONE_DEVICE
+            replace(DPPA, coefficients=given),
+            str(root / "base"),
+            experts,
+            output=str(tmp_path / "merged"),
+            mesh=ONE_DEVICE,
         )
     )
     _, tree = load_tree(tmp_path / "merged")
