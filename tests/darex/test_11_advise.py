@@ -142,6 +142,7 @@ def test_the_least_change_is_taken_and_the_flagfile_gives_the_merge_that_was_mea
     assert change(in_memory(SafetensorsDirectory(soft_and_hard / "base"))) == pytest.approx(one["change_of_base"])
 
 
+@pytest.mark.slow
 def test_a_merge_by_auto_has_the_bits_of_its_flagfile_and_its_recipe_the_decision(soft_and_hard, words, tmp_path):
     """Two experts, of which one alone would have dare: both have the method that suits the other, with own numbers."""
     names, output = ("soft", "hard"), tmp_path / "merged"

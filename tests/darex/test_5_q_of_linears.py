@@ -246,6 +246,7 @@ def test_a_merge_takes_the_q_that_was_found_and_a_file_gives_it_again(way, merge
     assert (output / "model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_of_several_eta_the_one_is_taken_that_changes_outputs_least(merge: Merge, tmp_path):
     """Each alone leaves its q in q.json; what `auto` would measure of them decides."""
     words = tmp_path / "words.txt"

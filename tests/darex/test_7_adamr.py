@@ -221,6 +221,7 @@ def test_7_two_devices_have_the_vbar_of_one(rows, tree, mesh):
     assert 0 < wanted[1]["largest_pull"] <= wanted[-1]["largest_pull"] < 1
 
 
+@pytest.mark.slow
 def test_weights_stay_nearer_to_the_base_than_adams_and_a_base_in_bfloat16_is_held_in_it(rows, tree):
     coarse = jax.tree.map(lambda w: w.astype(jnp.bfloat16), tree)
     pulled, _ = train(SMALL, coarse, rows, OPTIONS)
@@ -313,6 +314,7 @@ def test_7_states_of_another_base_are_refused(material, tmp_path, monkeypatch):
         launch(*given)
 
 
+@pytest.mark.slow
 def test_a_pull_of_one_is_refused_and_leaves_nothing(material, tmp_path):
     with pytest.raises(
         SystemExit, match=r"weight decay / vbar has reached .* --weight_decay or --learning_rate is too"
@@ -322,6 +324,7 @@ def test_a_pull_of_one_is_refused_and_leaves_nothing(material, tmp_path):
     assert not kept(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_decay_of_zero_is_told(material, tmp_path, caplog):
     launch(*flags(material, tmp_path, *PULLED, "--weight_decay=0", "--train_steps=1"))
     assert "--weight_decay is 0, so nothing pulls" in caplog.text

@@ -101,6 +101,7 @@ def test_deltas_are_products_of_pruned_factors_and_are_not_pruned_again(base, ad
         np.testing.assert_allclose(merged[name], total[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q", [1 - RATE, Q])
 def test_the_mean_product_is_the_product_times_the_square_of_the_mean_factor(q, base, adapter):
     """So q = 1 − p has no bias: within 5 sigma over seeds."""

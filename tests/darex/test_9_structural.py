@@ -92,6 +92,7 @@ def test_what_is_gone_is_said(merge: Merge):
         assert f"{gone:,} of {columns:,} columns are gone" in card
 
 
+@pytest.mark.slow
 def test_the_output_of_whole_neurons_changes_by_the_law_of_single_elements():
     """To first order in δ, where gate, up and down of a neuron are divided by one q: units in place of elements."""
     generator, inner, hidden, p, q = np.random.default_rng(0), 30, 12, 0.8, 0.4

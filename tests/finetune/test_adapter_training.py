@@ -144,6 +144,7 @@ def test_peft_loads_it_and_computes_the_same(material, written):
     assert np.abs(wanted).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_bits(material, written, tmp_path, monkeypatch):
     def fail(*given):
         raise OSError("the disk is full")
@@ -165,6 +166,7 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(material, written, tmp_path
     assert os.stat(tmp_path / "out").st_ino != before
 
 
+@pytest.mark.slow
 def test_evaluation_is_that_of_the_whole_model(material, written, tmp_path):
     adapter, whole = written / "out", tmp_path / "whole"
     launch("--job=convert", f"--base={material}/base+{adapter}", f"--output={whole}")

@@ -38,6 +38,7 @@ def of(root: Path, name: str) -> dict:
     return json.loads((root / "out" / name).read_text())
 
 
+@pytest.mark.slow
 def test_the_found_decay_is_within_the_tolerance_of_none_and_its_expert_is_written(
     material, tmp_path, few, monkeypatch, caplog
 ):
@@ -73,6 +74,7 @@ def test_the_found_decay_is_within_the_tolerance_of_none_and_its_expert_is_writt
     assert (tmp_path / "alone" / WEIGHTS).read_bytes() == found
 
 
+@pytest.mark.slow
 def test_a_pull_that_is_refused_is_not_within(material, tmp_path, few, caplog):
     launch(*flags(material, tmp_path, *GIVEN, "--weight_decay=1000", "--decay_tolerance=100"))
     search = of(tmp_path, "decay_search.json")

@@ -142,6 +142,7 @@ def check_entropies(dtype: str, sizes: dict, merge: MergeConfig):
     assert max(found) > 0.05
 
 
+@pytest.mark.slow
 def test_ties_are_told_apart_as_in_a_merge():
     """The very bits of the merge, of deltas of which a tenth ties at every threshold."""
     base, experts = coarse_family(EXPERTS, num_hidden_layers=2)
@@ -328,6 +329,7 @@ def test_a_killed_run_goes_on_to_the_numbers_of_an_uninterrupted_one(run, tmp_pa
     assert json.loads((tmp_path / "work" / "coefficients.json").read_text())["finished"]
 
 
+@pytest.mark.slow
 def test_it_stops_when_the_entropy_no_longer_falls(run):
     found = run(replace(SHORT, steps=100, patience=3, min_delta=10.0))
     assert found.steps == 6
