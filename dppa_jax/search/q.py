@@ -107,8 +107,9 @@ def search_q(score: Score, density: float, config: QConfig) -> QResult:
 def _parabola(score: Score, density: float, config: QConfig) -> float:
     """Enclose the top of the curve over ln q and jump to the vertex of a parabola: the rule of DPA's factors. Ours.
 
-    Its factor is the number of a point of a grid from 1−p to 1 that is even in ln q. Scores that are negative, which
-    stand for errors, count as their reciprocals, so that the parabola is fitted to their logarithms in either case.
+    1−p itself, DARE's own q, is always looked at. A factor is the number of a point of a grid from 1−p to 1 that is
+    even in ln q. Scores that are negative, which stand for errors, count as their reciprocals, so that the parabola is
+    fitted to their logarithms in either case.
     """
 
     def q_of(point: float) -> float:
@@ -119,7 +120,8 @@ def _parabola(score: Score, density: float, config: QConfig) -> float:
         return found if found >= 0 else -1.0 / found
 
     walk = SearchConfig(methods=(2,), start=(FIRST,), step=(1.0,), lower=(1.0,), upper=(float(POINTS),))
-    return q_of(search(height, 1, walk).factors[0])
+    answer = q_of(search(height, 1, walk).factors[0])
+    return max((answer, density), key=score)  # DARE's own q: a curve that is flat above it does not lead down to it
 
 
 def _darex(score: Score, density: float, config: QConfig) -> float:

@@ -67,6 +67,10 @@ def test_no_rule_leaves_what_q_may_be_and_the_answer_was_scored(rule: str, score
         assert len(found.visits) == len({visit.q for visit in found.visits}) <= 40
 
 
+def test_a_flat_curve_above_it_does_not_hide_what_dare_reaches():
+    assert search_q(lambda q: 80.0 if q < 0.06 else 25.0, 0.05, QConfig("auto")).q == 0.05
+
+
 def test_rate_0_needs_no_search_and_rate_1_has_no_q():
     assert search_q(lambda q: 1.0, 1.0, QConfig("auto")).q == 1.0
     with pytest.raises(ValueError, match="nothing is kept"):

@@ -84,7 +84,7 @@ def test_without_text_and_labels_and_with_them_q_is_found_on_an_encoder(root):
         q = read_json(root / f"work-q-{way}" / "q.json")["q"]["toy"]
         numbers = list(q.values()) if isinstance(q, dict) else [q]
         assert min(numbers) > 0.1 - 1e-9
-        assert max(numbers) > 0.12
+        assert max(numbers) > 0.1 + 1e-6
 
 
 @pytest.mark.slow
