@@ -346,7 +346,9 @@ def usage(short: bool, jobs: Mapping[str, str]) -> str:
             for said in shown:
                 if not said.rare:
                     lines += _explained(said, said.help if callable(said.choices) else _help(said), said.complement)
-            if rare := [_written(said) for said in shown if said.rare]:
+            if rare := [
+                _written(said) + f" --{said.complement}" * bool(said.complement) for said in shown if said.rare
+            ]:
                 lines += textwrap.wrap(f"  rarely: {' '.join(rare)}", WIDTH, **INDENT)
         else:
             lines += textwrap.wrap(f"{title}: {' '.join(map(_written, group))}", WIDTH, **INDENT)

@@ -171,7 +171,7 @@ BAD_VALUES = {
     "--allocate=uniforn": "--allocate=uniforn: not one of uniform, owl, dp, dp_reference. Did you mean 'uniform'?",
     "--scale=partitions": f"--scale=partitions: not one of {', '.join(SCALES)}. Did you mean 'partition'?",
     "--combine=tiez": "--combine=tiez: not one of sum, ties, linear",
-    "--ties=exakt": "--ties=exakt: not one of auto, drop, keep, exact. Did you mean 'exact'?",
+    "--ties=exakt": "--ties=exakt: not one of auto, drop, keep, exact, floor. Did you mean 'exact'?",
     "--dpa_combine=highst": "--dpa_combine=highst: not one of highest, max. Did you mean 'highest'?",
     "--delta_dtype=float23": "--delta_dtype=float23: not one of float32, bfloat16, float16. Did you mean 'float32'?",
     "--output_dtype=bf16": "--output_dtype=bf16: not one of float32, bfloat16, float16. Did you mean",

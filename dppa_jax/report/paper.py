@@ -102,7 +102,8 @@ def raw(measured: Mapping[int, Measurements]) -> dict:
     """Return every score as JSON has it: right answers and questions of every model and task, by seed."""
 
     def counts(scores: Scores) -> dict:
-        return {task: score._asdict() for task, score in scores.items()}
+        known = lambda score: {name: value for name, value in score._asdict().items() if value is not None}  # noqa: E731
+        return {task: known(score) for task, score in scores.items()}
 
     return {
         str(seed): {

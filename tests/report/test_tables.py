@@ -58,7 +58,7 @@ def test_markdown_has_sections_and_explains_every_sign():
         "| **scotus** |  |  |\n"
         "| 80 % |  | – |\n"
         "\n"
-        "[ ]: 95 % interval of the accuracy (Wilson 1927).  \n"
+        "[ ]: 95 % interval of the accuracy (Wilson 1927; of other metrics a bootstrap).  \n"
         "–: no ratio, because the dense expert answers nothing of a task correctly.  \n"
         "( ): published by Zhu et al. 2024, arXiv 2403.02799.  \n"
         "A note.\n"
