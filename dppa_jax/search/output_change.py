@@ -220,8 +220,12 @@ def searched_by_change(
             advance()
             return found
 
-        result = search_q(score, 1.0 - merge.rate, q)
-        beside = {"of the base": change.base, "at q = 1 − rate": by_q(q=1.0 - merge.rate)}
+        density = 1.0 - merge.rate
+        result = search_q(score, density, q)
+        beside = {
+            "of the base": change.base,
+            "at q = 1 − rate": -dict(result.visits)[density],
+        }  # every rule looks there
     return QSearched(name, merge.rate, change.measured, result, beside)
 
 
