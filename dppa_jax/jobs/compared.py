@@ -26,6 +26,7 @@ from dppa_jax.runtime import processes
 from dppa_jax.runtime.files import digest, sources_digest, write_whole
 from dppa_jax.runtime.reading import MAX_KEPT_BYTES, MAX_LINES_BYTES, read_json, read_text
 from dppa_jax.search.adamerging_state import AdaMerged
+from dppa_jax.search.advice import merge_by
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.factors import Searched, search_expert
 from dppa_jax.search.mixture import check_combine
@@ -218,22 +219,16 @@ def config_of(model: Compared, experts: tuple[str, ...], given: MergeConfig, swe
     """
     choice, merged = model.choice, model.expert is None
     own = parameters_of(choice.ranks, choice.preset.scale, choice.preset.combine)
-    q = dict.fromkeys(experts, (1.0 - model.rate) or 1.0) if choice.way else sweep.q
-    return replace(
-        given,
-        experts=experts,
-        method=choice.method,
-        score=choice.score or None,
-        **dict.fromkeys(("allocate", "scale", "combine")),  # the method's own
-        rate=model.rate,
-        partitions=(),
-        factors={},
-        q={name: q[name] for name in experts if name in q and choice.takes_q},
-        coefficients=given.coefficients if merged else {},
-        tensor_coefficients=given.tensor_coefficients if merged else (),
-        tensor_rates=given.tensor_rates if choice.ranks else (),
-        method_options={name: value for name, value in sweep.method_options.items() if name in own},
-    )
+    fields = {
+        "experts": experts,
+        "score": choice.score or None,
+        "coefficients": given.coefficients if merged else {},
+        "tensor_coefficients": given.tensor_coefficients if merged else (),
+        "method_options": {name: value for name, value in sweep.method_options.items() if name in own},
+    }
+    if not choice.way:
+        fields["q"] = {name: sweep.q[name] for name in experts if name in sweep.q and choice.takes_q}
+    return merge_by(given, choice.method, model.rate, fields)
 
 
 def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:

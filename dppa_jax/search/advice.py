@@ -224,25 +224,24 @@ class Adviser:
         return Score(sum(score.correct for score in scores), sum(score.total for score in scores))
 
 
-def merge_by(given: MergeConfig, method: str, rate: float, numbers: Mapping[str, Mapping] | None = None) -> MergeConfig:
+def merge_by(given: MergeConfig, method: str, rate: float, fields: Mapping[str, Any] | None = None) -> MergeConfig:
     """Return a merge by another method at a rate: its own axes and numbers; q that is not given is DARE's.
 
     Args:
-      numbers: by the name of the field, "q" and "factors", by expert.
+      fields: of the config, where they are not those of `given` or the method's own, such as "q" and "factors".
     """
-    preset = METHODS[method]
-    q = dict.fromkeys(given.experts, (1.0 - rate) or 1.0) if SCALES[preset.scale].takes_q else {}
-    fields: dict[str, Any] = {"q": q, "factors": {}} | dict(numbers or {})
-    return replace(
-        given,
-        method=method,
-        **dict.fromkeys(("score", "allocate", "scale", "combine")),  # the method's own
-        rate=rate,
-        partitions=(),
-        tensor_rates=given.tensor_rates if preset.score else (),
-        method_options={},
-        **fields,
-    )
+    preset, fields = METHODS[method], fields or {}
+    experts = fields.get("experts", given.experts)
+    own = dict.fromkeys(("score", "allocate", "scale", "combine")) | {
+        "method": method,
+        "rate": rate,
+        "partitions": (),
+        "factors": {},
+        "q": dict.fromkeys(experts, (1.0 - rate) or 1.0) if SCALES[preset.scale].takes_q else {},
+        "tensor_rates": given.tensor_rates if preset.score else (),
+        "method_options": {},
+    }
+    return replace(given, **own | dict(fields))
 
 
 def shared(decisions: Sequence[Decision], advisers: Mapping[str, Adviser]) -> tuple[str, str]:
