@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
+from command import launch
 from transformers import AutoTokenizer
 
 from dppa_jax.checkpoint import save_tree
@@ -53,3 +55,15 @@ def flags(material: Path, root: Path, *more: str) -> list[str]:
 def kept(root: Path) -> list[int]:
     """Steps of the complete checkpoints."""
     return sorted(int(path.name) for path in root.glob("runs/*/*") if path.name.isdigit())
+
+
+def stop_before_writing(monkeypatch, given: list[str]) -> None:
+    """Train, and end as if the disk were full when the expert is to be written."""
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dppa_jax.jobs.finetune.write_expert", fail)
+        with pytest.raises(SystemExit, match="disk full"):
+            launch(*given)

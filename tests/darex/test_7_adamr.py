@@ -14,7 +14,7 @@ import pytest
 from command import launch
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
-from training import SMALL, WEIGHTS, flags, kept, random_rows
+from training import SMALL, WEIGHTS, flags, kept, random_rows, stop_before_writing
 
 import dppa_jax
 from dppa_jax.checkpoint import save_tree
@@ -269,16 +269,6 @@ def undisturbed(material, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("undisturbed")
     launch(*flags(material, root, *PULLED))
     return root
-
-
-def stop_before_writing(monkeypatch, given: list[str]) -> None:
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dppa_jax.jobs.finetune.write_expert", fail)
-        with pytest.raises(SystemExit, match="disk full"):
-            launch(*given)
 
 
 def test_vbar_and_the_largest_pull_are_logged_and_recorded(material, tmp_path, caplog, undisturbed):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import Merge, launch
-from training import STEPS, WEIGHTS, flags, kept
+from training import STEPS, WEIGHTS, flags, kept, stop_before_writing
 
 from dppa_jax.finetune.data import read_examples
 
@@ -171,16 +171,6 @@ def test_the_same_command_goes_on(material, tmp_path, caplog, monkeypatch):
     with caplog.at_level("INFO", "absl"):
         launch(*given)
     assert "goes on after step 4" in caplog.text
-
-
-def stop_before_writing(monkeypatch, given: list[str]) -> None:
-    def fail(*_, **__):
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("dppa_jax.jobs.finetune.write_expert", fail)
-        with pytest.raises(SystemExit, match="disk full"):
-            launch(*given)
 
 
 @pytest.mark.slow
