@@ -1,9 +1,10 @@
 """What a job has opened: base and experts, the devices, and where the output goes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 
 from dppa_jax.checkpoint import Checkpoint
@@ -31,6 +32,7 @@ class Opened:
       rest: what the output has beside the merged tensors.
       vocabulary: where the rows of the models' tokens are, if not at the same places; base and experts are then read in
         the order of the merge's tokens.
+      seen_norms: activation norms by tensor, of each expert and text that were asked for; copies of this share them.
     """
 
     job: JobConfig
@@ -40,6 +42,7 @@ class Opened:
     mesh: Mesh
     rest: Rest
     vocabulary: Vocabulary | None = None
+    seen_norms: dict[tuple[str, str], Mapping[str, np.ndarray]] = field(default_factory=dict, compare=False)
 
     def __enter__(self) -> "Opened":
         return self
@@ -84,13 +87,16 @@ class Opened:
         return replace(self, job=replace(self.job, calibration=self.job.text_of(expert)))
 
     def norms(self, merge: MergeConfig) -> Norms | None:
-        """Compute activation norms on --calibration text, where the score of a merge needs them."""
+        """Compute activation norms on --calibration text, where the score of a merge needs them; each expert's once."""
         if not merge.is_calibrated:
             return None
         from dppa_jax.merging.activations import norms_of_experts  # here, as Flax takes a third of a second
 
-        experts = {name: opened_model(expert) for name, expert in self.chosen(merge).items()}
-        return norms_of_experts(replace(self.job, merge=merge), experts)
+        texts = {name: (name, self.job.text_of(name)) for name in merge.experts}
+        unseen = {name: opened_model(self.experts[name]) for name in texts if texts[name] not in self.seen_norms}
+        for name, norms in norms_of_experts(replace(self.job, merge=merge), unseen).items():
+            self.seen_norms[texts[name]] = norms
+        return {name: self.seen_norms[text] for name, text in texts.items()}
 
     def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> list[dict[str, float]]:
         """Find the q of every linear of an expert by a rule, on --calibration text, with each of its numbers."""
@@ -104,7 +110,7 @@ class Opened:
         tokens = probe(tokens_of(self.job, expert, f"--q={q.way}"))
         return q_of_linears(base, expert, alone, q, tokens, rates, self.mesh)
 
-    def merger(self, merge: MergeConfig, norms: Norms | None = None) -> Merger:
-        """Prepare many merges that differ in factors, coefficients and q alone; with activation norms if given."""
-        layout, norms = self.layout(self.plan(merge, repeated=True)), norms or self.norms(merge)
-        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, norms, quiet=True)
+    def merger(self, merge: MergeConfig) -> Merger:
+        """Prepare many merges that differ in factors, coefficients and q alone."""
+        layout = self.layout(self.plan(merge, repeated=True))
+        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, self.norms(merge), quiet=True)

@@ -18,7 +18,6 @@ from dppa_jax.config.numbers import Coefficient
 from dppa_jax.config.q import QConfig
 from dppa_jax.config.search import Factors, search_defaults
 from dppa_jax.merging.activations import PADDING, calibration_tokens, probe, tokens_that_fit
-from dppa_jax.merging.bounds import Norms
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Merger
 from dppa_jax.merging.opened import Opened
@@ -180,7 +179,6 @@ class PrunedChange:
         objective = objective_of(model_config(expert.config), objective)
         self._change, self.measured = OutputChange(expert, tokens, objective), OBJECTIVES[objective].measured
         self.base = self._change(merged_model(dense, self._directory, opened.rest, coefficients={name: 0.0}))
-        self._norms: Norms | None = None
 
     def by(self, merge: MergeConfig) -> Callable[..., float]:
         """Prepare the expert as a merge prunes it; all candidates have the same mask.
@@ -189,9 +187,7 @@ class PrunedChange:
           A function of `q` and `factors` of the expert, in place of those of the merge, to the mean change.
         """
         alone = alone_of(merge, self._name)
-        if alone.is_calibrated and not self._norms:
-            self._norms = self._opened.norms(alone)
-        merger = self._opened.merger(alone, self._norms)
+        merger = self._opened.merger(alone)
 
         def change(**numbers: Coefficient | Factors) -> float:
             own = {name: {self._name: number} for name, number in numbers.items()}
