@@ -73,7 +73,8 @@ def nearswap(deltas: Sequence[Matrix], numbers: Numbers, zero: jax.Array) -> Mat
     Source: the author of QuartetAnemoi-70B; mergekit writes it w·expert + (1−w)·base with w = min(t/|δ|, 1).
     """
     (delta,) = deltas
-    return jnp.clip(delta, -numbers, numbers)
+    most = _column(numbers, 0)
+    return jnp.clip(delta, -most, most)
 
 
 def ram_numbers(asked: Asked) -> np.ndarray:

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int32, Shaped, UInt32
+from jaxtyping import Array, Float, Shaped, UInt32
 
 from dppa_jax.delta.draws import NO_UNIT, Columns, column_draws, hashed, row_draws, row_words, unit_draws, unit_keys
 
 Delta = Float[Array | np.ndarray, "rows columns"]
 Keys = UInt32[Array | np.ndarray, "rows columns"]
+Ranks = Shaped[Array, "rows columns"]
 
 FIRST_BOUND = 0  # keeps everything
 LAST_BOUND = np.uint32(0xFFFFFFFF)
@@ -99,6 +100,7 @@ class Score:
       random: is it a uniform random number? Then thresholds are the rates themselves, the seed counts, and the factors
         of partitions start at 1/(1−p).
       gain: from the arguments of `keys` to a scale for each element, beside the weight of its partition; None for 1.
+      ranked: do `keys` and `gain` take `rank`, that of each |δ| within its row?
       calibrated: does it need activation norms on `--calibration` text?
       parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `keys` and `gain` take by name.
       ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
@@ -114,6 +116,7 @@ class Score:
     inputs: Inputs | None = None
     random: bool = False
     gain: Callable[..., jax.Array] | None = None
+    ranked: bool = False
     calibrated: bool = False
     parameters: tuple[str, ...] = ()
     ties: str = ""
@@ -215,24 +218,26 @@ def group(delta: Delta, inputs: Array | tuple[Shaped[Array, "tensors inputs"], j
     return jnp.broadcast_to(ranks[tensor[:, None], column], delta.shape)
 
 
-def della(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, della_window: float) -> Keys:
+def della(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, rank: Ranks, della_window: float) -> Keys:
     """Draw u as `random` does, and move it by the rank of |δ| within its row: the larger |δ|, the likelier it is kept.
 
     The keep probability is 1−p + w·(r/(n−1) − ½), with r the rank from 0 for the smallest |δ| and n the columns. The
     window w is `della_window`, or less where the probability would leave [0, 1]. `inputs` are the two words of
     `row_words` and the bits of the density 1−p. Source: Deep et al. 2024 (DELLA, MagPrune), section 3.1.
     """
-    shift = _della_shift(delta, inputs, della_window)
+    shift = _della_shift(rank, inputs, della_window)
     moved = (jnp.abs(shift) * 2.0**32).astype(jnp.uint32)
     u = random(delta, inputs, column)
     up = jnp.where(u > LAST_BOUND - moved, LAST_BOUND, u + moved)
     return jnp.where(shift >= 0, up, jnp.where(u < moved, np.uint32(0), u - moved))
 
 
-def della_gain(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, della_window: float) -> Delta:
+def della_gain(
+    delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, rank: Ranks, della_window: float
+) -> Delta:
     """(1−p) / keep probability: with DARE's 1/(1−p), a kept element is divided by its own probability."""
     density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
-    keeps = density + _della_shift(delta, inputs, della_window)
+    keeps = density + _della_shift(rank, inputs, della_window)
     return jnp.where(keeps > 0, density / keeps, 0)
 
 
@@ -257,13 +262,6 @@ def column(delta: Delta, inputs: tuple[Float[Array, "tensors inputs"], jax.Array
     """
     sums, tensor = inputs
     return float_keys(jnp.broadcast_to(sums[tensor[:, None], column], delta.shape))
-
-
-def ranks(values: jax.Array) -> Int32[Array, "rows columns"]:
-    """Return the rank of each element within its row, from 0 for the smallest; of equal ones the first is smaller."""
-    row, column = (lax.broadcasted_iota(jnp.int32, values.shape, axis) for axis in (0, 1))
-    _, order = lax.sort((values, column), dimension=1, num_keys=1, is_stable=True)
-    return jnp.zeros(values.shape, jnp.int32).at[row, order].set(column, unique_indices=True)
 
 
 def bound_above(threshold: float | np.floating | np.ndarray) -> np.uint32 | np.ndarray:
@@ -333,6 +331,7 @@ SCORES = {
         Inputs(_della_inputs, sees_weights=False),
         random=True,
         gain=della_gain,
+        ranked=True,
         parameters=("della_window",),
     ),
     "wanda": Score(wanda, Inputs(lambda rows: rows.norms), calibrated=True),
@@ -356,12 +355,11 @@ SCORES = {
 }
 
 
-def _della_shift(delta: Delta, inputs: UInt32[Array, "rows 3"], window: float) -> Delta:
+def _della_shift(rank: Ranks, inputs: UInt32[Array, "rows 3"], window: float) -> Delta:
     """What is added to the keep probability 1−p: from −w/2 for the smallest |δ| of a row to w/2 for the largest."""
     density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
     width = jnp.minimum(window, 2 * jnp.minimum(density, 1 - density))
-    rank = ranks(jnp.abs(delta)).astype(jnp.float32)
-    return width * (rank / max(delta.shape[1] - 1, 1) - 0.5)
+    return width * (rank.astype(jnp.float32) / max(rank.shape[1] - 1, 1) - 0.5)
 
 
 def float_keys(score: jax.Array) -> Keys:

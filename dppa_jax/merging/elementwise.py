@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ from jaxtyping import Array, Float
 
 from dppa_jax.config.merge import MergeConfig
 from dppa_jax.delta.combine import COMBINATIONS, scaled
+from dppa_jax.delta.ranks import Ranked, ranks
 from dppa_jax.delta.rounding import rounded
 from dppa_jax.delta.scale import SCALES
-from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, hashed, in_dtype, ranks
+from dppa_jax.delta.score import SCORES, Keys, delta, finite_delta, float_keys, hashed, in_dtype
 from dppa_jax.delta.stepwise import STEPS, stepwise
 from dppa_jax.delta.tied import Pair, Placed
 
@@ -56,23 +58,45 @@ class Elementwise:
         """Return the keys of a delta whose columns have these numbers; pairs where the inputs are `Placed`."""
         if isinstance(inputs, Placed):
             return Pair(self.keys(delta, inputs.inputs, column), hashed(inputs.words, column))
-        keys = SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
-        return ranks(keys).astype(jnp.uint32) if self.within_rows else keys
+        inputs, own = self._own(delta, inputs, column)
+        return own["rank"] if self.within_rows else SCORES[self.score].keys(delta, inputs, column, **own)
+
+    @property
+    def ranks_rows(self) -> bool:
+        """Are elements ranked within rows?"""
+        return self.within_rows or SCORES[self.score].ranked
+
+    def ranked(self, delta: jax.Array, inputs, column: jax.Array) -> Keys:
+        """Return what is ranked within rows: the keys of a score that is compared so, or |δ|."""
+        if not self.within_rows:
+            return float_keys(jnp.abs(delta))
+        return SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
+
+    def _own(self, delta: jax.Array, inputs, column: jax.Array) -> tuple[Any, dict[str, Any]]:
+        """Return the score's inputs, and what else it takes by name: its numbers, and ranks, (rows, columns) uint32."""
+        if not self.ranks_rows:
+            return inputs, dict(self.parameters)
+        found = isinstance(inputs, Ranked)
+        rank = inputs.ranks if found else ranks(self.ranked(delta, inputs, column))
+        return inputs.inputs if found else inputs, {**dict(self.parameters), "rank": rank.astype(jnp.uint32)}
 
     def pruned(self, base, expert, inputs, bounds, weights, zero) -> Float[Array, "rows columns"]:
         """Return keep·scale·δ of one expert, float32.
 
         Args:
-          inputs: what the score needs beside the delta; `Placed` where ties are told apart.
+          inputs: what the score needs beside the delta; `Placed` where ties are told apart, `Ranked` after
+            `Kernels.ranked`.
           bounds, weights: (rows, partitions), highest rate first; bounds of pairs (rows, partitions, 2).
           zero: the int32 number 0, unknown to the compiler; see `delta.rounding.rounded`.
         """
         difference = self.delta(base, expert)
         column = lax.broadcasted_iota(jnp.int32, (1, base.shape[1]), 1)
         score = SCORES[self.score]
-        given = difference, inputs, column
-        gain = None if score.gain is None or not self.gains else score.gain(*given, **dict(self.parameters))
-        return in_dtype(scaled(difference, self.keys(*given), bounds, weights, zero, gain), self.arithmetic)
+        keys, gain = self.keys(difference, inputs, column), None
+        if score.gain is not None and self.gains:
+            inputs, own = self._own(difference, inputs, column)
+            gain = score.gain(difference, inputs, column, **own)
+        return in_dtype(scaled(difference, keys, bounds, weights, zero, gain), self.arithmetic)
 
     def merged(
         self, base, pruned: Sequence[jax.Array], dtype: str | np.dtype | None, numbers=None, zero=None, total=None

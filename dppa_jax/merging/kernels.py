@@ -14,10 +14,11 @@ from jax import lax
 from jax.sharding import Mesh
 
 from dppa_jax.delta import fold
+from dppa_jax.delta.ranks import Ranked, host_ranks
 from dppa_jax.delta.rounding import rounded
 from dppa_jax.delta.score import float_keys
 from dppa_jax.merging.elementwise import Elementwise
-from dppa_jax.runtime.mesh import over_rows
+from dppa_jax.runtime.mesh import over_rows, put_rows
 
 ZERO = np.int32(0)
 
@@ -132,6 +133,20 @@ class Kernels:
             return jnp.stack([delta.min(axis=1), delta.max(axis=1)], axis=1)
 
         return self._over_rows(extremes)
+
+    def ranked(self, base: jax.Array, expert: jax.Array, inputs):
+        """Return score inputs with the ranks within rows, found on the host, where that is faster: on a CPU."""
+        if not self.elementwise.ranks_rows or self.mesh.devices.flat[0].platform != "cpu":
+            return inputs
+        return Ranked(inputs, put_rows(self.mesh, host_ranks(np.asarray(self._ranked(base, expert, inputs)))))
+
+    @cached_property
+    def _ranked(self):
+        def ranked(base, expert, inputs):
+            column = lax.broadcasted_iota(jnp.int32, (1, base.shape[1]), 1)
+            return self.elementwise.ranked(self.elementwise.delta(base, expert), inputs, column)
+
+        return self._over_rows(ranked)
 
     def merge(
         self, output_dtype: np.dtype | None, base: jax.Array, experts, inputs, bounds, weights, numbers=None, total=None
@@ -251,7 +266,9 @@ class Kernels:
 
     def kept_sums(self, base: jax.Array, expert: jax.Array, inputs, bounds: jax.Array, weights: jax.Array) -> jax.Array:
         """Σ over columns of |scale(keep(δ))|, folded: see `host_sums`."""
-        return self._fold_again(self._absolute(self.prune(base, expert, inputs, bounds, weights)))
+        return self._fold_again(
+            self._absolute(self.prune(base, expert, self.ranked(base, expert, inputs), bounds, weights))
+        )
 
     @cached_property
     def _absolute(self):

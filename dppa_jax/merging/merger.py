@@ -275,11 +275,11 @@ def merge_matrix(
     inputs, bounds, weights, apart = [], [], [], []
     names = [config.experts[e] for e in x.places]
     for e, (name, (own_inputs, bound, weight)) in enumerate(zip(names, per_expert, strict=True)):
-        inputs.append(own_inputs)
+        inputs.append(kernels.ranked(x.base, x.experts[e], own_inputs))
         bounds.append(pruner.on_rows(x, bound))
         if delta_sinks:
             plain = pruner.on_rows(x, weight.astype(np.float32))
-            rows = np.asarray(kernels.prune(x.base, x.experts[e], own_inputs, bounds[-1], plain))
+            rows = np.asarray(kernels.prune(x.base, x.experts[e], inputs[-1], bounds[-1], plain))
             _write_ranges(delta_sinks[name], x, rows, lambda _: np.dtype(config.delta_dtype))
         scaled = config.combination.prunes  # else the combination has the coefficients
         coefficients = np.array([[pruner.coefficient(name, rows.name) if scaled else 1.0] for rows in x.matrix.ranges])
