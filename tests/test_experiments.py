@@ -166,7 +166,7 @@ def test_a_report_finds_q_by_the_way_that_a_method_names_and_keeps_it(family, tm
     (tmp_path / "texts/law.txt").write_text("The tenant pays in Alaska.\nCourts in Ohio decide.\n")
     flags = [family[0], "--job=report", "--expert=law=demo:law", "--expert=law.other=demo:law", "--rates=0.9"]
     flags += ["--evaluate=clause_type", "--limit=10", f"--calibration={tmp_path / 'texts'}", f"--workdir={tmp_path}"]
-    methods = "dare", "darex_q+auto", "darex_q/random_column+bound"
+    methods = "dare", "darex_q+auto", "darex_q/random_column+bound", "dppa+auto"
     launch(*flags, f"--methods={','.join(methods)}")
     content = read_json(tmp_path / "tables.json")
     assert {"rates-law", "rates-law.other", "q", "trainings"} <= set(content["tables"])
@@ -181,15 +181,20 @@ def test_a_report_finds_q_by_the_way_that_a_method_names_and_keeps_it(family, tm
     assert {part: column[part] for part in parts} == parts
     assert len(column["q"]) == 28
     kept = read_json(tmp_path / "darex_q-auto-0.9-seed0/q-law.json")
-    assert by_name["darex_q+auto", "law"]["q"] == kept["q"] == kept["search"]["result"]["q"]
+    assert by_name["darex_q+auto", "law"]["q"] == kept["number"] == kept["search"]["result"]["q"]
+    kept = read_json(tmp_path / "dppa-auto-0.9-seed0/factors-law.json")
+    assert by_name["dppa+auto", "law"]["factors"] == kept["number"] == kept["search"]["factors"] != [1.0, 1.0]
     assert by_name["dare", "law"]["q"] is None
 
     with pytest.raises(SystemExit, match="a merge has one expert of each domain"):
         launch(*flags, "--merge_methods=dare")
     monkeypatch.setattr("dppa_jax.jobs.compared.q_of_expert", lambda *_: pytest.fail("searched again"))
-    launch(*flags, "--methods=darex_q+auto")
+    monkeypatch.setattr("dppa_jax.jobs.compared.factors_by_change", lambda *_: pytest.fail("searched again"))
+    launch(*flags, "--methods=darex_q+auto,dppa+auto")
     again = read_json(tmp_path / "tables.json")["measured"]["0"]["single"]
-    assert again == [by_name["darex_q+auto", expert] for expert in ("law", "law.other")]
+    assert again == [
+        by_name[found, expert] for found in ("darex_q+auto", "dppa+auto") for expert in ("law", "law.other")
+    ]
 
 
 @pytest.mark.slow
@@ -245,11 +250,13 @@ def test_items_that_a_search_chose_by_are_not_reported(job, tmp_path):
         ([TASKS, "--factors=search", "--search_start=1,1,1"], "--search_start"),
         ([TASKS, "--job=report", "--methods=darex_q"], "--q"),
         ([TASKS, "--job=report", "--methods=dp", "--allocate=owl"], "--allocate"),
-        ([TASKS, "--job=report", "--methods=dare+auto"], "dare divides by no q; darex_q, "),
+        ([TASKS, "--job=report", "--methods=dare+auto"], "dare has no q and no factors; "),
         ([TASKS, "--job=report", "--methods=darex_q+aut"], "Did you mean 'auto'?"),
         ([TASKS, "--job=report", "--methods=dare/randm"], "Did you mean 'random'?"),
         ([TASKS, "--job=report", "--methods=task_arithmetic/row"], "prunes nothing, so that no score"),
         ([TASKS, "--job=report", "--methods=darex_q+auto"], "--q=auto needs --calibration"),
+        ([TASKS, "--job=report", "--methods=dppa+auto"], "--methods=dppa+auto needs --calibration"),
+        ([TASKS, "--job=report", "--methods=dppa+search"], "as --factors=search says for dppa"),
         ([TASKS, "--job=report", "--methods=dare+adamerging"], "has the coefficient 1"),
         ([TASKS, "--job=report", "--methods=dp", "--rates=0.9:0.1:0.1"], "--rates=0.9:0.1:0.1"),
         (["--evaluate=addition,addition"], "addition is given twice"),

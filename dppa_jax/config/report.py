@@ -19,7 +19,8 @@ class Choice(NamedTuple):
     Attributes:
       method: a preset of `--method`.
       score: what ranks delta parameters in place of the preset's, as `--score` says it; empty for the preset's.
-      way: how DAREx's q is found, one of `config.q.ways`; empty where it is given or none is needed.
+      way: how DAREx's q is found, one of `config.q.ways`, or DPA's factors, "auto" alone; empty where they are given,
+        where factors are searched as `--factors=search` says, and where none are needed.
       coefficients: how those of a merge are found, a key of ADAMERGING; empty if they are given.
     """
 
@@ -60,6 +61,21 @@ class Choice(NamedTuple):
         """Whether what is kept is divided by DAREx's q."""
         return axis("scale")[self.preset.scale].takes_q
 
+    @property
+    def takes_factors(self) -> bool:
+        """Whether what is kept is multiplied by DPA's factors."""
+        return axis("scale")[self.preset.scale].takes_factors
+
+    @property
+    def finds_q(self) -> bool:
+        """Whether `way` is one to find q."""
+        return bool(self.way) and self.takes_q
+
+    @property
+    def finds_factors(self) -> bool:
+        """Whether `way` is one to find factors."""
+        return bool(self.way) and self.takes_factors
+
     def check(self, flag: str) -> None:
         """Raise ValueError, with flag and nearest spelling, for a part that does not exist or means nothing."""
         choose(flag, self.method, METHODS)
@@ -71,9 +87,14 @@ class Choice(NamedTuple):
             choose(f"{flag}: the coefficients", self.coefficients, ADAMERGING)
         if self.score and not self.preset.score:
             raise ValueError(f"{flag}={self.name}: {self.method} prunes nothing, so that no score ranks anything.")
-        if self.way and not self.takes_q:
-            able = [name for name in METHODS if Choice(name).takes_q]
-            raise ValueError(f"{flag}={self.name}: {self.method} divides by no q; {', '.join(able)} do.")
+        if self.finds_factors and self.way != UNLABELLED:
+            raise ValueError(
+                f"{flag}={self.name}: {self.method} has factors, which are found by {self.method}+{UNLABELLED}, or as "
+                f"--factors=search says for {self.method}."
+            )
+        if self.way and not (self.takes_q or self.takes_factors):
+            able = [name for name in METHODS if Choice(name).takes_q or Choice(name).takes_factors]
+            raise ValueError(f"{flag}={self.name}: {self.method} has no q and no factors; {', '.join(able)} have.")
 
 
 @dataclass(frozen=True)
@@ -86,9 +107,10 @@ class Sweep:
         "+adamerging_layerwise" or "+adamerging_linearwise" AdaMerging finds their coefficients.
       rates: the rates of both; methods that prune nothing appear once.
       factors: DPA's factors of the partitions from 0.9 down; a rate takes as many as it has partitions, and 1 for those
-        that are not given. Empty where they are searched, for every method, rate and expert.
+        that are not given. Empty where they are searched, for every method, rate and expert. Methods with a way to find
+        them after their name take none of these.
       q: the divisor of methods that have one, by expert, where no way to find it stands after their name.
-      q_search: how q is found, apart from the way.
+      q_search: how q is found, apart from the way; and what is to change least where "auto" finds factors.
       seeds: seeds of the demo family, of random scores and of the order of AdaMerging's prompts; cells are means over
         them.
       adamerging: how AdaMerging finds coefficients, apart from granularity and seed.
@@ -136,7 +158,7 @@ class Sweep:
 
     @property
     def ways(self) -> Iterator[str]:
-        """The ways in which q is found."""
+        """The ways in which q and factors are found."""
         yield from (one.way for one in (*self.single_choices, *self.merge_choices) if one.way)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import msgspec
 
 from dppa_jax.config.merge import MergeConfig, parameters_of
 from dppa_jax.config.numbers import Coefficient, default_partitions
-from dppa_jax.config.q import QConfig
+from dppa_jax.config.q import LABELLED, UNLABELLED, QConfig
 from dppa_jax.config.report import Choice, Sweep
 from dppa_jax.config.run import JobConfig
 from dppa_jax.config.search import ADAMERGING, Factors
@@ -18,7 +19,7 @@ from dppa_jax.delta.score import SCORES
 from dppa_jax.evaluate.scores import Scores
 from dppa_jax.evaluate.tasks import Task, every_task
 from dppa_jax.jobs.evaluated import check_searched, find_coefficients
-from dppa_jax.jobs.q import check_q, q_of_expert
+from dppa_jax.jobs.q import check_q, check_text, q_of_expert
 from dppa_jax.merging.inspection import delta_sizes
 from dppa_jax.report.darex import concerns
 from dppa_jax.report.measurements import Measurements, Merged
@@ -30,22 +31,23 @@ from dppa_jax.search.advice import merge_by
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.factors import Searched, search_expert
 from dppa_jax.search.mixture import check_combine
+from dppa_jax.search.output_change import PrunedChange, factors_by_change
 
 Domains = Mapping[str, Sequence[Task]]  # by expert: the tasks of its domain
-FINDS_Q = ("search/*.py", "delta/q_rules.py", "merging/activations.py", "merging/q_of_linears.py", "model/*.py")
+FINDS = ("search/*.py", "delta/q_rules.py", "merging/activations.py", "merging/q_of_linears.py", "model/*.py")
 
 
-class FoundQ(msgspec.Struct):
-    """The q of an expert as it was found, the content of q-NAME.json.
+class Found(msgspec.Struct):
+    """The q or the factors of an expert as they were found, the content of q-NAME.json and factors-NAME.json.
 
     Attributes:
-      inputs: a digest of all that decides it.
-      q: one number, or one for each linear.
+      inputs: a digest of all that decides them.
+      number: q, or one for each linear; or factors, as a list.
       search: the search that found it, as JSON has it; None for a rule.
     """
 
     inputs: str
-    q: float | dict[str, float]
+    number: float | dict[str, float] | tuple[float, ...]
     search: dict | None
 
 
@@ -90,7 +92,7 @@ class Compared(NamedTuple):
 
 @dataclass
 class SeedRun:
-    """Measures all models with one seed, and keeps the searches, q and coefficients that they needed."""
+    """Measures all models with one seed, and keeps the searches, numbers and coefficients that they needed."""
 
     job: JobConfig
     sweep: Sweep
@@ -98,7 +100,8 @@ class SeedRun:
     candidates: Candidates
     searched: dict[Compared, Searched] = field(default_factory=dict)
     adamerged: dict[Compared, AdaMerged] = field(default_factory=dict)
-    found_q: dict[Compared, FoundQ] = field(default_factory=dict)
+    found: dict[Compared, Found] = field(default_factory=dict)
+    changes: dict[str, PrunedChange] = field(default_factory=dict)
 
     def measure(self, advance, first: Measurements | None = None) -> Measurements:
         """Return the scores of this seed's models.
@@ -120,8 +123,10 @@ class SeedRun:
                 measured.merged[merged] = self.scores(model, tuple(self.job.experts), every)
             else:
                 measured.single[model.key] = self.scores(model, (model.expert,), self.domains[model.expert])
-                if model.choice.way:
-                    measured.q[model.key] = self.q(model, model.expert)
+                if model.choice.finds_q:
+                    measured.q[model.key] = self.number(model, model.expert)
+                if model.choice.finds_factors:
+                    measured.factors[model.key] = self.number(model, model.expert)
             advance()
         return measured
 
@@ -137,8 +142,8 @@ class SeedRun:
         config = config_of(model, experts, self.job.merge, self.sweep)
         if config.takes_factors:
             config = replace(config, factors={name: self.factors(model, name) for name in experts})
-        if model.choice.way:
-            config = replace(config, q={name: self.q(model, name) for name in experts})
+        if model.choice.finds_q:
+            config = replace(config, q={name: self.number(model, name) for name in experts})
         if model.choice.coefficients:
             config = replace(config, coefficients=self.coefficients(model, config))
         return self.candidates.merged(model.name, self.candidates.opened.merger(config), tasks)
@@ -153,6 +158,8 @@ class SeedRun:
 
     def factors(self, model: Compared, expert: str) -> Factors:
         """Return the factors of an expert: those given, or those of a search, which is made once for each rate."""
+        if model.choice.finds_factors:
+            return self.number(model, expert)
         given = self.job.search.given.get(expert) if self.job.search else self.sweep.factors
         if given is not None:
             if model.has_random_score:
@@ -168,41 +175,57 @@ class SeedRun:
             )
         return self.searched[alone].result.factors
 
-    def q(self, model: Compared, expert: str) -> Coefficient:
-        """Return the q of an expert, which is found once for each method, way and rate, and kept in q-NAME.json."""
+    def number(self, model: Compared, expert: str) -> Coefficient | Factors:
+        """Return the q or the factors of an expert, found once for each method, way and rate, and kept in a file."""
         alone = alone_of(model, expert)
-        if alone not in self.found_q:
+        if alone not in self.found:
             config = config_of(alone, (expert,), self.job.merge, self.sweep)
-            given = replace(self.sweep.q_search, way=alone.choice.way)
-            file, inputs = self._place(alone) / f"q-{expert}.json", self._inputs_of_q(config, given)
+            given, what = replace(self.sweep.q_search, way=alone.choice.way), "q" if alone.choice.finds_q else "factors"
+            file, inputs = self._place(alone) / f"{what}-{expert}.json", self._inputs(config, given)
             resumes = self.job.evaluation.resume
-            found = processes.of_first("q", lambda: _kept_q(file, inputs) if resumes else None, FoundQ)
+            found = processes.of_first(what, lambda: _kept(file, inputs) if resumes else None, Found)
             if not found:
-                opened = self.candidates.opened
-                q, searched = q_of_expert(opened, expert, given, config, self.candidates, self.domains[expert])
-                found = FoundQ(inputs, q, searched.as_dict() if searched else None)
+                found = Found(inputs, *self._find(config, given))
                 if processes.index() == 0:
                     file.parent.mkdir(parents=True, exist_ok=True)
                     write_whole(file, json.dumps(msgspec.to_builtins(found), indent=1) + "\n")
-            self.found_q[alone] = found
-        return self.found_q[alone].q
+            self.found[alone] = found
+        return self.found[alone].number
+
+    def change(self, expert: str) -> PrunedChange:
+        """Return what measures how pruning an expert changes its outputs, which no method or rate changes."""
+        if expert not in self.changes:
+            opened, objective = self.candidates.opened.reading(expert), self.sweep.q_search.objective
+            self.changes[expert] = PrunedChange(opened, expert, objective, self.job.merge)
+        return self.changes[expert]
+
+    def _find(self, config: MergeConfig, given: QConfig) -> tuple[Coefficient | Factors, dict | None]:
+        """Find the q or the factors of a single expert; return them and their search."""
+        (expert,) = config.experts
+        if config.takes_factors:
+            result = factors_by_change(self.change(expert), config)
+            return result.factors, msgspec.to_builtins(asdict(result))
+        opened, change = self.candidates.opened, partial(self.change, expert)
+        q, searched = q_of_expert(opened, expert, given, config, self.candidates, self.domains[expert], change)
+        return q, searched.as_dict() if searched else None
 
     def _place(self, model: Compared) -> Path:
         return Path(self.job.workdir) / f"{model.place}-seed{self.job.merge.seed}"
 
-    def _inputs_of_q(self, config: MergeConfig, given: QConfig) -> str:
-        """Return a digest of all that decides the q of a single expert."""
+    def _inputs(self, config: MergeConfig, given: QConfig) -> str:
+        """Return a digest of all that decides the q or the factors of a single expert."""
         (expert,) = config.experts
         text = read_text(self.job.text_of(expert), MAX_LINES_BYTES) if self.job.calibration else None
-        asked = [asdict(self.job.evaluation), [task.name for task in self.domains[expert]]]
-        return digest([self.candidates.fingerprint(config), asdict(given), text, asked, sources_digest(*FINDS_Q)])
+        asked = [task.name for task in self.domains[expert]], asdict(self.job.evaluation)
+        asked = asked if given.way == LABELLED else None
+        return digest([self.candidates.fingerprint(config), asdict(given), text, asked, sources_digest(*FINDS)])
 
 
-def _kept_q(file: Path, inputs: str) -> FoundQ | None:
+def _kept(file: Path, inputs: str) -> Found | None:
     """Return what an earlier run with the same inputs found; None if there is nothing."""
     if not file.is_file():
         return None
-    found = read_json(file, FoundQ, MAX_KEPT_BYTES, "Remove the file, or give --noresume.")
+    found = read_json(file, Found, MAX_KEPT_BYTES, "Remove the file, or give --noresume.")
     return found if found.inputs == inputs else None
 
 
@@ -244,7 +267,9 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
             job.search.config(config).ranges(len(config.partitions))
             if model.expert is None:
                 check_searched(job, domains)
-        if model.choice.way:
+        if model.choice.finds_factors:
+            check_text(job, UNLABELLED, f"--methods={model.choice.name}", f"--factors and {model.choice.method}")
+        if model.choice.finds_q:
             check_q(replace(job, merge=config, q=replace(sweep.q_search, way=model.choice.way)), domains)
         if model.choice.coefficients:
             check_combine(config)

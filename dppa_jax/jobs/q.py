@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from absl import logging
@@ -22,12 +23,12 @@ from dppa_jax.runtime.memory import peak_resident, size_text
 from dppa_jax.runtime.progress import console
 from dppa_jax.search.candidates import Candidates
 from dppa_jax.search.mixture import check_combine
-from dppa_jax.search.output_change import least_change, searched_by_change
+from dppa_jax.search.output_change import PrunedChange, least_change, searched_by_change
 from dppa_jax.search.q import QSearched, searched_by_score
 from dppa_jax.search.q_gradient import QDescended, q_by_gradient
 from dppa_jax.where import look
 
-BY_TEXT = {UNLABELLED: searched_by_change, GRADIENT: q_by_gradient}  # ways that measure a whole model on text
+BY_TEXT = (UNLABELLED, GRADIENT)  # ways that measure a whole model on text
 
 
 def check_q(job: JobConfig, domains: Domains | None = None) -> None:
@@ -41,15 +42,25 @@ def check_q(job: JobConfig, domains: Domains | None = None) -> None:
                     f"the domain it is named after. Give --q={name}=0.2, or another way: --q={UNLABELLED}."
                 )
         return
+    check_text(job, q.way, f"--q={q.way}", "a number, or a rule such as bound")
+
+
+def check_text(job: JobConfig, way: str, needs: str, other: str) -> None:
+    """Refuse a way that lacks its text, or a model that is computed here.
+
+    Args:
+      needs: the flag that asks for the way.
+      other: what could be given in its place.
+    """
     if not job.calibration:
-        raise ValueError(f"--q={q.way} needs --calibration=FILE, a text file whose lines the experts read.")
-    if q.way in BY_TEXT and processes.count() > 1:
-        raise ValueError(f"--q={q.way}: one process computes whole models; give a number, or a rule such as bound.")
-    looked, needs = look(job.base, merge.seed, dequantise=job.dequantise), f"--q={q.way}"
+        raise ValueError(f"{needs} needs --calibration=FILE, a text file whose lines the experts read.")
+    if way in BY_TEXT and processes.count() > 1:
+        raise ValueError(f"{needs}: one process computes whole models; give {other}.")
+    looked = look(job.base, job.merge.seed, dequantise=job.dequantise)
     check_forward(looked, needs)
-    if q.way == GRADIENT:
-        check_combine(merge, needs)
-        check_whole_layers(looked, needs, f"a number or a rule such as bound, or --q={UNLABELLED}")
+    if way == GRADIENT:
+        check_combine(job.merge, needs)
+        check_whole_layers(looked, needs, f"{other}, or --q={UNLABELLED}")
 
 
 def with_q(opened: Opened) -> Opened:
@@ -88,20 +99,25 @@ def q_of_expert(
     merge: MergeConfig,
     candidates: Candidates | None = None,
     tasks: Sequence[Task] = (),
+    change: Callable[[], PrunedChange] | None = None,
 ) -> tuple[Coefficient, QSearched | QDescended | None]:
     """Return the q of one expert, one number or one for each linear, and the search that found it, if one did.
 
     Args:
       candidates, tasks: what is needed for the way that measures tasks.
+      change: returns what measures changes of the expert's outputs, which is otherwise made when a way needs it.
     """
     started, searched, opened = time.perf_counter(), None, opened.reading(name)
+    change = change or partial(PrunedChange, opened, name, q.objective, merge)
     if q.is_rule:
         of_eta = opened.q_of_linears(merge, q, name)
-        found = of_eta[0 if len(of_eta) == 1 else least_change(opened, name, q, merge, of_eta)]
+        found = of_eta[0 if len(of_eta) == 1 else least_change(change(), q, merge, of_eta)]
     elif q.way == LABELLED:
         searched = searched_by_score(candidates, name, tasks, q, merge)
+    elif q.way == UNLABELLED:
+        searched = searched_by_change(change(), q, merge)
     else:
-        searched = BY_TEXT[q.way](opened, name, q, merge)
+        searched = q_by_gradient(opened, name, q, merge)
     if searched:
         found = searched.q
     seconds, peak = time.perf_counter() - started, size_text(peak_resident())

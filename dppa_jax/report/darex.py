@@ -90,7 +90,7 @@ class _DarexTables:
         """Return the q that were found, by method, expert and rate; None if none was."""
         rows = {}
         for choice in self.choices:
-            for expert in self.domains if choice.way else ():
+            for expert in self.domains if choice.finds_q else ():
                 keys = [(choice.name, rate, expert) for rate in self.rates]
                 rows[label(choice.name), label(expert)] = [Cell(tuple(self._q_of(key)), share=False) for key in keys]
         columns = tuple(map(percent, self.rates))

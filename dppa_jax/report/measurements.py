@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.config.report import Choice
+from dppa_jax.config.search import Factors
 from dppa_jax.evaluate.scores import Scores
 
 
@@ -42,6 +43,7 @@ class Measurements:
       merged: the scores of each merge.
       q: DAREx's q where it was found, by the keys of `single`.
       sizes: of each expert's delta, over the linears: the mean |δ|, and ‖δ‖ / ‖base‖.
+      factors: DPA's factors where a change of outputs found them, by the keys of `single`.
     """
 
     base: Scores
@@ -50,3 +52,4 @@ class Measurements:
     merged: dict[Merged, Scores]
     q: dict[tuple[str, float, str], Coefficient] = field(default_factory=dict)
     sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    factors: dict[tuple[str, float, str], Factors] = field(default_factory=dict)

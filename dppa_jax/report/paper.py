@@ -111,7 +111,7 @@ def raw(measured: Mapping[int, Measurements]) -> dict:
             "experts": {expert: counts(scores) for expert, scores in m.experts.items()},
             "single": [
                 {"name": key[0], **_parts(key[0]), "rate": key[1], "expert": key[2], "q": m.q.get(key)}
-                | {"scores": counts(scores)}
+                | {"factors": m.factors.get(key), "scores": counts(scores)}
                 for key, scores in m.single.items()
             ],
             "sizes": m.sizes,
@@ -122,7 +122,7 @@ def raw(measured: Mapping[int, Measurements]) -> dict:
 
 
 def _parts(name: str) -> dict[str, str | None]:
-    """Return what a method is made of, for JSON: preset, the score in place of its own, the way to find q."""
+    """Return what a method is made of, for JSON: preset, the score in place of its own, the way to q or factors."""
     choice = Choice.of(name)
     return {"method": choice.method, "score": choice.score or None, "way": choice.way or None}
 

@@ -201,7 +201,7 @@ class Adviser:
             result = factors_by_change(self.change, merge)
             return Tried(preset, None, result.factors, 1.0 / result.score, result.evaluations)
         if way == UNLABELLED:
-            found = searched_by_change(self.opened, self.expert, q, merge, self.change).result
+            found = searched_by_change(self.change, q, merge).result
             return Tried(preset, found.q, (), -found.score, len(found.visits))
         return Tried(preset, change=self.change.by(merge)(), visits=1) if self.has_text else Tried(preset)
 

@@ -165,13 +165,14 @@ class PrunedChange:
     """The change of an expert's outputs by pruning it, in any way, on --calibration text.
 
     Attributes:
+      name: the expert's.
       measured: the change, in words.
       base: the change if nothing is kept at all, not even outside the linears.
     """
 
     def __init__(self, opened: Opened, name: str, objective: str, merge: MergeConfig):
         alone = alone_of(merge, name)
-        self._opened, self._name, self._directory = opened, name, opened.tokenizer.directory
+        self.name, self._opened, self._directory = name, opened, opened.tokenizer.directory
         tokens = probe(calibration_tokens(self._directory, Path(opened.job.calibration)))
         layout = opened.layout(opened.plan(alone))
         dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, layout, quiet=True)
@@ -186,29 +187,23 @@ class PrunedChange:
         Returns:
           A function of `q` and `factors` of the expert, in place of those of the merge, to the mean change.
         """
-        alone = alone_of(merge, self._name)
+        alone = alone_of(merge, self.name)
         merger = self._opened.merger(alone)
 
         def change(**numbers: Coefficient | Factors) -> float:
-            own = {name: {self._name: number} for name, number in numbers.items()}
+            own = {name: {self.name: number} for name, number in numbers.items()}
             return self._change(merged_model(merger, self._directory, self._opened.rest, **own))
 
         return change
 
 
-def searched_by_change(
-    opened: Opened, name: str, q: QConfig, merge: MergeConfig, change: PrunedChange | None = None
-) -> QSearched:
+def searched_by_change(change: PrunedChange, q: QConfig, merge: MergeConfig) -> QSearched:
     """Search the q of an expert for which pruning changes its outputs least, on --calibration text.
 
     Deng et al. 2024 call it q_e. Beside the answer are the change at q = 1−p, and that of the base: where it is the
     smallest, nothing kept is better than what is kept.
-
-    Args:
-      change: that of this expert, if it is already there.
     """
-    with steps(f"search the q of {name}", None, "candidates") as advance:
-        change = change or PrunedChange(opened, name, q.objective, merge)
+    with steps(f"search the q of {change.name}", None, "candidates") as advance:
         by_q = change.by(merge)
 
         def score(value: float) -> float:
@@ -222,7 +217,7 @@ def searched_by_change(
             "of the base": change.base,
             "at q = 1 − rate": -dict(result.visits)[density],
         }  # every rule looks there
-    return QSearched(name, merge.rate, change.measured, result, beside)
+    return QSearched(change.name, merge.rate, change.measured, result, beside)
 
 
 def factors_by_change(change: PrunedChange, merge: MergeConfig) -> SearchResult:
@@ -242,14 +237,13 @@ def factors_by_change(change: PrunedChange, merge: MergeConfig) -> SearchResult:
         return search(score, len(merge.partitions), walk)
 
 
-def least_change(opened: Opened, name: str, q: QConfig, merge: MergeConfig, of_eta: Sequence[Mapping]) -> int:
+def least_change(change: PrunedChange, q: QConfig, merge: MergeConfig, of_eta: Sequence[Mapping]) -> int:
     """Return which of several q of the linears, one for each η, changes the outputs of an expert least."""
-    with steps(f"search the eta of {name}", len(of_eta), "candidates") as advance:
-        change = PrunedChange(opened, name, q.objective, merge)
+    with steps(f"search the eta of {change.name}", len(of_eta), "candidates") as advance:
         by_q, changes = change.by(merge), []
         for eta, own in zip(q.eta, of_eta, strict=True):
             changes.append(by_q(q=own))
-            logging.info("%s: eta %g: %s %.4g", name, eta, change.measured, changes[-1])
+            logging.info("%s: eta %g: %s %.4g", change.name, eta, change.measured, changes[-1])
             advance()
     return int(np.argmin(changes))
 
