@@ -75,7 +75,7 @@ def array(*shape: int, dtype="bfloat16") -> jax.ShapeDtypeStruct:
 def lowered(monkeypatch) -> None:
     """Kernels lower what they are called with, and give zeros in place of a result."""
 
-    def lowering(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
+    def lowering(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = (), donated=()) -> Callable:
         def run(*arguments):
             shapes = jax.tree.map(lambda x: array(*x.shape, dtype=x.dtype), arguments)
             exported = assert_lowers(over_rows.__wrapped__(mesh, function, replicated), *shapes)

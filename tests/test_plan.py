@@ -294,12 +294,12 @@ class Compiler:
     def __init__(self):
         self.needs: list = []
 
-    def __call__(self, mesh, function, replicated=()):
+    def __call__(self, mesh, function, replicated=(), donated=()):
         rows = NamedSharding(mesh, ROWS)
 
         def run(*arguments):
             place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows) if x.ndim else x  # noqa: E731
-            lowered = over_rows(mesh, function, replicated).lower(*jax.tree.map(place, arguments))
+            lowered = over_rows(mesh, function, replicated, donated).lower(*jax.tree.map(place, arguments))
             self.needs.append(lowered.compile().memory_analysis())
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), lowered.out_info)
 

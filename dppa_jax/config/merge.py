@@ -14,7 +14,7 @@ from dppa_jax.config.numbers import Coefficient, coefficient_of, default_partiti
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
 from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
 
-AT_A_TIME = 3  # experts of a plain sum that are held with the base; the sum of those before is as large as two of them
+AT_A_TIME = 2  # experts of a plain sum that are held, twice, with the base; the sum of those before is as large as two
 
 CHOOSE_METHOD = """--method is missing. Two good choices, of all that --help names:
   --method=task_arithmetic     keeps every parameter: the safest first merge

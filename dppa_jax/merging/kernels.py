@@ -155,28 +155,32 @@ class Kernels:
 
         `experts`, `inputs`, `bounds` (rows, partitions) and `weights` (rows, partitions) are tuples over experts;
         `numbers` (rows, k) are what the combination has of every tensor, None for nothing. A sum may be made in parts:
-        see `Elementwise.merged` for `total`, and for no dtype.
+        see `Elementwise.merged` for `total`, and for no dtype; the new total is written over the old one.
         """
 
         if output_dtype not in self._merges:
-            self._merges[output_dtype] = over_rows(self.mesh, partial(self.merge_rows, output_dtype), replicated=(0,))
+            lifted, donated = partial(self.merge_rows, output_dtype), () if output_dtype else (7,)
+            self._merges[output_dtype] = over_rows(self.mesh, lifted, (0,), donated)
         return self._merges[output_dtype](ZERO, base, experts, inputs, bounds, weights, numbers, total)
 
     def weighted(
-        self, output_dtype: np.dtype, base: jax.Array, experts, coefficients, divisor, total=None
+        self, output_dtype: np.dtype | None, base: jax.Array, experts, coefficients, divisor, total=None
     ) -> jax.Array:
         """Σ cₖ·xₖ over base and experts, over the divisor, cast once to the output dtype: (rows, columns).
 
         `coefficients` are a tuple of (rows, 1) over base and experts or, after a `total` of what was before, over
-        experts; so is `divisor`, which may be None.
+        experts; so is `divisor`, which may be None. Without a dtype the new total comes back, in float32, which is
+        written over the old one.
         """
 
         def weighted(zero, base, experts, coefficients, divisor, total):
             models = (base, *experts) if total is None else experts
-            return self.elementwise.weighted(base, models, coefficients, divisor, zero, total).astype(output_dtype)
+            merged = self.elementwise.weighted(base, models, coefficients, divisor, zero, total)
+            return merged.astype(output_dtype) if output_dtype else merged
 
         if ("weighted", output_dtype) not in self._merges:
-            self._merges["weighted", output_dtype] = over_rows(self.mesh, weighted, replicated=(0,))
+            donated = () if output_dtype else (5,)
+            self._merges["weighted", output_dtype] = over_rows(self.mesh, weighted, (0,), donated)
         return self._merges["weighted", output_dtype](ZERO, base, experts, coefficients, divisor, total)
 
     def inner_products(self, of_deltas: bool, base: jax.Array, first: tuple, second: tuple) -> jax.Array:

@@ -288,7 +288,7 @@ def merge_matrix(
     dtype = common_dtype(_output_dtype(rows.name, base, config) for rows in x.matrix.ranges)
     is_last = x.places.stop == len(config.experts)
     if isinstance(tensors, Grams):
-        over = dtype if is_last else np.dtype(np.float32)
+        over = dtype if is_last else None
         return kernels.weighted(over, x.base, x.experts, *tensors.on_rows(x), total)
     each = tuple(inputs), tuple(bounds), tuple(weights)
     numbers = tensors and tensors.on_rows(x)

@@ -32,7 +32,7 @@ class Work:
       read, merged: bytes of an element of base and experts together, and of the merged model.
       held: of base and the experts that a streamed merge holds at a time.
       base_again: of the base as often as it is read again, with further experts.
-      total: of the sums with and without the experts at hand; 0 where all are held.
+      total: of the sum of the experts before; 0 where all are held.
       delta: bytes of an element of an expert's saved delta; 0 when none is saved.
       experts: how many.
       survey: is there a survey, a pass of its own over the layers?
@@ -315,7 +315,7 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
         read=sum(sizes),
         held=sizes[0] + sum(held),
         base_again=sizes[0] * (groups - 1),
-        total=2 * ITEMSIZE["float32"] if groups > 1 else 0,
+        total=ITEMSIZE["float32"] if groups > 1 else 0,
         merged=ITEMSIZE[output_dtype],
         delta=ITEMSIZE[config.delta_dtype] if save_delta else 0,
         experts=len(dtypes) - 1,

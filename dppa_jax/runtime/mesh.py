@@ -104,13 +104,16 @@ def put_rows(mesh: Mesh, array: np.ndarray | jax.Array) -> jax.Array:
 
 
 @cache  # a function that two kernels share is compiled once
-def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) -> Callable:
+def over_rows(
+    mesh: Mesh, function: Callable, replicated: tuple[int, ...] = (), donated: tuple[int, ...] = ()
+) -> Callable:
     """Compile a function that works on arrays row by row; each device runs it on its own rows.
 
     Args:
       mesh: the devices.
       function: takes and returns arrays whose first axis is rows.
       replicated: positions of the arguments that are whole on every device.
+      donated: positions of those in whose memory the result may be written, after which they are gone.
     """
 
     def lifted(*arguments):
@@ -118,7 +121,8 @@ def over_rows(mesh: Mesh, function: Callable, replicated: tuple[int, ...] = ()) 
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=ROWS)(*arguments)
 
     platform = mesh.devices.flat[0].platform
-    return jax.jit(lifted, compiler_options=WIDE_VECTORS if platform == "cpu" else None)
+    options = WIDE_VECTORS if platform == "cpu" else None
+    return jax.jit(lifted, donate_argnums=donated, compiler_options=options)
 
 
 def _row_specs(tree):
