@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,7 @@ class PrunedChange:
         expert = merged_model(dense, self._directory, opened.rest)
         objective = objective_of(model_config(expert.config), objective)
         self._change, self.measured = OutputChange(expert, tokens, objective), OBJECTIVES[objective].measured
+        del expert  # two whole models are in memory at a time, one as it is stored and one on the devices
         self.base = self._change(merged_model(dense, self._directory, opened.rest, coefficients={name: 0.0}))
 
     def by(self, merge: MergeConfig) -> Callable[..., float]:
@@ -255,6 +256,9 @@ def _dense(alone: MergeConfig) -> MergeConfig:
 
 
 def _on_device(model: Model) -> dict:
-    """Return the weights on the devices; in float32 on a CPU, which computes 16 bits slower."""
+    """Return the weights on the devices; in float32 on a CPU, which computes 16 bits slower.
+
+    One leaf after the other: all at once, each would be there in its own dtype, too.
+    """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else None
-    return jax.tree.map(partial(jnp.asarray, dtype=dtype), model.tree)
+    return jax.tree.map(lambda leaf: jax.block_until_ready(jnp.asarray(leaf, dtype)), model.tree)
