@@ -428,7 +428,7 @@ GPT2 = transformers.GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer
 
 
 @pytest.mark.parametrize("family", OF_FAMILY)
-def test_weights_are_those_of_peft(peft, tmp_path, family):
+def test_weights_are_those_of_peft_to_1_ulp(peft, tmp_path, family):
     model = model_of(family, 0) if family in FAMILIES else transformers.AutoModelForCausalLM.from_config(GPT2)
     model.save_pretrained(tmp_path / "base")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **OF_FAMILY[family]))
@@ -441,6 +441,8 @@ def test_weights_are_those_of_peft(peft, tmp_path, family):
     found, wanted = (
         tensors_of(where) for where in (f"{tmp_path / 'base'}+{tmp_path / 'adapter'}", tmp_path / "merged")
     )
-    assert_close(found, wanted)
+    assert found.keys() == wanted.keys()
+    for name, array in wanted.items():
+        np.testing.assert_array_max_ulp(found[name], array, maxulp=1)
     before = tensors_of(tmp_path / "base")
     assert sum(not np.array_equal(before[name], found[name]) for name in before) >= 5
