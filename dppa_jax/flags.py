@@ -366,11 +366,12 @@ def _explained(said: Option, help: str, complement: str = "") -> list[str]:
 
 
 def _written(said: Option) -> str:
-    """Return the flag as a command line has it, with its default."""
+    """Return the flag as a command line has it, with its default; 1 for 1.0."""
     default = said.default
     if default is None or default == "" or default == []:
         return f"--{said.flag}"
-    return f"--{said.flag}={','.join(default) if isinstance(default, list) else str(default).lower()}"
+    text = ",".join(default) if isinstance(default, list) else str(default).lower()
+    return f"--{said.flag}={text.removesuffix('.0')}"
 
 
 def _help(said: Option) -> str:

@@ -1,6 +1,6 @@
 """Merges in memory: checkpoints as dicts of arrays in, dicts of arrays out, through the real pipeline."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,11 +74,13 @@ def merge_to_arrays(
     layout: Layout | None = None,
     deltas: bool = False,
     norms: Mapping | None = None,
+    input_grams: Mapping | None = None,
 ) -> Merge:
     """`merge_checkpoints` with every tensor of the output, and of the saved deltas, as an array."""
     sink, delta_sinks = MemorySink(), {name: MemorySink() for name in experts} if deltas else None
     layout = layout or Layout(base.config["num_hidden_layers"])
-    outcome = merge_checkpoints(base, experts, config, sink, make_mesh(mesh), layout, delta_sinks, norms, quiet=True)
+    seen = {"norms": norms, "input_grams": input_grams}
+    outcome = merge_checkpoints(base, experts, config, sink, make_mesh(mesh), layout, delta_sinks, quiet=True, **seen)
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     found = {name: s.arrays(shapes) for name, s in (delta_sinks or {}).items()}
     return Merge(sink.arrays(shapes), found, outcome)
@@ -144,6 +146,23 @@ def random_norms(base: Source, experts: Iterable[str], seed: int = 5) -> dict[st
         expert: {spec.name: generator.lognormal(0, 1, spec.columns).astype(np.float32) for spec in linears}
         for expert in experts
     }
+
+
+def random_grams(base: Source, experts: Iterable[str], seed: int = 6) -> dict[str, dict[str, np.ndarray]]:
+    """Mean products of the inputs of linears, which are correlated: other ones for every expert and tensor."""
+    generator = np.random.default_rng(seed)
+
+    def gram(columns: int) -> np.ndarray:
+        inputs = generator.normal(size=(2 * columns, columns)) @ generator.normal(size=(columns, columns))
+        return (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+    linears = [spec for spec in base.specs.values() if spec.linear is not None]
+    return {expert: {spec.name: gram(spec.columns) for spec in linears} for expert in experts}
+
+
+def given_out(grams: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Callable[[str], np.ndarray]]:
+    """As a merge takes them."""
+    return {expert: own.__getitem__ for expert, own in grams.items()}
 
 
 def linear_names(config: Mapping) -> list[str]:

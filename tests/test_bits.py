@@ -11,8 +11,10 @@ from support import (
     Merge,
     assert_same_bits,
     experts_of,
+    given_out,
     make_family,
     merge_to_arrays,
+    random_grams,
     random_norms,
 )
 
@@ -59,6 +61,7 @@ FAST = {  # a ranked score, a random one, and one that needs sums over all rows
     "mergekit": ("4 by 2 devices",),
     "karcher": ("4 by 2 devices",),
     "linear": ("4 by 2 devices",),
+    "regmean": ("4 by 2 devices",),
     "sce_topk": ("4 by 2 devices",),
 }
 PAIRS = [
@@ -116,7 +119,7 @@ def test_the_compared_merges_prune_and_differ_from_one_another(choices):
 def merge(choice: str, mesh: str, layout: Layout) -> Merge:
     base, experts = family()
     experts = {name: experts[name] for name in config(choice).experts}
-    return merge_to_arrays(base, experts, config(choice), mesh, layout, deltas=True, norms=norms())
+    return merge_to_arrays(base, experts, config(choice), mesh, layout, deltas=True, norms=norms(), input_grams=grams())
 
 
 def config(choice: str) -> MergeConfig:
@@ -137,3 +140,8 @@ def family():
 @cache
 def norms() -> dict:
     return random_norms(family()[0], EXPERTS)
+
+
+@cache
+def grams() -> dict:
+    return given_out(random_grams(family()[0], EXPERTS))

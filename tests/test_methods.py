@@ -13,9 +13,11 @@ from support import (
     Merge,
     assert_same_bits,
     experts_of,
+    given_out,
     linear_names,
     make_family,
     merge_to_arrays,
+    random_grams,
     random_norms,
     same_bits,
 )
@@ -68,7 +70,8 @@ def merged(method: str, rate: float = 0.8, seed: int = 0) -> Merge:
 
 def merge_family(config: MergeConfig, base: MemorySource, experts: dict[str, MemorySource], **more) -> Merge:
     experts = {name: experts[name] for name in config.experts}
-    return merge_to_arrays(base, experts, config, layout=Layout(1), norms=random_norms(base, experts), **more)
+    seen = {"norms": random_norms(base, experts), "input_grams": given_out(random_grams(base, experts))}
+    return merge_to_arrays(base, experts, config, layout=Layout(1), **seen, **more)
 
 
 def linears() -> list[str]:

@@ -139,6 +139,19 @@ def test_the_same_again_goes_on(half, tmp_path):
     assert written_by(half) < load_file(half.output / "model.safetensors").keys()
 
 
+@pytest.mark.slow
+def test_a_merge_that_solves_for_linears_goes_on_in_the_middle_of_a_layer(merge, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"word{n} word{59 - n} word{n // 2}" for n in range(60)))
+    flags = [*merge.flags(), "--method=regmean", f"--calibration={tmp_path / 'text.txt'}"]
+    assert not run(2 * (BLOCK_PARTS + 4), log_of(tmp_path), flags)
+    log_of(tmp_path).unlink()
+    assert run(0, log_of(tmp_path), flags)
+    written = {line.split()[1] for line in log_of(tmp_path).read_text().splitlines() if line.startswith("wrote")}
+    assert written < load_file(merge.output / "model.safetensors").keys()
+    launch(*flags, f"--output={tmp_path / 'undisturbed'}")
+    assert weights(merge.output) == weights(tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_conversion_that_was_killed_goes_on(merge, tmp_path, resume):
     output = tmp_path / "out"

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from families import llama_config
-from support import Merge, assert_same_bits, linear_names, make_family, merge_to_arrays, random_norms, same_bits
+from support import (
+    Merge,
+    assert_same_bits,
+    given_out,
+    linear_names,
+    make_family,
+    merge_to_arrays,
+    random_grams,
+    random_norms,
+    same_bits,
+)
 
 import dppa_jax
 from dppa_jax.config.merge import MergeConfig
@@ -20,7 +30,7 @@ from dppa_jax.delta.scale import SCALES
 
 EXPERTS = ("math", "law")
 LINEAR, NORM = "model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"
-FAST = ("task_arithmetic", "dppa", "dare_ties", "wanda")
+FAST = ("task_arithmetic", "dppa", "dare_ties", "wanda", "regmean")
 MORE = {  # ties that are cut, rows, and the conventions of mergekit
     "cut ties": {"method": "ties", "ties": "exact"},
     "rows": {"method": "wanda", "compare": "row"},
@@ -64,7 +74,8 @@ def merged(choice: str) -> Merge:
     base, experts = family()
     names = experts_of(choice)
     own = {name: experts[name] for name in names}
-    return merge_to_arrays(base, own, MergeConfig(names, **options(choice)), norms=random_norms(base, names))
+    seen = {"norms": random_norms(base, names), "input_grams": given_out(random_grams(base, names))}
+    return merge_to_arrays(base, own, MergeConfig(names, **options(choice)), **seen)
 
 
 def of_tensor(choice: str, name: str, jit: bool) -> np.ndarray:
@@ -74,8 +85,8 @@ def of_tensor(choice: str, name: str, jit: bool) -> np.ndarray:
         place = outcome.linears.names.index(name)
         if METHODS[given["method"]].score:
             given["rates"] = {expert: outcome.rates[e, :, place] for e, expert in enumerate(EXPERTS)}
-        norms = random_norms(base, EXPERTS)
-        given["norms"] = {expert: norms[expert][name] for expert in EXPERTS if name in norms[expert]}
+        for kind, seen in (("norms", random_norms(base, EXPERTS)), ("input_grams", random_grams(base, EXPERTS))):
+            given[kind] = {expert: seen[expert][name] for expert in EXPERTS if name in seen[expert]}
 
     def merge(own, others):
         return dppa_jax.merge_tensors(own, others, name=name, pruned=pruned, **given)

@@ -138,7 +138,7 @@ class JobConfig:
     )
     calibration: str = option(
         "",
-        "text for WANDA's scores and most of --q, a sample a line: a file, or DIR with NAME.txt",
+        "text for WANDA, RegMean and most of --q, a sample a line: a file, or DIR with NAME.txt",
         group="method",
         kind="path",
     )

@@ -74,7 +74,12 @@ class Combination:
     @property
     def accumulates(self) -> bool:
         """Whether experts can be added one after the other, so that few are in memory at a time."""
-        return self.is_sum or (self.whole is not None and not self.whole.gram)
+        return self.is_sum or (self.whole is not None and not (self.whole.gram or self.solves))
+
+    @property
+    def solves(self) -> bool:
+        """Whether it solves for linears, from what their inputs are on `--calibration` text."""
+        return self.whole is not None and self.whole.solve is not None
 
     @property
     def asks_tensors(self) -> bool:
@@ -101,6 +106,7 @@ COMBINATIONS = {
         whole=WHOLE["karcher"], weighs_base=True, parameters=("karcher_iterations", "karcher_tolerance")
     ),
     "model_stock": Combination(whole=WHOLE["model_stock"], experts=(2, None)),
+    "regmean": Combination(whole=WHOLE["regmean"], parameters=("regmean_alpha",)),
     "nearswap": Combination(
         consensus.nearswap, consensus.coefficients_alone, asks=False, experts=(1, 1), coefficient=1e-4
     ),

@@ -31,12 +31,13 @@ PARAMETERS = {  # by the name of their flag; a score, scale or combination lists
     "breadcrumbs_gamma": Parameter(0.01, "Breadcrumbs: share of the largest elements that is removed", 0.0, 1.0),
     "della_window": Parameter(0.15, "DELLA: keep probabilities are spread over this, by the rank in a row", 0.0, 1.0),
     "normalize": Parameter(1.0, "linear, multislerp: 1 divides the coefficients by their sum, 0 does not", 0.0, 1.0),
-    "karcher_iterations": Parameter(10.0, "karcher: steps towards the mean at most", 0.0, 1e6),
     "sce_topk": Parameter(1.0, "sce: share of the elements that vary between experts that is kept", 0.0, 1.0),
+    "karcher_iterations": Parameter(10.0, "karcher: steps towards the mean at most", 0.0, 1e6),
+    "karcher_tolerance": Parameter(1e-5, "karcher: a step or an angle below this counts as none", 0.0, 1.0),
+    "regmean_alpha": Parameter(0.9, "regmean: products of two different inputs are multiplied by this", 0.0, 1.0),
     "ram_epsilon": Parameter(1e-5, "ram, ramplus_tl: a delta above this is a change", 0.0, 1e6),
     "ram_r": Parameter(0.1, "ramplus_tl: gain of what one expert alone changed, by shared / unique", -1e6, 1e6),
     "ram_alpha": Parameter(0.2, "ramplus_tl: shared / unique counts up to this", 0.0, 1e6),
-    "karcher_tolerance": Parameter(1e-5, "karcher: a step or an angle below this counts as none", 0.0, 1.0),
 }
 
 COMPARISONS = {"linear": False, "row": True}  # by the value of --compare: is an element ranked within its row?
@@ -69,6 +70,7 @@ METHODS = {
     "multislerp_deltas": Method(None, None, "none", "multislerp_deltas", "mergekit"),
     "karcher": Method(None, None, "none", "karcher", "Karcher 1977, as in mergekit"),
     "model_stock": Method(None, None, "none", "model_stock", "Jang et al. 2024"),
+    "regmean": Method(None, None, "none", "regmean", "Jin et al. 2023"),
     "nearswap": Method(None, None, "none", "nearswap", "the author of QuartetAnemoi-70B, as in mergekit"),
     "arcee_fusion": Method(None, None, "none", "arcee_fusion", "mergekit"),
     "ram": Method(None, None, "none", "ram", "Reinforced Agent Merging 2026, as in mergekit"),

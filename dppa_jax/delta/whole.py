@@ -9,6 +9,8 @@ G_kl = ⟨x_k, x_l⟩ alone, so that one read of the weights finds G and one app
 
 and gives (tensors, models) float64. The models are the base and then the experts; of a method "of deltas" they are the
 experts' deltas, and the base gets what is left of 1. With `--compare=row` every row counts as a tensor.
+
+A method may instead solve for linears whose inputs are known; then the formula is that of all other tensors.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,6 +19,8 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float
+
+from dppa_jax.delta.regmean import regmean
 
 Gram = Float[np.ndarray, "tensors models models"]
 OfModels = Float[np.ndarray, "tensors models"]
@@ -35,12 +39,15 @@ class Whole:
       gram: does it look at inner products?
       of_deltas: are the vectors the experts' deltas?
       divisor: from (weights, parameters) to what the sum is divided by, (tensors,); None for nothing.
+      solve: from the experts' weights of a linear, the products of its inputs on `--calibration` text, coefficients and
+        parameters to the merged linear, as `regmean` does; None where linears are merged as all else.
     """
 
     coefficients: Callable[[Gram | None, OfModels, Parameters], OfModels]
     gram: bool = True
     of_deltas: bool = False
     divisor: Callable[[OfModels, Parameters], np.ndarray] | None = None
+    solve: Callable[..., Float[np.ndarray, "out in"]] | None = None
 
 
 def linear(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
@@ -51,6 +58,16 @@ def linear(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
 def weights_total(weights: OfModels, parameters: Parameters) -> np.ndarray:
     """Σ wₖ where `normalize` is 1, else 1: the sum is divided by it, which keeps the mean of equal models exact."""
     return _total(weights)[:, 0] if parameters["normalize"] else np.ones(len(weights))
+
+
+def of_experts(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
+    """Average the experts alone: Σ wₖxₖ, over Σ wₖ."""
+    return np.concatenate([np.zeros_like(weights[:, :1]), weights[:, 1:]], axis=1)
+
+
+def experts_total(weights: OfModels, parameters: Parameters) -> np.ndarray:
+    """Σ wₖ of the experts."""
+    return _total(weights[:, 1:])[:, 0]
 
 
 def passthrough(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
@@ -165,6 +182,7 @@ WHOLE = {
     "multislerp_deltas": Whole(multislerp, of_deltas=True),
     "karcher": Whole(karcher),
     "model_stock": Whole(model_stock, of_deltas=True),
+    "regmean": Whole(of_experts, gram=False, divisor=experts_total, solve=regmean),
 }
 
 

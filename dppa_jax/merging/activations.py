@@ -119,23 +119,32 @@ def layers_seen(
     hidden = _first_states(config, model, np.maximum(tokens, 0))
     step, kinds = jax.jit(partial(_layer, config, measure)), kinds_of(config)
     for layer in range(config.num_hidden_layers):
-        specs = [spec for spec in model.specs.values() if spec.layer == layer]
-        linears = [spec for spec in specs if spec.role is Role.LINEAR]
-        stored = {spec.name: model.read(spec.name) for spec in specs}
-        weights = tree_of(specs, partial(_array, stored))["layers"]
-        deltas = {}
-        if delta:
-            own = {spec.name: delta(spec.name, stored[spec.name]) for spec in linears}
-            deltas = {".".join(path[1:]): _array(own, group) for path, group in by_path(linears).items()}
         kind = jax.tree.map(lambda numbers, layer=layer: jnp.asarray(numbers[layer]), kinds)
-        hidden, of_path = step(weights, kind, hidden, deltas, counted)
-        measured = {}
-        for path, group in by_path(linears).items():
-            of_group = jax.tree.map(np.asarray, of_path[".".join(path[1:])])
-            for i, spec in enumerate(group):  # of a mixture there is one of each expert, on the first axis
-                one = len(group) == 1
-                measured[spec.name] = of_group if one else jax.tree.map(lambda array, i=i: array[i], of_group)
-        yield LayerSeen({spec.name: stored[spec.name] for spec in linears}, measured)
+        run = partial(step, kind=kind, hidden=hidden, counted=counted)
+        hidden, *seen = _layer_seen(model, layer, run, delta)
+        yield seen.pop()  # it is the taker's alone, and can be let go of
+
+
+def _layer_seen(
+    model: Checkpoint, layer: int, run: Callable, delta: Callable[[str, np.ndarray], Array] | None
+) -> tuple[Array, LayerSeen]:
+    """Compute a layer: its output, and what was measured. Its weights are let go before the next is asked for."""
+    specs = [spec for spec in model.specs.values() if spec.layer == layer]
+    linears = [spec for spec in specs if spec.role is Role.LINEAR]
+    stored = {spec.name: model.read(spec.name) for spec in specs}
+    weights = tree_of(specs, partial(_array, stored))["layers"]
+    deltas = {}
+    if delta:
+        own = {spec.name: delta(spec.name, stored[spec.name]) for spec in linears}
+        deltas = {".".join(path[1:]): _array(own, group) for path, group in by_path(linears).items()}
+    hidden, of_path = run(weights, deltas=deltas)
+    measured = {}
+    for path, group in by_path(linears).items():
+        of_group = jax.tree.map(np.asarray, of_path[".".join(path[1:])])
+        for i, spec in enumerate(group):  # of a mixture there is one of each expert, on the first axis
+            one = len(group) == 1
+            measured[spec.name] = of_group if one else jax.tree.map(lambda array, i=i: array[i], of_group)
+    return hidden, LayerSeen({spec.name: stored[spec.name] for spec in linears}, measured)
 
 
 def tokens_that_fit(config: ModelConfig, tokens: Int[np.ndarray, "rows tokens"]) -> Int[np.ndarray, "rows tokens"]:

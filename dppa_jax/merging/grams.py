@@ -43,6 +43,12 @@ class Grams:
                 progress.advance(stream.bytes_read)
         self._known = {name: np.concatenate(parts).sum(axis=0) for name, parts in rows.items()}
 
+    def merged(
+        self, kernels: Kernels, x: DeviceMatrix, dtype: np.dtype | None, total: jax.Array | None = None
+    ) -> jax.Array:
+        """Merge a matrix, cast once to the dtype; None for it, and `total`, where experts are added up in parts."""
+        return kernels.weighted(dtype, x.base, x.experts, *self.on_rows(x), total)
+
     def on_rows(self, x: DeviceMatrix) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
         """Put the coefficients of every model, and the divisors, onto the devices for each row of a matrix.
 

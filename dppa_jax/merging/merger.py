@@ -26,6 +26,7 @@ from dppa_jax.merging.groups import check_groups, rank_units
 from dppa_jax.merging.kept import tell_of_q, tell_of_ties
 from dppa_jax.merging.kernels import Kernels, shared_kernels
 from dppa_jax.merging.rows import DeviceMatrix, Matrix
+from dppa_jax.merging.solved import InputGrams, Solved
 from dppa_jax.merging.stream import Stream
 from dppa_jax.merging.survey import NonfiniteError, surveyed
 from dppa_jax.runtime import signals
@@ -34,7 +35,7 @@ from dppa_jax.runtime.journal import Journal
 from dppa_jax.runtime.progress import stage
 
 SEARCHES = 2  # thresholds sought at a time: one's host work beside another's counting
-FILES = ("kernels", "elementwise", "bounds", "survey", "grams", "asked")
+FILES = ("kernels", "elementwise", "bounds", "survey", "grams", "solved", "asked")
 FILES += ("merger", "blocks", "rows", "stream", "groups", "vocabulary")
 CODE = ("delta/*.py", "runtime/mesh.py", "checkpoint/matched.py", *(f"merging/{name}.py" for name in FILES))
 ARITHMETIC = sources_digest(*CODE)  # of the code that decides a merge's bits
@@ -87,9 +88,10 @@ def merge_checkpoints(
     norms: Norms | None = None,
     quiet: bool = False,
     journal: Journal | None = None,
+    input_grams: InputGrams | None = None,
 ) -> Outcome:
     """merged = base + combine(λₖ · scaleₖ(keepₖ(expertₖ − base))), block by block, into `sink`: see `Merger`."""
-    return Merger(base, experts, config, mesh, layout, norms, quiet, journal)(sink, delta_sinks)
+    return Merger(base, experts, config, mesh, layout, norms, quiet, journal, input_grams)(sink, delta_sinks)
 
 
 def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
@@ -114,6 +116,7 @@ class Merger:
       norms: by expert and tensor, activation norms (columns,) for a score that is calibrated.
       quiet: no progress, no log.
       journal: of an earlier run, whose work is not done again; only for one merge.
+      input_grams: products of what linears read, for a combination that solves for them.
 
     Raises CheckpointError for experts that do not fit the base, and for NaN or Inf unless `config.allow_nonfinite`.
     """
@@ -128,6 +131,7 @@ class Merger:
         norms: Norms | None = None,
         quiet: bool = False,
         journal: Journal | None = None,
+        input_grams: InputGrams | None = None,
     ):
         config = config.of_deltas
         specs = check_compatible(base, experts, quiet=True)  # whoever opened the models has heard the warnings
@@ -142,7 +146,7 @@ class Merger:
         self._linears, owner = linears_of(specs), owners(specs, layout.processes)
         self._owners = np.array([owner[name] for name in self._linears.names], np.int64)
         self._pruner = Pruner(self._kernels, config, self._linears, norms, depth_factors(config, specs))
-        self._tensors = tensors_of(self._dense, config, self._pruner)
+        self._tensors = tensors_of(self._dense, config, self._pruner, input_grams)
         self._surveyed = False
         self._statistics: list[Statistics] | None = None
 
@@ -287,9 +291,8 @@ def merge_matrix(
         weights.append(pruner.on_rows(x, (weight * (1.0 if config.is_stepwise else coefficients)).astype(np.float32)))
     dtype = common_dtype(_output_dtype(rows.name, base, config) for rows in x.matrix.ranges)
     is_last = x.places.stop == len(config.experts)
-    if isinstance(tensors, Grams):
-        over = dtype if is_last else None
-        return kernels.weighted(over, x.base, x.experts, *tensors.on_rows(x), total)
+    if config.combination.whole:
+        return tensors.merged(kernels, x, dtype if is_last else None, total)
     each = tuple(inputs), tuple(bounds), tuple(weights)
     numbers = tensors and tensors.on_rows(x)
     if config.is_stepwise:
@@ -358,8 +361,12 @@ def with_arithmetic(config: MergeConfig, models: Iterable[Headers]) -> MergeConf
     return replace(config, arithmetic=common_dtype(dtypes).name)
 
 
-def tensors_of(kernels: Kernels, config: MergeConfig, pruner: Pruner) -> Grams | TensorNumbers | None:
+def tensors_of(
+    kernels: Kernels, config: MergeConfig, pruner: Pruner, input_grams: InputGrams | None = None
+) -> Grams | TensorNumbers | None:
     """What finds the numbers that the combination has of whole tensors; None where it has none."""
+    if config.combination.solves:
+        return Solved(kernels, config, pruner, input_grams)
     if config.combination.whole:
         return Grams(kernels, config, pruner)
     return TensorNumbers(kernels, config, pruner) if config.combination.numbers else None

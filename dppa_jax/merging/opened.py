@@ -17,6 +17,7 @@ from dppa_jax.merging.lora_factors import thinned
 from dppa_jax.merging.merger import Layout, Merger
 from dppa_jax.merging.plan import Plan, plan_of
 from dppa_jax.merging.rest import Rest
+from dppa_jax.merging.solved import InputGrams
 from dppa_jax.merging.vocabulary import Vocabulary
 from dppa_jax.runtime import processes
 
@@ -98,6 +99,15 @@ class Opened:
             self.seen_norms[texts[name]] = norms
         return {name: self.seen_norms[text] for name, text in texts.items()}
 
+    def input_grams(self, merge: MergeConfig) -> InputGrams | None:
+        """Read --calibration text, where a merge solves for linears; what they read is found when it is asked for."""
+        if not merge.combination.solves:
+            return None
+        from dppa_jax.merging.input_grams import grams_of_experts  # here, as Flax takes a third of a second
+
+        experts = {name: opened_model(self.experts[name]) for name in merge.experts}
+        return grams_of_experts(replace(self.job, merge=merge), experts)
+
     def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> list[dict[str, float]]:
         """Find the q of every linear of an expert by a rule, on --calibration text, with each of its numbers."""
         from dppa_jax.merging.activations import probe, tokens_of  # here, as Flax takes a third of a second
@@ -113,4 +123,5 @@ class Opened:
     def merger(self, merge: MergeConfig) -> Merger:
         """Prepare many merges that differ in factors, coefficients and q alone."""
         layout = self.layout(self.plan(merge, repeated=True))
-        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, self.norms(merge), quiet=True)
+        seen = {"norms": self.norms(merge), "input_grams": self.input_grams(merge)}
+        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, quiet=True, **seen)

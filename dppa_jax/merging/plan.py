@@ -39,6 +39,7 @@ class Work:
       ranks: are units ranked, in another pass over the layers?
       asks: are tensors that are cut into several blocks read before, as something is asked of them?
       counts: are thresholds found by counting?
+      solves: are linears solved for, from products of their inputs?
       checked: bytes of an element of the merged model while it is checked for NaN and Inf: XLA on a CPU takes float16,
         and no other dtype, to float32 first.
       devices: of one process; rows are padded to a multiple of them.
@@ -55,6 +56,7 @@ class Work:
     ranks: bool
     asks: bool
     counts: bool
+    solves: bool
     checked: int
     devices: int
 
@@ -88,6 +90,14 @@ class Work:
     def copies(self, blocks: Sequence[Block]) -> int:
         """Bytes of the rows that an accelerator's host fetches before it writes them."""
         return self._largest(blocks) * self.merged + self._deltas(blocks)
+
+    def solving(self, blocks: Sequence[Block]) -> int:
+        """Peak bytes on the host to solve for linears: products of a block's inputs, and the equations of a linear."""
+        linears = [[matrix for matrix in block.matrices for _ in matrix.linears] for block in blocks]
+        held = max(sum(matrix.columns**2 for matrix in own) for own in linears) * self.experts * ITEMSIZE["float32"]
+        sizes = {(matrix.elements // len(matrix.linears), matrix.columns) for own in linears for matrix in own}
+        equations = max((2 * columns**2 + 4 * size for size, columns in sizes), default=0)
+        return (held + equations * 2 * ITEMSIZE["float32"]) * self.solves
 
     def _deltas(self, blocks: Sequence[Block]) -> int:
         """Bytes of pruned deltas: one is computed while the last one is written."""
@@ -218,14 +228,14 @@ def make_plan(
     """Plan a merge of base and experts, given the base's tensors and the dtype of each model, base first.
 
     Residency "auto" keeps everything on the devices when it fits, except on a CPU: there the operating system's page
-    cache already makes the second read a copy in memory. `block_layers` 0 takes one layer per index of the mesh's layer
-    axis on a CPU, and on an accelerator as many as fit there and in BLOCK. Each of `processes` has such a mesh.
+    cache already makes the second read a copy in memory. `block_layers` 0 takes those of `_Cuts.layers_at_a_time`. Each
+    of `processes` has such a mesh.
     """
     work, specs = make_work(dtypes, config, math.prod(mesh), save_delta), pruned_specs(specs, config.prune)
     room = DEVICE_SHARE * device_memory * work.devices
     cuts = _Cuts(shares(specs, processes), work, mesh[0], room, small_blocks)
     resident = residency == "resident" or (residency == "auto" and platform != "cpu" and cuts.fits(mesh[0], True))
-    block_layers = block_layers or (mesh[0] if platform == "cpu" else cuts.most_layers_that_fit(resident))
+    block_layers = block_layers or cuts.layers_at_a_time(platform, resident)
     blocks, on_devices = cuts.blocks(block_layers, resident), cuts.peak(block_layers, resident)
     elements = list(map(_elements, cuts.shares))
     base_again = 0 if resident else work.base_again
@@ -256,8 +266,8 @@ def make_plan(
 def _on_host(work: Work, blocks: Sequence[Sequence[Block]], on_devices: int, platform: str) -> int:
     """Peak bytes that a process holds on the host; a CPU's devices are part of it."""
     if platform == "cpu":  # there is one heap, which keeps what is freed in pieces: what waits takes twice its size
-        return on_devices + max(map(work.waiting, blocks))
-    return max(work.weights(own, resident=False) + work.copies(own) for own in blocks)
+        return on_devices + max(map(work.waiting, blocks)) + max(map(work.solving, blocks))
+    return max(work.weights(own, resident=False) + work.copies(own) + work.solving(own) for own in blocks)
 
 
 class _Cuts:
@@ -297,6 +307,11 @@ class _Cuts:
         """Is there room on the devices for blocks of so many layers?"""
         return self.peak(layers, resident) < self._room
 
+    def layers_at_a_time(self, platform: str, resident: bool) -> int:
+        """One layer per index of the layer axis on a CPU, or where linears are solved for; else as many as fit."""
+        few = platform == "cpu" or self._work.solves
+        return self._axis if few else self.most_layers_that_fit(resident)
+
     def most_layers_that_fit(self, resident: bool) -> int:
         """The most layers of a block that fit on the devices and in BLOCK, a multiple of the axis."""
         layer = max(block.elements for own in self.blocks(1, True) for block in own)
@@ -323,6 +338,7 @@ def make_work(dtypes: Sequence[str], config: MergeConfig, devices: int, save_del
         ranks=config.ranks_units,
         asks=config.combination.asks_tensors and not config.combines_rows,
         counts=config.is_counted,
+        solves=config.combination.solves,
         checked=ITEMSIZE["float32"] if output_dtype == "float16" and not config.allow_nonfinite else 0,
         devices=devices,
     )

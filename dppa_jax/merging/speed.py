@@ -143,6 +143,7 @@ def _merge_seconds(models: Sequence[_Synthetic], config: MergeConfig, mesh: Mesh
     named = dict(zip(config.experts, experts, strict=True))
     ones = {spec.name: np.ones(spec.columns, np.float32) for spec in linears_of(base.specs).specs}
     norms = dict.fromkeys(named, ones)
+    grams = dict.fromkeys(named, lambda name: np.diag(ones[name]))
     begin = time.perf_counter()
-    merge_checkpoints(base, named, plain, _Nowhere(), mesh, Layout(), norms=norms, quiet=True)
+    merge_checkpoints(base, named, plain, _Nowhere(), mesh, Layout(), norms=norms, quiet=True, input_grams=grams)
     return time.perf_counter() - begin

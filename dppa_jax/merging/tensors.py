@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ def merge_tensors(
     density: float | None = None,
     rates: Mapping[str, Sequence[float] | np.ndarray] | None = None,
     norms: Mapping[str, np.ndarray] | None = None,
+    input_grams: Mapping[str, np.ndarray] | None = None,
     **options: Any,
 ) -> Tensor:
     """Merge one tensor: base + combine(λₖ · scaleₖ(keepₖ(expertₖ − base))), with the bits of a merge of files.
@@ -61,6 +63,7 @@ def merge_tensors(
       density: the share of each delta that is kept, in place of rate = 1 − density.
       rates: per expert, the rates of its partitions, where an allocation looks at the whole model: `Outcome.rates`.
       norms: per expert, ‖x_j‖ of every input, (columns,), for scores that are calibrated.
+      input_grams: per expert, XᵀX/n of the inputs X of n tokens, (columns, columns), for regmean.
       **options: fields of `MergeConfig`: rate, coefficients, factors, seed, compatible, ...
 
     Returns:
@@ -80,7 +83,7 @@ def merge_tensors(
         if tuple(tensor.shape) != tuple(base.shape):
             raise ValueError(f"expert {expert!r}: shape {tuple(tensor.shape)}, the base has {tuple(base.shape)}.")
     own, *others = (as_jax(tensor) for tensor in (base, *experts.values()))
-    merged = _Tensor(name, own.shape, config, pruned, rates or {}, norms or {})(own, others)
+    merged = _Tensor(name, own.shape, config, pruned, rates or {}, norms or {}, input_grams)(own, others)
     return as_kind(merged.reshape(own.shape), base)
 
 
@@ -92,6 +95,7 @@ def merge_state_dicts(
     config: Mapping | None = None,
     density: float | None = None,
     norms: Norms | None = None,
+    input_grams: Norms | None = None,
     mesh: str = ONE_DEVICE,
     **options: Any,
 ) -> dict[str, Tensor]:
@@ -100,7 +104,7 @@ def merge_state_dicts(
     Args:
       base, experts: tensors by the names that files have; the experts by their own names.
       config: the content of config.json, which says what the tensors are; else their names and shapes say it.
-      method, density, norms, **options: as for `merge_tensors`; norms by expert and tensor.
+      method, density, norms, input_grams, **options: as for `merge_tensors`; norms and products by expert and tensor.
       mesh: devices as --mesh takes them.
 
     Returns:
@@ -115,7 +119,8 @@ def merge_state_dicts(
         for label, tensors in {"": base, **experts}.items()
     }
     first = models.pop("")
-    merger = Merger(first, models, chosen, make_mesh(mesh), Layout(), norms, quiet=True)
+    grams = None if input_grams is None else {e: partial(_gram_of, e, own) for e, own in input_grams.items()}
+    merger = Merger(first, models, chosen, make_mesh(mesh), Layout(), norms, quiet=True, input_grams=grams)
     merged = first.like({name: dtype for name, (_, dtype) in output_tensors(first, merger.config).items()})
     merger(merged)
     found = merged.finished()
@@ -141,6 +146,13 @@ def config_of(experts: tuple[str, ...], method: str, density: float | None, opti
     return config
 
 
+def _gram_of(expert: str, own: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """Return the products of the inputs of a linear of an expert."""
+    if name not in own:
+        raise ValueError(f"input_grams of {expert!r}: none for the linear {name}; give those of all linears.")
+    return np.asarray(own[name])
+
+
 def as_jax(tensor: Tensor) -> jax.Array:
     """Return a tensor as JAX's; of PyTorch by DLPack, without its graph of gradients."""
     if hasattr(tensor, "detach"):
@@ -159,10 +171,19 @@ class _Tensor:
     """The merge of one tensor, as if a model had no other."""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], config: MergeConfig, pruned: bool, rates: Mapping, norms: Mapping
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        config: MergeConfig,
+        pruned: bool,
+        rates: Mapping,
+        norms: Mapping,
+        input_grams: Mapping[str, np.ndarray] | None,
     ):
         self.config, self.pruned, self.rates, rows_columns = config, pruned, rates, matrix_shape(shape)
         self.norms = {expert: {name: own} for expert, own in norms.items()}
+        given = {e: partial(_gram_of, e, {name: own}) for e, own in (input_grams or {}).items()}
+        self.input_grams = None if input_grams is None and pruned else given
         self.spec = TensorSpec(name, tuple(shape), Role.LINEAR, "linear", 0, 0)
         rows, columns = rows_columns
         self.matrix = Matrix((RowRange(name, 0, rows),), columns, (0,) if pruned else ())
@@ -185,7 +206,7 @@ class _Tensor:
         own, *others = arrays if traced else (put_rows(mesh, array) for array in arrays)
         x = DeviceMatrix(self.matrix, own, tuple(others))
         per_expert = [pruner.bounds_and_weights(x, e) for e in range(len(others))]
-        tensors = None if traced else tensors_of(dense, config, pruner)
+        tensors = None if traced else tensors_of(dense, config, pruner, self.input_grams)
         merged = merge_matrix(x, per_expert, kernels, pruner, source, config, None, tensors)
         if not traced:
             check_finite(x, merged, kernels, config)

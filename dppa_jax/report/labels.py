@@ -16,6 +16,7 @@ LABELS = {
     "wanda": "WANDA",
     "wanda_q": "WANDA with q",
     "ties": "TIES",
+    "regmean": "RegMean",
     "dare_ties": "DARE+TIES",
     "adamr": "AdamR",
     "adamerging": "AdaMerging",

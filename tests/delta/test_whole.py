@@ -161,7 +161,8 @@ def test_coefficients_that_add_up_to_0_are_refused(method):
 
 
 def test_every_whole_method_is_compared():
-    assert {case.split(",")[0] for case in CASES} == set(WHOLE)
+    """What solves for linears is compared in tests/merging/test_regmean.py."""
+    assert {case.split(",")[0] for case in CASES} == {name for name, whole in WHOLE.items() if not whole.solve}
 
 
 WRONG = {

@@ -80,6 +80,14 @@ def test_two_processes_rank_the_heads_and_neurons_of_their_own_layers(merge, of_
     assert_same(merge.output, of_one(flags))
 
 
+@pytest.mark.slow
+def test_two_processes_solve_for_the_linears_of_their_own_layers(merge, of_one, tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(f"word{n} word{59 - n} word{n // 2}" for n in range(60)))
+    flags = ["--method=regmean", f"--calibration={tmp_path / 'text.txt'}"]
+    check_success(run_processes(2, [*LAUNCH, *merge.flags(), *flags], devices=2))
+    assert_same(merge.output, of_one(flags))
+
+
 def test_two_processes_make_the_bits_of_one_from_their_own_layers_alone(merge, of_one):
     check_success(run_processes(2, [*LAUNCH, *merge.flags(), *DPPA], devices=2))
     assert_same(merge.output, of_one(DPPA))

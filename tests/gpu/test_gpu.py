@@ -15,7 +15,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from command import launch
-from support import AWKWARD, MemorySink, MemorySource, assert_same_bits, experts_of, make_family, random_norms
+from support import (
+    AWKWARD,
+    MemorySink,
+    MemorySource,
+    assert_same_bits,
+    experts_of,
+    given_out,
+    make_family,
+    random_grams,
+    random_norms,
+)
 
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
@@ -139,9 +149,8 @@ def merged(
     sink, deltas = MemorySink(), {name: MemorySink() for name in experts}
     mesh = make_mesh("layer=1,row=1", devices=[device])
     with jax.default_device(device):
-        outcome = merge_checkpoints(
-            base, experts, config, sink, mesh, Layout(), deltas, random_norms(base, experts), quiet=True
-        )
+        seen = {"norms": random_norms(base, experts), "input_grams": given_out(random_grams(base, experts))}
+        outcome = merge_checkpoints(base, experts, config, sink, mesh, Layout(), deltas, quiet=True, **seen)
     shapes = {name: spec.shape for name, spec in base.specs.items()}
     tensors = {name: found.arrays(shapes) for name, found in {"merged": sink, **deltas}.items()}
     return tensors, {name: getattr(outcome, name) for name in ("rates", "thresholds", "densities", "weights")}
