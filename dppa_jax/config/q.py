@@ -54,6 +54,7 @@ class QConfig:
       eta: the parameter η of the bound, whose unit is that of 1/h: deltas that are twice as large need half of it. Of
         several the one is taken whose q changes the outputs least.
       objective: the change of outputs that "auto" makes small.
+      positions: which of a row's positions "auto" looks at: "all", or the "last" alone, where an answer begins.
       rule: how "auto" and "search" walk q.
       walk: HIGH and STEP of the authors' walk; by default those of their example at rate 0.99, in proportion to the
         density: ten and five times 1−p.
@@ -73,6 +74,12 @@ class QConfig:
         "top_logits",
         "auto: what is to change least: top_logits, squares of the 5 largest; hidden, sizes of the last states",
         choices=("top_logits", "hidden"),
+    )
+    positions: str = option(
+        "all",
+        "auto: positions of a row that count: all, or the last, if the lines of --calibration end where answers begin",
+        choices=("all", "last"),
+        rare=True,
     )
     rule: str = option(
         "parabola",

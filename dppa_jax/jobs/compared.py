@@ -195,8 +195,8 @@ class SeedRun:
     def change(self, expert: str) -> PrunedChange:
         """Return what measures how pruning an expert changes its outputs, which no method or rate changes."""
         if expert not in self.changes:
-            opened, objective = self.candidates.opened.reading(expert), self.sweep.q_search.objective
-            self.changes[expert] = PrunedChange(opened, expert, objective, self.job.merge)
+            opened = self.candidates.opened.reading(expert)
+            self.changes[expert] = PrunedChange(opened, expert, self.sweep.q_search, self.job.merge)
         return self.changes[expert]
 
     def _find(self, config: MergeConfig, given: QConfig) -> tuple[Coefficient | Factors, dict | None]:

@@ -108,7 +108,7 @@ def q_of_expert(
       change: returns what measures changes of the expert's outputs, which is otherwise made when a way needs it.
     """
     started, searched, opened = time.perf_counter(), None, opened.reading(name)
-    change = change or partial(PrunedChange, opened, name, q.objective, merge)
+    change = change or partial(PrunedChange, opened, name, q, merge)
     if q.is_rule:
         of_eta = opened.q_of_linears(merge, q, name)
         found = of_eta[0 if len(of_eta) == 1 else least_change(change(), q, merge, of_eta)]

@@ -153,7 +153,7 @@ class Adviser:
     @cached_property
     def change(self) -> PrunedChange:
         """How pruning changes the expert's outputs on the text."""
-        return PrunedChange(self.opened, self.expert, self.config.q.objective, self.merge)
+        return PrunedChange(self.opened, self.expert, self.config.q, self.merge)
 
     def decide(self, rate: float) -> Decision:
         """Choose a method at a rate.

@@ -101,6 +101,16 @@ def objective_of(config: ModelConfig, objective: str) -> str:
     return "hidden" if isinstance(config, EncoderConfig) else objective
 
 
+def last_positions(tokens: Int[np.ndarray, "rows tokens"]) -> Bool[np.ndarray, "rows tokens"]:
+    """Say which positions are the last of their rows, behind which there is nothing but PADDING.
+
+    >>> last_positions(np.array([[5, 6, 7], [8, PADDING, PADDING]])).tolist()
+    [[False, False, True], [True, False, False]]
+    """
+    known = tokens != PADDING
+    return known & (np.cumsum(known[:, ::-1], axis=1)[:, ::-1] == 1)
+
+
 class OutputChange:
     """The mean change of outputs against an expert, on the same text for every model.
 
@@ -170,15 +180,17 @@ class PrunedChange:
       base: the change if nothing is kept at all, not even outside the linears.
     """
 
-    def __init__(self, opened: Opened, name: str, objective: str, merge: MergeConfig):
+    def __init__(self, opened: Opened, name: str, q: QConfig, merge: MergeConfig):
         alone = alone_of(merge, name)
         self.name, self._opened, self._directory = name, opened, opened.tokenizer.directory
         tokens = probe(calibration_tokens(self._directory, Path(opened.job.calibration)))
         layout = opened.layout(opened.plan(alone))
         dense = Merger(opened.base, opened.chosen(alone), _dense(alone), opened.mesh, layout, quiet=True)
         expert = merged_model(dense, self._directory, opened.rest)
-        objective = objective_of(model_config(expert.config), objective)
-        self._change, self.measured = OutputChange(expert, tokens, objective), OBJECTIVES[objective].measured
+        objective = objective_of(model_config(expert.config), q.objective)
+        counted = last_positions(tokens) if q.positions == "last" else None
+        self._change = OutputChange(expert, tokens, objective, counted)
+        self.measured = OBJECTIVES[objective].measured + " at last positions" * (counted is not None)
         del expert  # two whole models are in memory at a time, one as it is stored and one on the devices
         self.base = self._change(merged_model(dense, self._directory, opened.rest, coefficients={name: 0.0}))
 

@@ -1,8 +1,10 @@
 """How much pruning changes an expert's outputs: the reference's numbers, padding, batches, and where a search ends."""
 
 import json
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from darex_golden import Stack, read_cases
@@ -16,8 +18,9 @@ from dppa_jax.config.q import QConfig
 from dppa_jax.merging.activations import PADDING
 from dppa_jax.merging.in_memory import merged_model
 from dppa_jax.merging.merger import Layout, Merger
+from dppa_jax.model import forward, model_config
 from dppa_jax.runtime.mesh import make_mesh
-from dppa_jax.search.output_change import OutputChange
+from dppa_jax.search.output_change import OutputChange, last_positions
 from dppa_jax.search.q import search_q
 from dppa_jax.where import load_tree
 
@@ -73,6 +76,23 @@ def test_4_nothing_removed_and_nothing_rescaled_is_exactly_no_change(family, gol
     dense, pruned = made
     assert OutputChange(dense, family["tokens"], "top_logits")(pruned) == 0
     assert OutputChange(dense, family["tokens"], "hidden")(pruned) == 0
+
+
+def test_4_last_positions_alone_may_count(family):
+    """Half of the rows are cut to five tokens."""
+    tokens, model = family["tokens"].copy(), family["pruned"](0.9, 0.3)
+    tokens[::2, 5:] = PADDING
+    lengths, to_jax = (tokens != PADDING).sum(axis=1), partial(jax.tree.map, jnp.asarray)
+    found = OutputChange(family["expert"], tokens, "top_logits", last_positions(tokens))(model)
+    changes = []
+    for row, length in zip(tokens, lengths, strict=True):
+        models = family["expert"], model
+        logits = [forward(model_config(one.config), to_jax(one.tree), row[None, :length]) for one in models]
+        expert, pruned = (np.asarray(one)[0, -1] for one in logits)
+        largest = np.argsort(expert)[-5:]
+        changes.append(np.square(pruned[largest] - expert[largest]).mean())
+    assert found == pytest.approx(np.mean(changes), rel=1e-5)
+    assert found != pytest.approx(OutputChange(family["expert"], tokens, "top_logits")(model), rel=0.05)
 
 
 def test_4_padding_does_not_change_it(family):
