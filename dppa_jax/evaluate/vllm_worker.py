@@ -184,6 +184,7 @@ def main() -> None:
     """Serve requests until stdin ends or an exception is raised."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print must not pass for an answer
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is the engine's: another starts slowly
     sys.path.append(str(HERE))  # for vllm_extension; last, so that no other file there hides a library
     try:
         serve(answers)
