@@ -47,7 +47,7 @@ def test_nan_in_an_expert_that_is_not_among_the_last_is_told(family):
         merge_to_arrays(base, experts | {MANY[1]: other}, MergeConfig(MANY, method="linear"), layout=Layout(1))
 
 
-def test_a_plan_of_fifty_has_the_memory_of_a_few(family):
+def test_a_plan_of_fifty_has_the_memory_of_three(family):
     base, _ = family
 
     def peak(count: int, method: str) -> int:
@@ -55,8 +55,7 @@ def test_a_plan_of_fifty_has_the_memory_of_a_few(family):
         dtypes = ["float32"] * (1 + count)
         return make_plan(base.specs, dtypes, config, (1, 1), 1, "streamed", 0, "cpu").device_bytes
 
-    elements = max(sum(spec.rows * spec.columns for spec in base.specs.values() if spec.layer == 0), 0)
-    assert peak(50, "linear") - peak(3, "linear") <= 3 * 4 * elements
+    assert peak(50, "linear") <= peak(3, "linear")
     assert peak(50, "ties") > 5 * peak(3, "ties")
 
 

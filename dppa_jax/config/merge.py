@@ -226,7 +226,7 @@ class MergeConfig:
     def experts_at_a_time(self) -> int:
         """How many experts a streamed merge holds: a few of many, where they are added up and nothing is pruned."""
         few = self.combination.accumulates and not (self.score or self.is_stepwise)
-        return min(len(self.experts), AT_A_TIME) if few else len(self.experts)
+        return AT_A_TIME if few and len(self.experts) > AT_A_TIME + 1 else len(self.experts)
 
     @property
     def combines_rows(self) -> bool:
