@@ -9,22 +9,27 @@ from dppa_jax.merging.bounds import Pruner
 
 
 def tell_of_q(pruner: Pruner) -> None:
-    """Warn of each expert of which some linear is divided by a q below its density 1−p: then not even DARE is as large.
-
-    Such a q has more bias and more variance than q = 1−p.
-    """
+    """Warn of each expert of which some linear is divided by a q below its density: see `warn_of_q`."""
     config = pruner.config
     if not SCALES[config.scale].takes_q:
         return
     for name, weights, rates in zip(config.experts, pruner.weights[:, 0], pruner.rates[:, 0], strict=True):
-        amplified = weights * (1.0 - rates)  # (1−p)/q
-        worst = int(amplified.argmax())
-        if amplified[worst] > 1.0 + 1e-9:
-            logging.warning(
-                "--q of %r: %.3g is below the density %.3g of %s, so that what is kept is amplified more than by DARE; "
-                "q lies between the density and 1",
-                *(name, 1.0 / weights[worst], 1.0 - rates[worst], pruner.linears.names[worst]),
-            )
+        worst = int((weights * (1.0 - rates)).argmax())  # (1−p)/q
+        if weights[worst] > 0:
+            warn_of_q(name, 1.0 / weights[worst], 1.0 - rates[worst], pruner.linears.names[worst])
+
+
+def warn_of_q(expert: str, q: float, density: float, what: str) -> None:
+    """Warn of a q below the density 1−p of `what`: then not even DARE is as large.
+
+    Such a q has more bias and more variance than q = 1−p.
+    """
+    if density > q * (1.0 + 1e-9):
+        logging.warning(
+            "--q of %r: %.3g is below the density %.3g of %s, so that what is kept is amplified more than by DARE; "
+            "q lies between the density and 1",
+            *(expert, q, density, what),
+        )
 
 
 def tell_of_ties(pruner: Pruner) -> None:

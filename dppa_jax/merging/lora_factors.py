@@ -13,6 +13,7 @@ from dppa_jax.delta.draws import hashed, row_words
 from dppa_jax.delta.scale import SCALES, Numbers
 from dppa_jax.delta.score import random_bound
 from dppa_jax.merging.gone import Gone
+from dppa_jax.merging.kept import warn_of_q
 
 
 def check_adapters(models: Mapping[str, Any]) -> None:
@@ -41,8 +42,10 @@ def thinned(experts: Mapping[str, Any], config: MergeConfig) -> dict[str, Any]:
 
     The masks are independent, and kept with probability 1 − p. So the mean of the product is ((1−p)/q)² of the whole
     one: q = 1 − p, which is DARE, has no bias here either. Whether Deng et al. 2024 mask factors or products was not to
-    be found; this choice is ours.
+    be found; this choice is ours. A q below 1 − p is warned of.
     """
+    for name in experts if SCALES[config.scale].takes_q else ():
+        warn_of_q(name, config.q[name], 1.0 - config.rate, "the factors of its adapter")
     return {name: Thinned(model, _keep(config, name)) for name, model in experts.items()}
 
 

@@ -142,6 +142,13 @@ def test_linears_that_share_a_factor_share_its_mask(family, tmp_path):
         np.testing.assert_allclose(read_rows(found, name) - source.base.read(name), wanted, rtol=0, atol=1e-6)
 
 
+def test_a_q_below_the_density_is_warned_of(base, adapter, caplog):
+    source = open_checkpoint(f"{base}+{adapter}")
+    for q, told in ((1 - RATE, 0), (0.9 * (1 - RATE), 1)):
+        thinned({"math": source}, MergeConfig(("math",), "darex_q", rate=RATE, q={"math": q}, lora_factors=True))
+        assert caplog.text.count("of the factors of its adapter") == told
+
+
 def test_rows_have_the_same_bits_whoever_asks_for_them(base, adapter):
     config = MergeConfig(("math",), "dare", rate=RATE, lora_factors=True)
     source, name = (
