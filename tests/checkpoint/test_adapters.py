@@ -427,6 +427,7 @@ OF_FAMILY = {
 GPT2 = transformers.GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", OF_FAMILY)
 def test_weights_are_those_of_peft_to_1_ulp(peft, tmp_path, family):
     model = model_of(family, 0) if family in FAMILIES else transformers.AutoModelForCausalLM.from_config(GPT2)
