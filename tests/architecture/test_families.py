@@ -17,11 +17,14 @@ from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.jobs.evaluated import check_forward, check_whole_layers
 
 EXPERTS = ("math", "law")
+DPPA = ("--method=dppa", "--rate=0.7", "--partitions=0.9,0.7", "--factors=1.5,1.2", "--significance_multiple=2")
+ON_EIGHT = ("Llama with biases", "Phi3", "Qwen3-MoE in three axes", "GPT-NeoX", "BERT")
+"""Of how files hold linears, one each: alone with biases, fused, of a mixture, head by head, of an encoder."""
 
 
-def one_fast(*fast: str) -> pytest.MarkDecorator:
+def one_fast(*fast: str, of=FAMILIES) -> pytest.MarkDecorator:
     """Merges of some families, and the slow ones of all others."""
-    families = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in FAMILIES]
+    families = [pytest.param(name, marks=[] if name in fast else pytest.mark.slow) for name in of]
     return pytest.mark.parametrize("family", families, indirect=True)
 
 
@@ -108,12 +111,17 @@ def test_a_sum_of_dense_deltas_is_the_model_of_the_mean(family, read):
 
 
 @one_fast("Llama with biases", "Qwen3-MoE in three axes")
-def test_dppa_and_its_bits_on_eight_devices(read):
+def test_dppa(read):
     config, base, deltas, root = read
-    flags = ("--method=dppa", "--rate=0.7", "--partitions=0.9,0.7", "--factors=1.5,1.2", "--significance_multiple=2")
-    one, eight = merged(root, *flags, "--mesh=layer=1,row=1"), merged(root, *flags, "--mesh=layer=2,row=4")
     pruned = [dppa(delta, config, (0.9, 0.7), FACTORS) for delta in deltas]
-    assert_close(tensors(one), {name: array + (pruned[0][name] + pruned[1][name]) for name, array in base.items()})
+    wanted = {name: array + (pruned[0][name] + pruned[1][name]) for name, array in base.items()}
+    assert_close(tensors(merged(root, *DPPA, "--mesh=layer=1,row=1")), wanted)
+
+
+@one_fast("Qwen3-MoE in three axes", of=ON_EIGHT)
+def test_the_bits_of_dppa_are_the_same_on_eight_devices(read):
+    *_, root = read
+    one, eight = (merged(root, *DPPA, f"--mesh={mesh}", "--overwrite") for mesh in ("layer=1,row=1", "layer=2,row=4"))
     assert [f.read_bytes() for f in one.glob("*.safetensors")] == [f.read_bytes() for f in eight.glob("*.safetensors")]
 
 
