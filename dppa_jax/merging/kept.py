@@ -26,7 +26,7 @@ def warn_of_q(expert: str, q: float, density: float, what: str) -> None:
     """
     if density > q * (1.0 + 1e-9):
         logging.warning(
-            "--q of %r: %.3g is below the density %.3g of %s, so that what is kept is amplified more than by DARE; "
+            "--q of %r: %.4g is below the density %.4g of %s, so that what is kept is amplified more than by DARE; "
             "q lies between the density and 1",
             *(expert, q, density, what),
         )
