@@ -96,6 +96,18 @@ def test_an_evaluated_merge_ends_with_a_report(job, tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in (work / "responses").rglob("*.jsonl")} == before
 
 
+@pytest.mark.parametrize("method", ["wanda", "regmean"])
+def test_a_merge_that_reads_a_text_is_asked_again_with_another(family, tmp_path, method):
+    flags = [*family[:3], "--job=report", f"--merge_methods={method}", "--rates=0.5", f"--workdir={tmp_path}"]
+    flags += ["--evaluate=addition,sentiment", "--limit=2", f"--calibration={tmp_path / 'text.txt'}"]
+    models = []
+    for text in ("What is 317 plus 3? Sum:\n", "Which is larger, 89 or 74? Larger:\n"):
+        (tmp_path / "text.txt").write_text(text)
+        launch(*flags)
+        models.append(len(list((tmp_path / "responses").iterdir())))
+    assert models == [4, 5]  # base, two experts, and the merge
+
+
 @pytest.mark.slow
 def test_a_search_that_was_killed_goes_on_where_it_was(job, monkeypatch):
     one = ("--job=search", "--evaluate=sentiment", "--search_limit=40", "--rate=0.8")

@@ -130,7 +130,8 @@ class Candidates:
         """
         inputs = [self.fingerprints[name] for name in ("base", *config.experts)]
         seed = config.seed if config.has_random_score else None
-        texts = [self.job.text_of(name) for name in config.experts if config.is_calibrated]
+        reads = config.is_calibrated or config.combination.solves
+        texts = [self.job.text_of(name) for name in config.experts if reads]
         calibration = [read_text(text, MAX_LINES_BYTES) for text in texts]
         code = [jax.__version__, ARITHMETIC]
         code += [self.opened.vocabulary.digest] if self.opened.vocabulary else []
