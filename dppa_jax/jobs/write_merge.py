@@ -52,7 +52,7 @@ def write_merge(opened: Opened, advice: Mapping = MappingProxyType({})) -> Outco
     plan = opened.plan(merge)
     for what, value in plan.lines():
         (logging.info if plan.fits else logging.warning)("plan: %s: %s", what, value)
-    layout, norms, input_grams = opened.layout(plan), opened.norms(merge), opened.input_grams(merge)
+    layout, seen = opened.layout(plan), opened.seen(merge)
     identity = identity_of(opened, layout) if job.resume else ""
     with ExitStack() as stack:
         check_unchanged = stack.enter_context(unchanged(opened.models))
@@ -61,8 +61,7 @@ def write_merge(opened: Opened, advice: Mapping = MappingProxyType({})) -> Outco
         journal = stack.enter_context(journal_of((writer, *writers.values()), identity))
         try:
             outcome = merge_checkpoints(
-                *(base, opened.chosen(merge), merge, writer, opened.mesh, layout, writers),
-                *(norms, False, journal, input_grams),
+                base, opened.chosen(merge), merge, writer, opened.mesh, layout, writers, journal=journal, **seen
             )
             copy_rest(opened.rest, opened.experts, writer)
         except NonfiniteError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -108,6 +109,10 @@ class Opened:
         experts = {name: opened_model(self.experts[name]) for name in merge.experts}
         return grams_of_experts(replace(self.job, merge=merge), experts)
 
+    def seen(self, merge: MergeConfig) -> dict[str, Any]:
+        """What a `Merger` is given of the experts' inputs on --calibration text, by its arguments."""
+        return {"norms": self.norms(merge), "input_grams": self.input_grams(merge)}
+
     def q_of_linears(self, merge: MergeConfig, q: QConfig, name: str) -> list[dict[str, float]]:
         """Find the q of every linear of an expert by a rule, on --calibration text, with each of its numbers."""
         from dppa_jax.merging.activations import probe, tokens_of  # here, as Flax takes a third of a second
@@ -123,5 +128,4 @@ class Opened:
     def merger(self, merge: MergeConfig) -> Merger:
         """Prepare many merges that differ in factors, coefficients and q alone."""
         layout = self.layout(self.plan(merge, repeated=True))
-        seen = {"norms": self.norms(merge), "input_grams": self.input_grams(merge)}
-        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, quiet=True, **seen)
+        return Merger(self.base, self.chosen(merge), merge, self.mesh, layout, quiet=True, **self.seen(merge))
