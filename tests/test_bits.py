@@ -53,9 +53,8 @@ LAYOUTS = {
     "8 devices on the row axis": ("layer=1,row=8", Layout(1)),
 }
 EVERYWHERE = ("dppa", "dare_ties", "row", "wanda")  # of each kind of score, by what it needs beside the delta, one
-ELSEWHERE = (
-    "4 by 2 devices",
-)  # in blocks of two layers; the other layouts differ in what no score and combination sees
+ELSEWHERE = ("4 by 2 devices",)
+"""In blocks of two layers; the other layouts differ in what no score and combination sees."""
 FAST = {  # a ranked score, a random one, and one that needs sums over all rows
     "dppa": ("the same again", "resident", "8 devices on the row axis"),
     "dare_ties": ("4 by 2 devices",),
