@@ -262,8 +262,16 @@ def _refuse_unmarked(aside: Path) -> None:
 
 
 def _taken(aside: Path) -> int:
-    """Return the bytes on the disk that an earlier run left in a directory; a new run continues or removes them."""
-    return sum(path.stat().st_blocks * 512 for path in aside.iterdir()) if aside.is_dir() else 0
+    """Return the bytes on the disk that an earlier run left in a directory; a new run continues or removes them.
+
+    Of several processes, one may be writing there while another one looks, so a file may go in between.
+    """
+    taken = 0
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(aside) as found:
+        for entry in found:
+            with suppress(FileNotFoundError):
+                taken += entry.stat(follow_symlinks=False).st_blocks * 512
+    return taken
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,7 +18,9 @@ from families import DTYPES, llama_config, random_weights, read_json
 from safetensors import safe_open
 
 from dppa_jax.checkpoint import CheckpointError, SafetensorsWriter, save_tree, unfinished
+from dppa_jax.checkpoint.output import check_space
 from dppa_jax.checkpoint.unfinished import MARK
+from dppa_jax.runtime.files import write_whole
 
 BF16 = np.dtype(DTYPES["bfloat16"])
 TENSORS = {"a": ((8, 4), BF16), "b": ((4,), np.dtype(np.float32)), "c": ((16, 4), BF16)}
@@ -266,6 +269,25 @@ def test_disk_too_full_is_seen_before_writing(merge, monkeypatch, flags):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = merge.refusal(FAST, *(flag.format(merge.root) for flag in flags))
     assert f"{merge.root} has 0.00 GB free, the output needs 0.00 GB. Make room" in message
+
+
+def test_room_is_looked_at_while_another_process_writes_its_mark(tmp_path):
+    """Process 0 of several may be writing its mark, under another name first, when process 1 adds up what is there."""
+    aside, done = tmp_path / "out.incomplete", threading.Event()
+    aside.mkdir()
+
+    def write() -> None:
+        while not done.is_set():
+            write_whole(aside / MARK, b"{}")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for _ in range(3000):
+            check_space({tmp_path / "out": 1})
+    finally:
+        done.set()
+        writer.join()
 
 
 # ---- interrupted runs
