@@ -21,7 +21,8 @@ from absl import flags
 from dppa_jax.config.benchmark import BenchmarkConfig
 from dppa_jax.config.evaluation import EvaluationConfig, TaskOptions
 from dppa_jax.config.finetune import AdamW, FinetuneConfig, Lora
-from dppa_jax.config.merge import MergeConfig, method_option
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.method_options import method_option
 from dppa_jax.config.numbers import rate_of_density
 from dppa_jax.config.option import Option, options
 from dppa_jax.config.q import QConfig

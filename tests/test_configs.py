@@ -41,6 +41,7 @@ def test_a_flagfile_resolves_to_what_it_did(parsed):
         if isinstance(config, dict):
             config.pop("flags", None)
             config.pop("command", None)
-            assert not config.get("merge", config).pop("method_options", {}), "none has options of its own"
+            for options in ("method_options", "tensor_options"):
+                assert not config.get("merge", config).pop(options, {}), "none has options of its own"
     text = json.dumps(found, indent=1, sort_keys=True, default=str) + "\n"
     assert text == (RESOLVED / f"{parsed.stem}.json").read_text()

@@ -93,14 +93,11 @@ def inputs_of(score: str) -> jax.ShapeDtypeStruct | PerTensor | None:
         return None
     sums = {"row_sums": lambda: np.ones(ROWS), "column_sums": lambda: np.ones(COLUMNS)}
     norms, units = np.ones(COLUMNS, np.float32), Units("heads", 7, False, np.arange(COLUMNS // 7, dtype=np.uint32))
-    made = wanted.make(Rows(0, "math", "tensor", 0, ROWS, 0.8, norms=norms, units=units, **sums))
+    own = {name: PARAMETERS[name].default for name in SCORES[score].parameters}
+    made = wanted.make(Rows(0, "math", "tensor", 0, ROWS, 0.8, parameters=own, norms=norms, units=units, **sums))
     if made.ndim == 1:
         return PerTensor(array(LAYERS, COLUMNS, dtype=made.dtype), array(ROWS, dtype=np.int32))
     return array(*made.shape, dtype=made.dtype)
-
-
-def defaults(score: str) -> tuple[tuple[str, float], ...]:
-    return tuple((name, PARAMETERS[name].default) for name in SCORES[score].parameters)
 
 
 # ---- merges
@@ -127,7 +124,7 @@ def test_kernels_that_tell_ties_apart_on_a_mesh(score, lowered):
     [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow) for pair in PRESETS + OTHERS],
 )
 def test_kernels_of_every_preset_and_score_on_a_mesh(score, combine, lowered):
-    of = Kernels(make_mesh(MESH), Elementwise(score, combine, "float32", parameters=defaults(score)))
+    of = Kernels(make_mesh(MESH), Elementwise(score, combine, "float32"))
 
     def drive(base, expert, inputs, bounds, weights):
         each = tuple(zip(*[(expert, inputs, bounds, weights)] * len(EXPERTS), strict=True))
@@ -149,14 +146,14 @@ def test_kernels_of_sums_step_by_step_on_a_mesh(combine, arithmetic, lowered):
         return of.merge(base.dtype, base, *each, numbers), of.kept_sums(base, expert, None, bounds, weights)
 
     tables = array(ROWS, 1, dtype=np.uint32), array(ROWS, 1, dtype=np.float32)
-    numbers = array(ROWS, len(EXPERTS) + 1, dtype=np.float32)
+    numbers = array(ROWS, len(EXPERTS) + 2, dtype=np.float32)
     merged, sums = jax.eval_shape(drive, BASE, EXPERT, *tables, numbers)
     assert (merged.shape, merged.dtype, sums.shape[0]) == (BASE.shape, BASE.dtype, ROWS)
 
 
 @pytest.mark.parametrize("score", but("column", RANKING))
 def test_kernels_of_thresholds_on_a_mesh(score, lowered):
-    of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32", parameters=defaults(score)))
+    of = Kernels(make_mesh(MESH), Elementwise(score, "sum", "float32"))
 
     def drive(base, expert, inputs, bounds, starts):
         return of.counts(base, expert, inputs, bounds), of.sample(base, expert, inputs, starts, 3)

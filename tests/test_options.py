@@ -7,8 +7,9 @@ from typing import ClassVar
 import pytest
 
 from dppa_jax.benchmark.restart import alone_of
-from dppa_jax.config import merge
-from dppa_jax.config.merge import MergeConfig, method_option
+from dppa_jax.config import merge, method_options
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.method_options import method_option
 from dppa_jax.config.option import REQUIRED, check, option, options, same
 from dppa_jax.config.report import Choice, Sweep
 from dppa_jax.delta.combine import COMBINATIONS
@@ -148,7 +149,8 @@ def window(monkeypatch):
     row = replace(SCORES["row"], parameters=("row_window",))
     monkeypatch.setitem(PARAMETERS, "row_window", parameter)
     axis = merge.axis
-    monkeypatch.setattr(merge, "axis", lambda name: {**axis(name), "row": row} if name == "score" else axis(name))
+    for place in (merge, method_options):
+        monkeypatch.setattr(place, "axis", lambda name: {**axis(name), "row": row} if name == "score" else axis(name))
     return parameter
 
 

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from dppa_jax.architecture.row import PRUNED
-from dppa_jax.architecture.rules import nearest
 from dppa_jax.config.combinations import A_RATE, axis, check_combination, check_lora_factors, check_rates, check_score
 from dppa_jax.config.conventions import PROGRAMS, by_convention
+from dppa_jax.config.method_options import GROUP, option_of, resolved_options, resolved_tensor_options
 from dppa_jax.config.numbers import Coefficient, coefficient_of, default_partitions, each_number, listed
-from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, Option, check, choose, option
-from dppa_jax.delta.presets import COMPARISONS, METHODS, PARAMETERS
+from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, check, choose, option
+from dppa_jax.delta.presets import COMPARISONS, METHODS
 
 AT_A_TIME = 2  # experts of a plain sum that are held, twice, with the base; the sum of those before is as large as two
 
@@ -52,12 +52,14 @@ class MergeConfig:
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
       method_options: the numbers that score, scale and combination have to themselves, by the name of their flag;
         defaults are filled in.
+      tensor_options: what only a recipe says: by an option's name, then by expert ("" for one of all), a number or one
+        for every tensor, in place of that of `method_options`, or of lambda_; divide and rescale are 1 or 0.
 
     Raises:
       ValueError: a value or a combination is not allowed; the message names the flag.
     """
 
-    HELP_GROUP: ClassVar[str] = "method"
+    HELP_GROUP: ClassVar[str] = GROUP
 
     experts: tuple[str, ...]
     method: str = option(REQUIRED, "a preset; auto: what advise chooses", choices=METHODS)
@@ -160,6 +162,7 @@ class MergeConfig:
     lora_factors: bool = option(False, "dare, darex_q of adapters: prune A and B in place of their product", rare=True)
     allow_nonfinite: bool = option(False, "let a NaN or Inf delta count as 0", rare=True)
     method_options: Mapping[str, float] = field(default_factory=dict)
+    tensor_options: Mapping[str, Mapping[str, Coefficient]] = field(default_factory=dict)
 
     def __post_init__(self):
         self._check_experts()
@@ -180,7 +183,8 @@ class MergeConfig:
         check_score(self)
         check_combination(self)
         self._check_numbers()
-        set_("method_options", self._resolve_method_options())
+        set_("method_options", resolved_options(self))
+        set_("tensor_options", resolved_tensor_options(self))
         scale = axis("scale")[self.scale]
         if scale.takes_factors:
             set_("partitions", self.partitions or default_partitions(self.rate))
@@ -215,7 +219,7 @@ class MergeConfig:
     def is_stepwise(self) -> bool:
         """Whether the sum goes step by step (`delta.stepwise`): it is divided or multiplied, or its dtype matters."""
         plain = self.divide == self._own_divide and self.lambda_ == 1 and self.arithmetic == "float32"
-        return bool(self.compatible) or not plain
+        return bool(self.compatible) or not plain or bool(self.tensor_options.keys() & {"lambda", "divide"})
 
     @property
     def combination(self) -> Any:
@@ -289,9 +293,11 @@ class MergeConfig:
         """Whether the scale has partitions with a factor for each."""
         return axis("scale")[self.scale].takes_factors
 
-    def rates_of_tensor(self, rate: float) -> tuple[float, ...]:
+    def rates_of_tensor(self, rate: float, tensor: str = "", expert: str = "") -> tuple[float, ...]:
         """Return the rates of a linear's partitions where `--tensor_rate` gives it this rate: for DPA all the same."""
-        return (rate,) * len(self.partitions) or axis("scale")[self.scale].rates(rate, self.method_options)
+        scale = axis("scale")[self.scale]
+        own = {name: option_of(self, name, tensor, expert) for name in scale.parameters}
+        return (rate,) * len(self.partitions) or scale.rates(rate, own)
 
     @property
     def has_plain_factors(self) -> bool:
@@ -306,12 +312,12 @@ class MergeConfig:
         if not self.lora_factors:
             return self
         whole = {"method": "task_arithmetic", "score": None, "allocate": None, "scale": None, "q": {}}
-        return replace(self, **whole, method_options={}, lora_factors=False)
+        return replace(self, **whole, method_options={}, tensor_options={}, lora_factors=False)
 
     def as_dict(self) -> dict:
-        """Return the fields for JSON; without `method_options` where the method has none."""
-        found = asdict(self)
-        return found if self.method_options else {k: v for k, v in found.items() if k != "method_options"}
+        """Return the fields for JSON; without options of the method where it has none."""
+        empty = {name for name in ("method_options", "tensor_options") if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in empty}
 
     def _check_experts(self) -> None:
         if not self.experts:
@@ -348,15 +354,6 @@ class MergeConfig:
         if self.partitions and abs(self.partitions[-1] - self.rate) > 1e-12:
             raise ValueError(f"--partitions={listed(self.partitions)}: the last one must be --rate={self.rate:g}.")
 
-    def _resolve_method_options(self) -> dict[str, float]:
-        """Return the options of score, scale and combination, checked, with defaults for those that are not given."""
-        has = parameters_of(self.score, self.scale, self.combine)
-        for name, value in self.method_options.items():
-            if name not in has:
-                raise ValueError(f"--{name}={value:g}: --method={self.method} has no such option.{nearest(name, has)}")
-            method_option(name, has[name]).check(value)
-        return {name: float(self.method_options.get(name, parameter.default)) for name, parameter in has.items()}
-
     def _plain_factor(self) -> float:
         """Return the factor that leaves a partition as the method without DPA has it."""
         return 1.0 / (1.0 - self.rate) if self.has_random_score and self.rate < 1 else 1.0
@@ -377,23 +374,3 @@ class MergeConfig:
                 )
             resolved[name] = factors
         return resolved
-
-
-def parameters_of(score: str | None, scale: str, combine: str) -> dict[str, Any]:
-    """Return the records of `PARAMETERS`, by name, that a score, a scale and a combination have."""
-    chosen = [("score", score), ("scale", scale), ("combine", combine)]
-    names = [name for of, choice in chosen if choice for name in axis(of)[choice].parameters]
-    return {name: PARAMETERS[name] for name in names}
-
-
-def method_option(name: str, parameter: Any) -> Option:
-    """Return the option of the command line that a record of `PARAMETERS` describes."""
-    return Option(
-        parameter.help,
-        flag=name,
-        kind="float",
-        group=MergeConfig.HELP_GROUP,
-        default=parameter.default,
-        rare=True,
-        within=(parameter.lower, parameter.upper),
-    )

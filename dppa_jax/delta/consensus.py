@@ -33,7 +33,7 @@ class Asked:
 
     Attributes:
       coefficients: (tensors, experts) float64.
-      parameters: the combination's own numbers by name.
+      parameters: the combination's own numbers by name, each (tensors,).
       numel: elements of a tensor.
       sums: from (term, numbers) to the sums of its two values over each tensor, (tensors, 2).
       row_sums: the same over each row, (rows, 2).
@@ -44,7 +44,7 @@ class Asked:
     """
 
     coefficients: np.ndarray
-    parameters: Mapping[str, float]
+    parameters: Mapping[str, np.ndarray]
     numel: int
     sums: Callable[[Term, np.ndarray], np.ndarray]
     row_sums: Callable[[Term, np.ndarray], np.ndarray]
@@ -56,10 +56,6 @@ class Asked:
     def experts(self) -> int:
         """How many experts there are."""
         return self.coefficients.shape[1]
-
-    def filled(self, value: float) -> np.ndarray:
-        """Return one number for all tensors, (tensors,)."""
-        return np.full(len(self.coefficients), value)
 
 
 def coefficients_alone(asked: Asked) -> np.ndarray:
@@ -80,7 +76,7 @@ def nearswap(deltas: Sequence[Matrix], numbers: Numbers, zero: jax.Array) -> Mat
 def ram_numbers(asked: Asked) -> np.ndarray:
     """Return coefficients, ε, and a gain of 1 for every expert."""
     gains = np.ones_like(asked.coefficients)
-    return np.column_stack([asked.coefficients, asked.filled(asked.parameters["ram_epsilon"]), gains])
+    return np.column_stack([asked.coefficients, asked.parameters["ram_epsilon"], gains])
 
 
 def ramplus_numbers(asked: Asked) -> np.ndarray:
@@ -88,10 +84,10 @@ def ramplus_numbers(asked: Asked) -> np.ndarray:
 
     Source: RAM+ of Reinforced Agent Merging, 2026, with the counts of the tensor alone, as mergekit's ramplus_tl.
     """
-    given = np.column_stack([asked.coefficients, asked.filled(asked.parameters["ram_epsilon"])])
+    given = np.column_stack([asked.coefficients, asked.parameters["ram_epsilon"]])
     counts = np.stack([asked.sums(_touched_by(e), given) for e in range(asked.experts)], axis=1)
-    share = counts[..., 0] / np.maximum(counts[..., 1], asked.parameters["ram_epsilon"])
-    gains = 1 + asked.parameters["ram_r"] * np.clip(share, 0, asked.parameters["ram_alpha"])
+    epsilon, r, alpha = (asked.parameters[name][:, None] for name in ("ram_epsilon", "ram_r", "ram_alpha"))
+    gains = 1 + r * np.clip(counts[..., 0] / np.maximum(counts[..., 1], epsilon), 0, alpha)
     return np.column_stack([given, gains])
 
 
@@ -116,12 +112,12 @@ def sce_numbers(asked: Asked) -> np.ndarray:
 
     Kept are the `sce_topk` largest of the variances that are not zero, and all that tie with the last of them.
     """
-    nonzero = asked.sums(_varies, asked.coefficients)[:, 0]
-    kept = np.floor(nonzero * asked.parameters["sce_topk"]).astype(np.int64)
-    least = asked.filled(0.0)
-    if asked.parameters["sce_topk"] < 1:
+    nonzero, share = asked.sums(_varies, asked.coefficients)[:, 0], asked.parameters["sce_topk"]
+    kept, least = np.floor(nonzero * share).astype(np.int64), np.zeros(len(nonzero))
+    if (share < 1).any():
         index = np.clip(asked.numel - kept, 0, asked.numel - 1)[:, None]
-        least = np.where(kept > 0, asked.ranked(variance, asked.coefficients, index)[:, 0], np.inf)
+        found = np.where(kept > 0, asked.ranked(variance, asked.coefficients, index)[:, 0], np.inf)
+        least = np.where(share < 1, found, 0)
     given = np.column_stack([asked.coefficients, least])
     pairs = [asked.sums(_squares_of(e, min(e + 1, asked.experts - 1)), given) for e in range(0, asked.experts, 2)]
     means = np.concatenate(pairs, axis=1)[:, : asked.experts] / asked.numel

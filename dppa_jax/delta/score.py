@@ -7,8 +7,8 @@ above a bound; `bound_above(t)` is the bound for "score > t".
 To add a score, write its `keys` function and a row in `SCORES`. Nothing outside this room looks at a score's name.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -62,6 +62,7 @@ class Rows:
       rate: the share removed from the tensor.
       row_sums: computes Σ_j |δ_ij| of these rows, (rows,) float64; None where the weights are not at hand.
       column_sums: computes Σ_i |δ_ij| over these rows, (columns,) float64; None where the weights are not at hand.
+      parameters: the score's own numbers by name.
       norms: ‖x_j‖ of the tensor's inputs on calibration text, (columns,); None where there is no such text.
       units: the heads or neurons that the tensor's rows or columns belong to; None where they are not known.
     """
@@ -74,6 +75,7 @@ class Rows:
     rate: float
     row_sums: Callable[[], np.ndarray] | None = None
     column_sums: Callable[[], np.ndarray] | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
     norms: np.ndarray | None = None
     units: Units | None = None
 
@@ -95,14 +97,14 @@ class Score:
     """The facts of a score.
 
     Attributes:
-      keys: from (delta, inputs, column numbers) and the score's parameters by name, to uint32 keys.
+      keys: from (delta, inputs, column numbers) to uint32 keys.
       inputs: what `keys` needs beside the delta; None for nothing.
       random: is it a uniform random number? Then thresholds are the rates themselves, the seed counts, and the factors
         of partitions start at 1/(1−p).
       gain: from the arguments of `keys` to a scale for each element, beside the weight of its partition; None for 1.
       ranked: do `keys` and `gain` take `rank`, that of each |δ| within its row?
       calibrated: does it need activation norms on `--calibration` text?
-      parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `keys` and `gain` take by name.
+      parameters: the score's own numbers, keys of `presets.PARAMETERS`, which `inputs` finds in `Rows`.
       ties: the rule for ties, a key of `tied.TIES`, that goes with it; empty for none.
       draws: from (what `inputs` makes, columns) to the random numbers of the rows or columns that go as a whole, of
         which the share that is kept need not be the density; None where every element has its own.
@@ -218,26 +220,25 @@ def group(delta: Delta, inputs: Array | tuple[Shaped[Array, "tensors inputs"], j
     return jnp.broadcast_to(ranks[tensor[:, None], column], delta.shape)
 
 
-def della(delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, rank: Ranks, della_window: float) -> Keys:
+def della(delta: Delta, inputs: UInt32[Array, "rows 4"], column: Columns, *, rank: Ranks) -> Keys:
     """Draw u as `random` does, and move it by the rank of |δ| within its row: the larger |δ|, the likelier it is kept.
 
     The keep probability is 1−p + w·(r/(n−1) − ½), with r the rank from 0 for the smallest |δ| and n the columns. The
     window w is `della_window`, or less where the probability would leave [0, 1]. `inputs` are the two words of
-    `row_words` and the bits of the density 1−p. Source: Deep et al. 2024 (DELLA, MagPrune), section 3.1.
+    `row_words` and the bits of the density 1−p and of the window. Source: Deep et al. 2024 (DELLA, MagPrune), section
+    3.1.
     """
-    shift = _della_shift(rank, inputs, della_window)
+    shift = _della_shift(rank, inputs)
     moved = (jnp.abs(shift) * 2.0**32).astype(jnp.uint32)
     u = random(delta, inputs, column)
     up = jnp.where(u > LAST_BOUND - moved, LAST_BOUND, u + moved)
     return jnp.where(shift >= 0, up, jnp.where(u < moved, np.uint32(0), u - moved))
 
 
-def della_gain(
-    delta: Delta, inputs: UInt32[Array, "rows 3"], column: Columns, *, rank: Ranks, della_window: float
-) -> Delta:
+def della_gain(delta: Delta, inputs: UInt32[Array, "rows 4"], column: Columns, *, rank: Ranks) -> Delta:
     """(1−p) / keep probability: with DARE's 1/(1−p), a kept element is divided by its own probability."""
     density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
-    keeps = density + _della_shift(rank, inputs, della_window)
+    keeps = density + _della_shift(rank, inputs)
     return jnp.where(keeps > 0, density / keeps, 0)
 
 
@@ -304,8 +305,9 @@ def _unit_ranks(rows: Rows) -> np.ndarray:
 
 
 def _della_inputs(rows: Rows) -> np.ndarray:
-    density = np.full((rows.stop - rows.start, 1), 1.0 - rows.rate, np.float32)
-    return np.concatenate([_random_inputs(rows), density.view(np.uint32)], axis=1)
+    numbers = np.array([1.0 - rows.rate, rows.parameters["della_window"]], np.float32)
+    words = _random_inputs(rows)
+    return np.concatenate([words, np.broadcast_to(numbers.view(np.uint32), words.shape)], axis=1)
 
 
 SCORES = {
@@ -355,9 +357,9 @@ SCORES = {
 }
 
 
-def _della_shift(rank: Ranks, inputs: UInt32[Array, "rows 3"], window: float) -> Delta:
+def _della_shift(rank: Ranks, inputs: UInt32[Array, "rows 4"]) -> Delta:
     """What is added to the keep probability 1−p: from −w/2 for the smallest |δ| of a row to w/2 for the largest."""
-    density = lax.bitcast_convert_type(inputs[:, 2:3], jnp.float32)
+    density, window = (lax.bitcast_convert_type(inputs[:, i : i + 1], jnp.float32) for i in (2, 3))
     width = jnp.minimum(window, 2 * jnp.minimum(density, 1 - density))
     return width * (rank.astype(jnp.float32) / max(rank.shape[1] - 1, 1) - 0.5)
 

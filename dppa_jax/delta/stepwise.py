@@ -42,6 +42,7 @@ def stepwise(
     deltas: Sequence[Delta],
     coefficients: Sequence[Float[Array, "rows 1"]],
     factor: Array | np.floating | float,
+    divided: Array | np.floating | float,
     zero: Array,
     steps: Steps,
     divide: str,
@@ -53,12 +54,13 @@ def stepwise(
       deltas: keep·scale·δ of each expert, float32, rounded to `dtype`.
       coefficients: λ of each expert.
       factor: what the divided sum is multiplied by.
+      divided: 1 where the sum is divided, else 0.
       zero: see `combine.rounded`.
       divide: what the sum is divided by, of `DIVISORS`.
 
     >>> one = lambda *x: jnp.array([x])
-    >>> stepwise([one(1.0, 4.0), one(3.0, -1.0)], [one(3.0), one(1.0)], 0.5, jnp.int32(0), STEPS["ties"], "weights",
-    ...     "float32").tolist()
+    >>> stepwise([one(1.0, 4.0), one(3.0, -1.0)], [one(3.0), one(1.0)], 0.5, 1, jnp.int32(0), STEPS["ties"],
+    ...     "weights", "float32").tolist()
     [[0.75, 2.0]]
     """
     step: Callable = lambda x: in_dtype(rounded(x, zero), dtype)  # noqa: E731
@@ -73,5 +75,5 @@ def stepwise(
     if divide != "none":
         terms = own if divide == "weights" else [jnp.ones_like(one) for one in own]
         divisor = step(reduce(add, [jnp.where(a, term, 0) for a, term in zip(agree, terms, strict=True)]))
-        kept = step(kept / jnp.where(jnp.abs(divisor) <= steps.smallest, 1, divisor))
+        kept = step(kept / jnp.where((jnp.abs(divisor) <= steps.smallest) | (divided == 0), 1, divisor))
     return jnp.where(jnp.isnan(total), total, step(kept * factor))

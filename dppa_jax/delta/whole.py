@@ -5,7 +5,7 @@ G_kl = ⟨x_k, x_l⟩ alone, so that one read of the weights finds G and one app
 
     gram: (tensors, models, models) float64, or None where it is not needed
     weights: (tensors, models) float64, what `--coefficient` says
-    parameters: the method's own numbers by name
+    parameters: the method's own numbers by name, each (tensors,) float64
 
 and gives (tensors, models) float64. The models are the base and then the experts; of a method "of deltas" they are the
 experts' deltas, and the base gets what is left of 1. With `--compare=row` every row counts as a tensor.
@@ -24,7 +24,7 @@ from dppa_jax.delta.regmean import regmean
 
 Gram = Float[np.ndarray, "tensors models models"]
 OfModels = Float[np.ndarray, "tensors models"]
-Parameters = Mapping[str, float]
+Parameters = Mapping[str, Float[np.ndarray, " tensors"]]
 
 COLLINEAR = 0.9995  # |cos| above which slerp is a straight line, as in mergekit
 TINY = 1e-8  # a norm that counts as none
@@ -57,7 +57,7 @@ def linear(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
 
 def weights_total(weights: OfModels, parameters: Parameters) -> np.ndarray:
     """Σ wₖ where `normalize` is 1, else 1: the sum is divided by it, which keeps the mean of equal models exact."""
-    return _total(weights)[:, 0] if parameters["normalize"] else np.ones(len(weights))
+    return _total(weights, parameters["normalize"])[:, 0]
 
 
 def of_experts(gram: None, weights: OfModels, parameters: Parameters) -> OfModels:
@@ -105,8 +105,7 @@ def multislerp(gram: Gram, weights: OfModels, parameters: Parameters) -> OfModel
     Raises:
       ValueError: more than two directions cancel, so that they have no mean.
     """
-    if parameters["normalize"]:
-        weights = weights / _total(weights)
+    weights = weights / _total(weights, parameters["normalize"])
     norms = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
     directions = weights / (norms + TINY)
     length = _norm(gram, directions)
@@ -126,7 +125,7 @@ def karcher(gram: Gram, weights: OfModels, parameters: Parameters) -> OfModels:
     shorter than `karcher_tolerance`; aₖ = wₖ/Σ w. m stays a combination of the models, so that all angles follow from
     their Gram matrix. Source: Karcher 1977; start, steps and limits as in mergekit, whose weights are equal.
     """
-    tolerance = parameters["karcher_tolerance"]
+    tolerance = parameters["karcher_tolerance"][:, None]
     norms = np.sqrt(np.diagonal(gram, axis1=1, axis2=2))
     valid = norms > tolerance
     shares = weights / _total(weights)
@@ -136,16 +135,17 @@ def karcher(gram: Gram, weights: OfModels, parameters: Parameters) -> OfModels:
     own = np.divide(own, own.sum(axis=-1, keepdims=True), out=np.zeros_like(own), where=valid)
     length = _norm(units, own)
     first = np.eye(valid.shape[1])[valid.argmax(axis=-1)]
-    mean = np.where((length < tolerance)[:, None], first, own / np.where(length < tolerance, 1, length)[:, None])
-    going = valid.any(axis=-1)
-    for _ in range(int(parameters["karcher_iterations"])):
+    short = length[:, None] < tolerance
+    mean = np.where(short, first, own / np.where(short, 1, length[:, None]))
+    going, steps = valid.any(axis=-1), parameters["karcher_iterations"].astype(int)
+    for done in range(steps.max(initial=0)):
         cosine = np.clip((units @ mean[:, :, None])[..., 0], -1, 1)
         angle = np.arccos(cosine)
         near = angle < tolerance
         pull = np.where(near, 0, own * angle / np.sin(np.where(near, 1, angle)))
         tangent = pull - (pull * cosine).sum(axis=-1, keepdims=True) * mean
         step = _norm(units, tangent)
-        going &= step >= tolerance
+        going &= (step >= tolerance[:, 0]) & (done < steps)
         if not going.any():
             break
         step = np.where(going, step, 1)[:, None]
@@ -186,9 +186,9 @@ WHOLE = {
 }
 
 
-def _total(weights: OfModels) -> Float[np.ndarray, "tensors 1"]:
-    """Return Σ wₖ, by which weights can be divided."""
-    total = weights.sum(axis=-1, keepdims=True)
+def _total(weights: OfModels, normalize: np.ndarray | float = 1.0) -> Float[np.ndarray, "tensors 1"]:
+    """Return Σ wₖ, by which weights can be divided; 1 where `normalize` is 0."""
+    total = np.where(np.reshape(normalize, (-1, 1)) != 0, weights.sum(axis=-1, keepdims=True), 1)
     if not total.all():
         raise ValueError("the coefficients add up to 0, and are divided by their sum; change --coefficient")
     return total

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from dppa_jax.config.merge import MergeConfig, parameters_of
+from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.method_options import parameters_of
 from dppa_jax.config.numbers import Coefficient, default_partitions
 from dppa_jax.config.q import LABELLED, UNLABELLED, QConfig
 from dppa_jax.config.report import Choice, Sweep

@@ -62,7 +62,7 @@ class TensorNumbers:
         answers = _Answers(self._kernels, pieces, len(names), rows, columns)
         asked = Asked(
             self._coefficients(names),
-            self._config.method_options,
+            self._pruner.options(self._config.method_options, names),
             rows * columns,
             answers.sums,
             answers.row_sums,

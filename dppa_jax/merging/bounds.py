@@ -1,7 +1,7 @@
 """Pass 2, before the arithmetic: which bounds and weights every row of every expert gets."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -12,6 +12,7 @@ from dppa_jax.architecture.rules import first_match, nearest
 from dppa_jax.architecture.specs import Linears, TensorSpec, layer_count
 from dppa_jax.checkpoint import DTYPE_BY_NAME
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.method_options import option_of
 from dppa_jax.config.numbers import Coefficient
 from dppa_jax.delta.allocate import ALLOCATIONS, Statistics
 from dppa_jax.delta.scale import SCALES, Numbers, over_depth
@@ -30,16 +31,21 @@ Norms = Mapping[str, Mapping[str, np.ndarray]]  # by expert and tensor: ‖x_j�
 
 
 def allocate(config: MergeConfig, linears: Linears, statistics: Statistics, expert: str = "") -> np.ndarray:
-    """Rates (nominal rates, linears) of one expert, its own of single tensors next, `--tensor_rate` rules last."""
-    rates, own = np.zeros((len(config.rates), len(linears))), config.expert_rates.get(expert)
+    """Rates (nominal rates, linears) of one expert, its own of single tensors next, `--tensor_rate` rules last.
+
+    Where the scale has numbers that differ by tensor, which make partitions, each linear has partitions of its own.
+    """
+    rates, own = np.zeros((len(config.rates), len(linears))), config.expert_rates.get(expert, config.rate)
     by_tensor = own if isinstance(own, Mapping) else {}
-    for p, rate in enumerate(config.rates if own is None or by_tensor else config.rates_of_tensor(own)):
+    own = config.rate if by_tensor else own
+    for p, rate in enumerate(config.rates_of_tensor(own, expert=expert) if own != config.rate else config.rates):
         rates[p] = ALLOCATIONS[config.allocate].rates(rate, statistics, config.max_fluctuation)
+    differ = config.tensor_options.keys() & set(SCALES[config.scale].parameters)
     for place, name in enumerate(linears.names):
         rate = first_match(config.tensor_rates, name)
-        rate = by_tensor.get(name) if rate is None else rate
+        rate = by_tensor.get(name, own if differ else None) if rate is None else rate
         if rate is not None:
-            rates[:, place] = config.rates_of_tensor(rate)
+            rates[:, place] = config.rates_of_tensor(rate, name, expert)
     return rates
 
 
@@ -148,6 +154,10 @@ class Pruner:
         rule = first_match(self.config.tensor_coefficients, tensor)
         return (own if rule is None else rule) * self._depths.get(tensor, 1.0)
 
+    def options(self, names: Iterable[str], tensors: Sequence[str]) -> dict[str, np.ndarray]:
+        """Options of all experts, by name: one number for each tensor."""
+        return {name: np.array([option_of(self.config, name, tensor) for tensor in tensors]) for name in names}
+
     def bounds_and_weights(self, x: DeviceMatrix, e: int) -> tuple:
         """(score inputs, bounds, weights) of expert e for a matrix; weights without the coefficient.
 
@@ -201,7 +211,8 @@ class Pruner:
         norms = self.norms.get(name, {}).get(rows.name)
         if self.config.is_calibrated and self.linears.specs[matrix.linears[i]].role is not Role.LINEAR:
             norms = np.ones(matrix.columns, np.float32)  # its inputs are not measured: |δ| alone ranks
-        asks |= {"norms": norms, "units": self._units(e, matrix.linears[i])}
+        own = {each: option_of(self.config, each, rows.name, name) for each in SCORES[self.config.score].parameters}
+        asks |= {"norms": norms, "units": self._units(e, matrix.linears[i]), "parameters": own}
         return Rows(self.config.seed, name, rows.name, rows.start, rows.stop, float(rate), **asks)
 
     def _units(self, e: int, place: int) -> Units | None:
@@ -250,7 +261,8 @@ class Pruner:
         kept = kernels.kept_sums(x.base, x.experts[e], inputs, self.on_rows(x, bounds), weights)
         both = kernels.row_sums("absolute", x.base, x.experts[e]), kept
         whole, kept = (matrix.range_sums(host_sums(sums, matrix.rows)).astype(dtype) for sums in both)
-        small = (whole < LEAST_NORM) | (kept < LEAST_NORM)
+        keeps = self.options(["rescale"], [one.name for one in matrix.ranges])["rescale"]
+        small = (whole < LEAST_NORM) | (kept < LEAST_NORM) | (keeps == 0)
         return np.where(small, 1, whole / np.where(small, np.ones_like(kept), kept)).astype(np.float64)
 
     def _known_bounds(self, matrix: Matrix, e: int, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

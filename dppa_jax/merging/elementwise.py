@@ -30,7 +30,6 @@ class Elementwise:
     """The functions of one choice of score, combination and delta's dtype; equal choices compile once.
 
     Attributes:
-      parameters: the score's own numbers, by name.
       within_rows: is an element's key its rank within its row, from 0 for the lowest score?
       gains: does the score's own scale of each element apply?
       stepwise: does the sum go step by step?
@@ -42,7 +41,6 @@ class Elementwise:
     combine: str
     delta_dtype: str
     allow_nonfinite: bool = False
-    parameters: tuple[tuple[str, float], ...] = ()
     within_rows: bool = False
     gains: bool = True
     stepwise: bool = False
@@ -70,15 +68,15 @@ class Elementwise:
         """Return what is ranked within rows: the keys of a score that is compared so, or |δ|."""
         if not self.within_rows:
             return float_keys(jnp.abs(delta))
-        return SCORES[self.score].keys(delta, inputs, column, **dict(self.parameters))
+        return SCORES[self.score].keys(delta, inputs, column)
 
     def _own(self, delta: jax.Array, inputs, column: jax.Array) -> tuple[Any, dict[str, Any]]:
-        """Return the score's inputs, and what else it takes by name: its numbers, and ranks, (rows, columns) uint32."""
+        """Return the score's inputs, and what else it takes by name: ranks, (rows, columns) uint32."""
         if not self.ranks_rows:
-            return inputs, dict(self.parameters)
+            return inputs, {}
         found = isinstance(inputs, Ranked)
         rank = inputs.ranks if found else ranks(self.ranked(delta, inputs, column))
-        return inputs.inputs if found else inputs, {**dict(self.parameters), "rank": rank.astype(jnp.uint32)}
+        return inputs.inputs if found else inputs, {"rank": rank.astype(jnp.uint32)}
 
     def pruned(self, base, expert, inputs, bounds, weights, zero) -> Float[Array, "rows columns"]:
         """Return keep·scale·δ of one expert, float32.
@@ -103,12 +101,14 @@ class Elementwise:
     ) -> jax.Array:
         """Return base + combine(pruned deltas), cast once to `dtype`; `numbers` (rows, k) are of the combination.
 
-        Of a sum that goes step by step (`delta.stepwise`) these are the coefficients, and the factor of all.
+        Of a sum that goes step by step (`delta.stepwise`) these are the coefficients, the factor of all, and whether it
+        is divided.
         A sum may be made in parts: `total` is that of the deltas before, and without a dtype the new total comes back.
         """
         if self.stepwise:
-            *coefficients, factor = (numbers[:, i : i + 1] for i in range(numbers.shape[1]))
-            combined = stepwise(pruned, coefficients, factor, zero, STEPS[self.combine], self.divide, self.arithmetic)
+            *coefficients, factor, divided = (numbers[:, i : i + 1] for i in range(numbers.shape[1]))
+            how = STEPS[self.combine], self.divide, self.arithmetic
+            combined = stepwise(pruned, coefficients, factor, divided, zero, *how)
             return in_dtype(self._inputs(base).astype(jnp.float32) + combined, self.arithmetic).astype(dtype)
         pruned = pruned if total is None else [total, *pruned]
         given = (pruned,) if numbers is None else (pruned, numbers, zero)
@@ -151,6 +151,5 @@ def elementwise_of(config: MergeConfig) -> tuple[Elementwise, Elementwise]:
     plain = Elementwise("magnitude", *shared, **steps)
     if config.score is None:
         return plain, plain
-    own = tuple((name, config.method_options[name]) for name in SCORES[config.score].parameters)
     gains = SCALES[config.scale].gains or SCORES[config.score].gain is None
-    return Elementwise(config.score, *shared, own, config.compares_rows, gains, **steps), plain
+    return Elementwise(config.score, *shared, config.compares_rows, gains, **steps), plain

@@ -72,8 +72,10 @@ class Grams:
         ranges = x.matrix.ranges
         weights = np.array([self._weights(one.name) for one in ranges])
         by_row = self._config.combines_rows
-        weights = x.matrix.per_row(weights) if by_row else weights
-        given = weights[:, self._whole.of_deltas :], self._config.method_options
+        own = self._pruner.options(self._config.method_options, [one.name for one in ranges])
+        if by_row:
+            weights, own = x.matrix.per_row(weights), {name: x.matrix.per_row(each) for name, each in own.items()}
+        given = weights[:, self._whole.of_deltas :], own
         try:
             with np.errstate(invalid="ignore"):  # NaN and Inf are told of where the merge is checked
                 found = self._whole.coefficients(self._gram(x, by_row) if self._whole.gram else None, *given)

@@ -99,6 +99,8 @@ def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
     check_tensors(config.coefficients, list(specs))
     check_tensors(config.q, linears_of(specs).names, "--q", "linear")
     check_tensors(config.expert_rates, list(specs), "--expert_rate")
+    for name, own in config.tensor_options.items():
+        check_tensors(own, list(specs), f"--{name}")
     check_patterns(config.tensor_rates, specs, "--tensor_rate")
     check_patterns(config.tensor_coefficients, specs, "--tensor_coefficient")
     check_groups(config, linears_of(specs))
@@ -296,8 +298,9 @@ def merge_matrix(
     each = tuple(inputs), tuple(bounds), tuple(weights)
     numbers = tensors and tensors.on_rows(x)
     if config.is_stepwise:
-        factor = np.full_like(apart[0], config.lambda_)
-        numbers = pruner.on_rows(x, np.concatenate([*apart, factor], axis=1).astype(np.float32))
+        own = pruner.options(("lambda", "divide"), [rows.name for rows in x.matrix.ranges])
+        numbers = np.column_stack([*apart, own["lambda"], own["divide"]])
+        numbers = pruner.on_rows(x, numbers.astype(np.float32))
     return kernels.merge(dtype if is_last else None, x.base, x.experts, *each, numbers, total)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from dppa_jax.architecture.row import Role
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.method_options import option_of
 from dppa_jax.merging.bounds import Pruner
 from dppa_jax.merging.grams import Grams
 from dppa_jax.merging.kernels import Kernels
@@ -56,7 +57,8 @@ class Solved(Grams):
         grams = [self._gram(name, tensor, base.shape[1]) for name in config.experts]
         coefficients = [self._pruner.coefficient(name, tensor) for name in config.experts]
         try:
-            return self._whole.solve(experts, grams, coefficients, config.method_options)
+            own = {name: option_of(config, name, tensor) for name in config.method_options}
+            return self._whole.solve(experts, grams, coefficients, own)
         except ValueError as error:
             raise ValueError(f"{tensor}: --method={config.method}: {error}") from error
 

@@ -43,6 +43,7 @@ class Meaning(NamedTuple):
     by_row: tuple[str, bool] | None = None
 
 
+DIVIDED = {True: "weights", False: "none"}
 RESCALED = {True: "l1", False: "none"}
 RESCALED_CRUMBS = {True: "breadcrumbs_l1", False: "breadcrumbs"}
 WINDOW = {"epsilon": ("della_window", 2.0)}  # which is the whole window, and epsilon half of it
@@ -202,10 +203,16 @@ def numbers_of(recipe: Recipe, models: Models, resolved: Resolved, compatible: s
     meaning, reader = meaning_of(recipe), _Reader(recipe, models, resolved)
     said: dict[str, Any] = {
         "coefficients": reader.of_models(meaning.coefficient, meaning.base),
-        "method_options": {flag: reader.one(name) * factor for name, (flag, factor) in meaning.options.items()},
+        "method_options": {},
+        "tensor_options": {},
     }
+    for name, (flag, factor) in meaning.options.items():
+        own = reader.of_all(name, factor)
+        key = "tensor_options" if isinstance(own, Mapping) else "method_options"
+        said[key][flag] = own
     if meaning.method in COMPATIBLE[CONVENTIONS].divide:
-        said |= reader.of_deltas(meaning.scales, compatible)
+        of_deltas, own = reader.of_deltas(meaning.scales, compatible)
+        said |= {**of_deltas, "tensor_options": {**said["tensor_options"], **own}}
     if "density" in resolved.models:
         said["expert_rates"] = {name: _rate(one) for name, one in reader.of_models("density").items()}
     if meaning.by_row and reader.one(meaning.by_row[0]) == meaning.by_row[1]:
@@ -229,7 +236,7 @@ class _Reader:
     def __init__(self, recipe: Recipe, models: Models, resolved: Resolved):
         self.recipe, self.models, self.resolved = recipe, models, resolved
 
-    def of_models(self, name: str, base: bool = False) -> dict[str, Coefficient]:
+    def of_models(self, name: str, base: bool = False, factor: float = 1.0) -> dict[str, Coefficient]:
         """Return a parameter by model, a number or one for each tensor: of the experts, and of the base if it has one.
 
         A base that is none of the models weighs nothing, whatever others weigh by default.
@@ -237,30 +244,49 @@ class _Reader:
         Args:
           name: of the parameter; "" where all have the default.
           base: has the base one?
+          factor: what the numbers are multiplied by.
         """
         if name in self.resolved.merge:
-            return {expert: _one_or_all(self.resolved.merge[name]) for expert in self.models.places}
+            return {expert: _one_or_all(self.resolved.merge[name], factor) for expert in self.models.places}
         by_place, base_place = self.resolved.models.get(name, ()), self.models.place
-        found = {expert: _one_or_all(by_place[place]) for expert, place in self.models.places.items() if name}
+        found = {expert: _one_or_all(by_place[place], factor) for expert, place in self.models.places.items() if name}
         if base and (name or base_place is None):
             found[BASE] = 0.0 if base_place is None else _one_or_all(by_place[base_place])
         return found
 
-    def of_deltas(self, scales: Mapping[bool, str], compatible: str) -> dict[str, Any]:
+    def of_all(self, name: str, factor: float = 1.0) -> float | dict[str, Coefficient]:
+        """Return the one value of a parameter, times a factor, or those of each model, "" where all have one."""
+        of_merge = self.resolved.merge.get(name)
+        found = {"": _one_or_all(of_merge, factor)} if of_merge else self.of_models(name, factor=factor)
+        values = list(found.values())
+        return values[0] if isinstance(values[0], float) and values.count(values[0]) == len(values) else found
+
+    def of_deltas(self, scales: Mapping[bool, str], compatible: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return how a sum of deltas is computed: each step as the recipe says, or as is the custom of a program.
 
         Args:
           scales: those of a `Meaning`.
+
+        Returns:
+          Fields of `MergeConfig`, and `tensor_options` for what differs by tensor.
         """
-        said: dict[str, Any] = {"compatible": compatible, "lambda_": float(self.one("lambda"))}
+        said, own, factor = {"compatible": compatible}, {}, self.of_all("lambda")
+        if isinstance(factor, Mapping):
+            own["lambda"] = factor
+        else:
+            said["lambda_"] = factor
         is_known = lambda name: compatible in COMPATIBLE or any(_said_in(self.recipe, name))  # noqa: E731
-        if is_known("normalize"):
-            said["divide"] = "weights" if self.one("normalize") else "none"
-        if scales and is_known("rescale"):
-            said["scale"] = scales[bool(self.one("rescale"))]
+        choices = ("normalize", "divide", "divide", DIVIDED), ("rescale", "rescale", "scale", scales)
+        for name, option, flag, meant in choices:
+            if not meant or not is_known(name):
+                continue
+            by_tensor = {tensor: float(bool(value)) for tensor, value in self.resolved.merge[name].items()}
+            said[flag] = meant[any(by_tensor.values())]
+            if len(set(by_tensor.values())) > 1:
+                own[option] = {"": by_tensor}
         if compatible in COMPATIBLE and self.recipe.dtype:
             said["arithmetic"] = self.recipe.dtype
-        return said
+        return said, own
 
     def one(self, name: str) -> Scalar:
         """Return the one value that a parameter has for all tensors and models."""
@@ -276,10 +302,11 @@ class _Reader:
         return RecipeError(f"{next(_said_in(self.recipe, name), self.recipe.place)}: {name} {message}.")
 
 
-def _one_or_all(values: Mapping[str, Scalar]) -> Coefficient:
-    """Return the value that all tensors have, or those of each."""
+def _one_or_all(values: Mapping[str, Scalar], factor: float = 1.0) -> Coefficient:
+    """Return the value that all tensors have, or those of each, times a factor."""
     found = set(values.values())
-    return float(found.pop()) if len(found) == 1 else {name: float(value) for name, value in values.items()}
+    by_tensor = {name: float(value) * factor for name, value in values.items()}
+    return float(found.pop()) * factor if len(found) == 1 else by_tensor
 
 
 def _said_in(recipe: Recipe, name: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ import yaml
 from dppa_jax.architecture.rules import first_match
 from dppa_jax.architecture.specs import TensorSpec, layer_count
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.method_options import option_of
 from dppa_jax.config.numbers import Coefficient, rate_of_density
 from dppa_jax.config.run import JobConfig
 from dppa_jax.delta.presets import COMPARISONS
@@ -89,7 +90,7 @@ class _Writer:
 
     def of_model(self, model: str) -> Written:
         """Return the parameters of a model."""
-        merge, own = self.job.merge, self.options(of_model=True)
+        merge, own = self.job.merge, self.options(model)
         if self.is_of_model(self.meaning.coefficient):
             own[self.meaning.coefficient] = self.setting(coefficients_of(merge, model, self.specs))
         if merge.score:
@@ -100,24 +101,36 @@ class _Writer:
     def of_merge(self) -> Written:
         """Return the parameters that are one for all models, where they are not the defaults."""
         merge, meaning, has = self.job.merge, self.meaning, MERGE_METHODS[self.name].parameters
-        own = self.options(of_model=False)
+        own = self.options()
         if meaning.coefficient and not self.is_of_model(meaning.coefficient):
             own[meaning.coefficient] = self.setting(coefficients_of(merge, merge.experts[0], self.specs))
         if "lambda" in has:
-            own |= {"lambda": merge.lambda_, "normalize": merge.divide == "weights"}
+            own |= {"lambda": self.option("lambda"), "normalize": self.flag("divide", merge.divide == "weights")}
         if meaning.scales:
-            own["rescale"] = next((key for key, scale in meaning.scales.items() if scale == merge.scale), False)
+            scaled = next((key for key, scale in meaning.scales.items() if scale == merge.scale), False)
+            own["rescale"] = self.flag("rescale", scaled)
         if meaning.by_row:
             key, by_row = meaning.by_row
             own[key] = by_row == COMPARISONS[merge.compare]
         return {key: value for key, value in own.items() if value != has[key]}
 
-    def options(self, of_model: bool) -> Written:
-        """Return the options of the method that each model has, or that are one for all."""
-        given = self.job.merge.method_options
-        options = {key: given[flag] / factor for key, (flag, factor) in self.meaning.options.items()}
-        options |= {key: bool(value) for key, value in options.items() if PARAMETERS[key].flag}
-        return {key: value for key, value in options.items() if self.is_of_model(key) == of_model}
+    def options(self, model: str = "") -> Written:
+        """Return the options of the method that a model has or, without one, that are one for all."""
+        said = {}
+        for key, (name, factor) in self.meaning.options.items():
+            if self.is_of_model(key) == bool(model):
+                said[key] = self.flag(name) if PARAMETERS[key].flag else self.option(name, model, factor)
+        return said
+
+    def option(self, name: str, model: str = "", factor: float = 1.0) -> Any:
+        """Say an option, over a factor."""
+        return self.setting({tensor: option_of(self.job.merge, name, tensor, model) / factor for tensor in self.specs})
+
+    def flag(self, name: str, anywhere: bool = True) -> Any:
+        """Say for which tensors something is done, if it is done for any."""
+        return self.setting(
+            {tensor: anywhere and bool(option_of(self.job.merge, name, tensor)) for tensor in self.specs}
+        )
 
     def is_of_model(self, key: str) -> bool:
         """Return whether each model has a parameter."""
@@ -152,6 +165,10 @@ def _check_same(merge: MergeConfig, text: str, specs: Mapping[str, TensorSpec]) 
             flag = name.rstrip("_")
             raise Unsayable(f"with it {flag} is {getattr(again, name)}, and here {getattr(merge, name)}.")
     names = dict(zip(merge.experts, again.experts, strict=True)) | ({BASE: BASE} if BASE in merge.coefficients else {})
+    for name in merge.tensor_options.keys() | again.tensor_options.keys():
+        of_each = [(ours, theirs, tensor) for ours, theirs in {"": "", **names}.items() for tensor in specs]
+        if any(option_of(merge, name, tensor, a) != option_of(again, name, tensor, b) for a, b, tensor in of_each):
+            raise Unsayable(f"{name} differs by tensor in a way that no gradient says.")
     for ours, theirs in names.items():
         if coefficients_of(merge, ours, specs) != coefficients_of(again, theirs, specs):
             raise Unsayable(f"the coefficients of {ours} differ by tensor in a way that no gradient says.")

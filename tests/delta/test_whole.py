@@ -149,7 +149,7 @@ def test_slerp_ends_at_the_models_themselves(t, model):
 def test_directions_that_cancel_have_no_mean():
     gram = np.array([[[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, -0.5, 1.0]]])
     with pytest.raises(ValueError, match="cancel"):
-        multislerp(gram, np.ones((1, 3)), {"normalize": 1.0})
+        multislerp(gram, np.ones((1, 3)), {"normalize": np.ones(1)})
 
 
 @pytest.mark.parametrize("method", ["linear", "multislerp", "karcher"])

@@ -29,6 +29,18 @@ VALUES = {
     "select_topk": 0.5,
 }
 VALUES |= {"epsilon": 0.125, "gamma": 0.03125, "max_iter": 5, "filter_wise": True, "normalize": False, "rescale": False}
+MLP, ALL = "mlp", "*"
+BY_TENSOR = {  # gradients, rules, or both
+    **{"weight": 1, "density": 0.5, "t": 0.5, "lambda": [0.5, 1.5], "select_topk": [0.25, 0.75, 1]},
+    "epsilon": [{"filter": MLP, "value": [0.125, 0.0625]}, {"value": 0.25}],
+    "gamma": [{"filter": MLP, "value": 0.03125}, {"filter": ALL, "value": [0.0625, 0.125]}],
+    "max_iter": [{"filter": MLP, "value": 3}, {"value": 5}],
+    "tol": [1e-5, 1e-2],
+    "r": [0.25, 0.5],
+    "alpha": [{"filter": "q_proj", "value": 0.5}, {"value": 0.125}],
+    **{name: [{"filter": MLP, "value": False}, {"value": True}] for name in ("normalize", "rescale")},
+    "normalize_weights": [{"filter": "norm", "value": True}, {"value": False}],
+}
 
 
 def written(merge: Merge, method: str, values: dict) -> str:
@@ -56,7 +68,9 @@ def job_of(file: str) -> JobConfig:
         return JOBS["merge"].config(read_flags())
 
 
-@pytest.mark.parametrize("values", [VALUES, {"weight": 1, "t": 0.5}], ids=["values", "defaults"])
+@pytest.mark.parametrize(
+    "values", [VALUES, BY_TENSOR, {"weight": 1, "t": 0.5}], ids=["values", "by tensor", "defaults"]
+)
 @pytest.mark.parametrize("method", [name for name, one in MEANINGS.items() if one.method in METHODS])
 def test_the_recipe_of_a_method_is_found_again(method, values, merge):
     job, source = job_of(written(merge, method, values)), open_checkpoint(merge.base)
