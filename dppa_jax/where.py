@@ -68,7 +68,7 @@ def look(where: str | Path, seed: int = 0, stated: Stated | str | None = None, d
       CheckpointError: the model is damaged, or not one that can be merged.
     """
     if runs := runs_of(where):
-        return _spliced({place: look(place, seed, stated) for place in runs}, where)
+        return _spliced({place: look(place, seed, stated, dequantise) for place in runs}, where)
     base, adapter = parts_of(where)
     if adapter:
         return _adapted(look(base, seed, stated, dequantise), adapter)
@@ -95,7 +95,7 @@ def look_for_plan(
 ) -> Looked | ConfigAlone:
     """Look at a model as `look` does; where neither weights nor headers can be read, its config.json is enough."""
     if runs := runs_of(where):
-        models = {place: look_for_plan(place, seed, stated) for place in runs}
+        models = {place: look_for_plan(place, seed, stated, dequantise) for place in runs}
         return _spliced(models, where)
     base, adapter = parts_of(where)
     if adapter:

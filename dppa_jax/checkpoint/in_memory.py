@@ -57,4 +57,5 @@ def in_memory(source: Any) -> Model:
 def for_evaluator(model: Any) -> Path | Model:
     """Return what an evaluator takes of an open checkpoint: its directory or, where none is all of it, the whole."""
     model = unwrapped(model)
-    return in_memory(model) if isinstance(model, Adapted | Spliced) else model.directory
+    made = isinstance(model, Adapted | Spliced) or getattr(model, "is_dequantised", False)
+    return in_memory(model) if made else model.directory

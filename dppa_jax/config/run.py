@@ -212,6 +212,7 @@ class ValidateConfig:
         "", "validate: directory by another implementation that --output is compared with", kind="path"
     )
     base: str = same(JobConfig, "base", default="")
+    dequantise: bool = same(JobConfig, "dequantise")
     workdir: str = same(JobConfig, "workdir")
     tolerance_ulp: float = option(
         1.0,
@@ -243,6 +244,7 @@ class EvaluateConfig:
 
     models: Mapping[str, str]
     evaluation: EvaluationConfig
+    dequantise: bool = same(JobConfig, "dequantise")
     workdir: str = same(JobConfig, "workdir")
     seed: int = same(MergeConfig, "seed")
     tokenizer: str = same(JobConfig, "tokenizer", default="")

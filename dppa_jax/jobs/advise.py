@@ -75,7 +75,7 @@ def check_advise(job: JobConfig) -> None:
             f"--method={AUTO}: one process measures. Run dppa_jax advise in one, and merge with the flagfile it writes."
         )
     if job.calibration:
-        check_forward(look(job.base, job.merge.seed), "advice by --calibration")
+        check_forward(look(job.base, job.merge.seed, dequantise=job.dequantise), "advice by --calibration")
 
 
 def find_methods(opened: Opened, candidates: Candidates | None = None, domains: Domains | None = None) -> list[Advised]:

@@ -25,7 +25,7 @@ def run_evaluate(job: EvaluateConfig) -> dict[str, Scores]:
     """
     config, models = job.evaluation, job.models
     check_tasks(config)
-    opened = open_all(models, job.seed)
+    opened = open_all(models, job.seed, dequantise=job.dequantise)
     check_apart({}, directories(opened), job.workdir)
     places = {name: model.directory for name, model in opened.items()}
     with_tokenizer = [directory for directory in places.values() if has_tokenizer(directory)]

@@ -160,7 +160,8 @@ def validate(config: ValidateConfig) -> Validation:
       ValueError: one of them is not a checkpoint. Differences of any kind raise nothing; they are the result.
     """
     output, reference, base = config.output, config.reference, config.base
-    opened = [open_checkpoint(where, config.seed) for where in (output, reference, *([base] if base else []))]
+    options = config.seed, None, config.dequantise
+    opened = [open_checkpoint(where, *options) for where in (output, reference, *([base] if base else []))]
     check_apart({}, {str(model.directory): model.directory for model in opened}, config.workdir)
     validation = Validation(output, reference, base, config.tolerance_ulp, compare(*opened))
     for source in opened:

@@ -12,8 +12,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch
 
 from dppa_jax.architecture.generic import GENERIC
+from dppa_jax.architecture.specs import CheckpointError
 from dppa_jax.checkpoint import SafetensorsDirectory
+from dppa_jax.checkpoint.in_memory import for_evaluator
 from dppa_jax.checkpoint.quantised import FP4
+from dppa_jax.where import open_all
 
 BF16, FP8 = np.dtype(ml_dtypes.bfloat16), ml_dtypes.float8_e4m3fn
 CONFIG = llama_config(num_hidden_layers=1, hidden_size=32, intermediate_size=48, vocab_size=32)
@@ -31,16 +34,18 @@ CASES = {  # what config.json says, and the kind of numbers
     "tensor": (compressed("tensor"), "fp8"),
     "channel": (compressed("channel"), "int8"),
     "group": (compressed("group", 4, group_size=8), "int4"),
+    "group of 8 bits": (compressed("group", 8, group_size=8), "packed"),
     "block": (compressed("block", block_structure=list(BLOCK)), "fp8"),
 }
 SIZES = {"fp8": BLOCK, "block": BLOCK, "tensor": (1 << 20, 1 << 20), "channel": (1, 1 << 20), "group": (1, 8)}
+SIZES |= {"group of 8 bits": (1, 8)}
 
 
 def quantised(name: str, shape: tuple, case: str, generator: np.random.Generator) -> tuple[dict, np.ndarray]:
     """(tensors of the file, what they stand for): the formula w · scale, one number at a time in numpy."""
     height, width = (min(size, whole) for size, whole in zip(SIZES[case], shape, strict=True))
     counts = [-(-whole // size) for whole, size in zip(shape, (height, width), strict=True)]
-    scale = generator.uniform(0.001, 0.01, counts).astype(BF16 if case == "group" else np.float32)
+    scale = generator.uniform(0.001, 0.01, counts).astype(BF16 if "group" in case else np.float32)
     rows, columns = np.indices(shape)
     each = scale[rows // height, columns // width].astype(np.float32)
     if CASES[case][1] == "fp8":
@@ -51,8 +56,10 @@ def quantised(name: str, shape: tuple, case: str, generator: np.random.Generator
     stored = {f"{name}.weight": numbers, f"{name}.weight_scale": scale}
     if case == "fp8":
         stored = {f"{name}.weight": numbers, f"{name}.weight_scale_inv": scale}
-    if CASES[case][1] == "int4":
-        packed = sum((numbers[:, i::8].astype(np.int64) + 8) << (4 * i) for i in range(8)).astype(np.uint32)
+    if bits := {"int4": 4, "packed": 8}.get(CASES[case][1]):
+        count, added = 32 // bits, 2 ** (bits - 1)
+        each_word = [(numbers[:, i::count].astype(np.int64) + added) << (bits * i) for i in range(count)]
+        packed = sum(each_word).astype(np.uint32)
         shaped = {f"{name}.weight_shape": np.array(shape, np.int64)}
         stored = {f"{name}.weight_packed": packed.view(np.int32), f"{name}.weight_scale": scale, **shaped}
     if case == "tensor":
@@ -135,6 +142,20 @@ def test_a_merge_of_quantised_models_says_so_and_writes_bfloat16(tmp_path, capsy
     for name, array in load_file(tmp_path / "merged" / "model.safetensors").items():
         base, expert = (meant[model][name].astype(np.float32) for model in ("base", "math"))
         assert (array == (base + np.float32(0.5) * (expert - base)).astype(BF16)).all(), name
+
+
+def test_other_jobs_read_quantised_models_too(tmp_path):
+    """Two of one content, quantised and as bfloat16, are found equal; an evaluator gets numbers, not the directory."""
+    meant = model(tmp_path / "quantised", "block")
+    write_model(tmp_path / "plain", CONFIG, meant)
+    compared = [f"--output={tmp_path / 'quantised'}", f"--reference={tmp_path / 'plain'}"]
+    launch("--job=validate", *compared, f"--workdir={tmp_path / 'runs'}", "--tolerance_ulp=0", "--dequantise")
+    places = {"whole": str(tmp_path / "quantised"), "layers": f"layers:{tmp_path / 'quantised'}[0:1]"}
+    for opened in open_all(places, dequantise=True).values():
+        given = for_evaluator(opened)
+        assert all((given.tensors[name] == array).all() for name, array in meant.items())
+    with pytest.raises(CheckpointError, match="give --dequantise"):
+        open_all(places)
 
 
 WRONG = {
