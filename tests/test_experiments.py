@@ -267,6 +267,8 @@ def test_items_that_a_search_chose_by_are_not_reported(job, tmp_path):
         ([TASKS, "--job=report", "--methods=dare/randm"], "Did you mean 'random'?"),
         ([TASKS, "--job=report", "--methods=task_arithmetic/row"], "prunes nothing, so that no score"),
         ([TASKS, "--job=report", "--methods=darex_q+auto"], "--q=auto needs --calibration"),
+        ([TASKS, "--job=report", "--methods=dare,wanda"], "--methods=wanda needs --calibration"),
+        ([TASKS, "--job=report", "--merge_methods=regmean"], "--merge_methods=regmean needs --calibration"),
         ([TASKS, "--job=report", "--methods=dppa+auto"], "--methods=dppa+auto needs --calibration"),
         ([TASKS, "--job=report", "--methods=dppa+search"], "as --factors=search says for dppa"),
         ([TASKS, "--job=report", "--methods=dare+adamerging"], "has the coefficient 1"),

@@ -268,6 +268,9 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
             job.search.config(config).ranges(len(config.partitions))
             if model.expert is None:
                 check_searched(job, domains)
+        if config.is_calibrated or config.combination.solves:
+            flag = "--merge_methods" if model.expert is None else "--methods"
+            check_text(job, "", f"{flag}={model.choice.name}", "")
         if model.choice.finds_factors:
             check_text(job, UNLABELLED, f"--methods={model.choice.name}", f"--factors and {model.choice.method}")
         if model.choice.finds_q:
