@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from dppa_jax.checkpoint import SafetensorsDirectory
 from dppa_jax.checkpoint.direct_file import DirectFile
 from dppa_jax.checkpoint.protocol import Source
 from dppa_jax.config.merge import MergeConfig
+from dppa_jax.config.numbers import Coefficient
 from dppa_jax.merging.merger import Layout, merge_checkpoints
 from dppa_jax.merging.stream import READERS
 
@@ -136,9 +138,16 @@ def _one_layer(specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return shrunk
 
 
+def _of_all(numbers: Mapping[str, Coefficient]) -> dict[str, float]:
+    """Return one number for each expert: its own, or the mean of those that it has by tensor."""
+    return {name: fmean(own.values()) if isinstance(own, Mapping) else own for name, own in numbers.items()}
+
+
 def _merge_seconds(models: Sequence[_Synthetic], config: MergeConfig, mesh: Mesh) -> float:
-    """Time one merge; what is said of single tensors cannot be said of this model and costs nothing."""
-    plain = replace(config, coefficients={}, tensor_rates=(), tensor_coefficients=())
+    """Time one merge; of what is said of single tensors the mean is taken, as this model has other tensors."""
+    numbers = {name: _of_all(getattr(config, name)) for name in ("coefficients", "expert_rates", "q")}
+    numbers["tensor_options"] = {name: _of_all(own) for name, own in config.tensor_options.items()}
+    plain = replace(config, tensor_rates=(), tensor_coefficients=(), **numbers)
     base, *experts = models
     named = dict(zip(config.experts, experts, strict=True))
     ones = {spec.name: np.ones(spec.columns, np.float32) for spec in linears_of(base.specs).specs}

@@ -80,6 +80,15 @@ def test_the_recipe_of_a_method_is_found_again(method, values, merge):
     assert (found.merge, found.base, found.experts) == (job.merge, job.base, job.experts)
 
 
+@pytest.mark.slow
+def test_a_plan_times_a_merge_whose_numbers_differ_by_tensor(merge, capsys):
+    file = written(merge, "della", {**BY_TENSOR, "density": [0.25, 0.75], "weight": [0.5, 1]})
+    launch("--job=plan", f"--recipe={file}", f"--output={merge.output}", f"--workdir={merge.root / 'runs'}")
+    printed = capsys.readouterr().out
+    assert "not predicted" not in printed
+    assert "the longest of compute" in " ".join(printed.split())
+
+
 MODELS = {
     "math": {"weight": [0, 0.75], "density": 0.25},
     "law": {"weight": 0.5, "density": 0.625},
