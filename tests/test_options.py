@@ -187,6 +187,7 @@ GIVEN = MergeConfig(
     delta_dtype="bfloat16",
     output_dtype="float16",
     allow_nonfinite=True,
+    tensor_options={"lambda": {"": 0.5}},
 )
 
 
@@ -216,7 +217,7 @@ def test_a_merge_of_a_report_has_every_option_that_is_not_its_methods(method, ex
     assert config.coefficients == ({"math": 0.5, "law": 1.0} if expert is None else {"law": facts.coefficient})
     assert config.tensor_coefficients == (GIVEN.tensor_coefficients if expert is None else ())
     own = {"method", "rate", "experts", "score", "allocate", "scale", "combine", "partitions", "factors", "q"}
-    own |= {"coefficients", "tensor_coefficients", "tensor_rates", "method_options"}
+    own |= {"coefficients", "tensor_coefficients", "tensor_rates", "method_options", "tensor_options"}
     for field in fields(MergeConfig):
         if field.name not in own:
             assert getattr(config, field.name) == getattr(GIVEN, field.name), field.name

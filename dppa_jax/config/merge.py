@@ -52,8 +52,9 @@ class MergeConfig:
       tensor_rates, tensor_coefficients: (regular expression, value) rules, the first match wins.
       method_options: the numbers that score, scale and combination have to themselves, by the name of their flag;
         defaults are filled in.
-      tensor_options: what only a recipe says: by an option's name, then by expert ("" for one of all), a number or one
-        for every tensor, in place of that of `method_options`, or of lambda_; divide and rescale are 1 or 0.
+      tensor_options: what only a recipe says, in place of `method_options` and `lambda_`, and whether a tensor's sum is
+        divided and its Σ|δ| kept: {"lambda": {"": {TENSOR: 0.5}}, "della_window": {"math": 0.3}, "divide": {"": 1.0}};
+        of all experts ("") or, of a score or scale, of one; for every tensor of the base, or one number.
 
     Raises:
       ValueError: a value or a combination is not allowed; the message names the flag.
@@ -312,7 +313,8 @@ class MergeConfig:
         if not self.lora_factors:
             return self
         whole = {"method": "task_arithmetic", "score": None, "allocate": None, "scale": None, "q": {}}
-        return replace(self, **whole, method_options={}, tensor_options={}, lora_factors=False)
+        sums = {name: own for name, own in self.tensor_options.items() if name in ("lambda", "divide")}
+        return replace(self, **whole, method_options={}, tensor_options=sums, lora_factors=False)
 
     def as_dict(self) -> dict:
         """Return the fields for JSON; without options of the method where it has none."""

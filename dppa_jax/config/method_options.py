@@ -11,7 +11,7 @@ from dppa_jax.config.option import Option
 from dppa_jax.delta.presets import PARAMETERS
 
 GROUP = "method"  # of the options of a merge, in --help
-STEPS = {"lambda": 1.0, "divide": 1.0, "rescale": 1.0}  # what may differ by tensor beside PARAMETERS
+DONE = {"divide": 1.0, "rescale": 1.0}  # is a tensor's sum divided, and is its Σ|δ| kept, where a merge does so?
 
 
 def parameters_of(score: str | None, scale: str, combine: str) -> dict[str, Any]:
@@ -58,31 +58,44 @@ def resolved_tensor_options(merge: Any) -> dict[str, dict]:
       merge: a `MergeConfig` whose choices are made.
 
     Raises:
-      ValueError: the method has no such option, or a value is not allowed.
+      ValueError: the method has no such option, experts have none of their own, or a value is not allowed.
     """
     has = parameters_of(merge.score, merge.scale, merge.combine)
+    known, resolved = {**has, "lambda": None, **DONE}, {}
+    of_experts = parameters_of(merge.score, merge.scale, "sum")  # a sum has none
     for name, own in merge.tensor_options.items():
-        if name not in {**has, **STEPS}:
-            raise ValueError(f"tensor_options: --method={merge.method} has no option {name}.{nearest(name, has)}")
-        for where, value in each_number(name, own):
+        flag = f"tensor_options of {name}"
+        if name not in known:
+            raise ValueError(
+                f"tensor_options: --method={merge.method} has no option {name}; it has {', '.join(known)}."
+                f"{nearest(name, known)}"
+            )
+        if named := [expert for expert in own if expert and name not in of_experts]:
+            raise ValueError(f'{flag}: one is for all experts, "", and not for {named[0]!r}.')
+        if name in axis("scale")[merge.scale].parameters and merge.allocate != "uniform":
+            raise ValueError(f"{flag}: the rates of linears follow from it; leave --allocate={merge.allocate} out.")
+        resolved[name] = {expert: coefficient_of(flag, expert, numbers) for expert, numbers in own.items()}
+        for where, value in each_number(flag, resolved[name]):
             if name in has:
                 method_option(name, has[name]).check(value)
             elif not math.isfinite(value):
                 raise ValueError(f"{where}: {value} is not a finite number.")
-    options = merge.tensor_options.items()
-    return {name: {e: coefficient_of(f"--{name}", e, own) for e, own in of.items()} for name, of in options}
+    return resolved
 
 
 def option_of(merge: Any, name: str, tensor: str = "", expert: str = "") -> float:
-    """Return an option of a merge: that of the tensor where it has its own, else the one of all.
+    """Return an option of a merge: that of the expert's tensor, of the expert, or of all, the first that is given.
 
     Args:
       merge: a `MergeConfig`.
-      name: of `method_options`, or lambda; or divide or rescale, which say whether a tensor's sum is divided, and
-        whether its Σ|δ| is kept, where the merge does that.
-      expert: whose option it is; "" for one of all experts.
+      name: of `method_options`, lambda, or of `DONE`.
+      tensor: "" for what holds where a tensor has none of its own.
+
+    Raises:
+      KeyError: there are numbers by tensor, and none for this one.
     """
-    own = merge.tensor_options.get(name, {}).get(expert)
+    given = merge.tensor_options.get(name, {})
+    own = given.get(expert, given.get(""))
     if isinstance(own, Mapping):
-        own = own.get(tensor)
-    return {**STEPS, "lambda": merge.lambda_, **merge.method_options}[name] if own is None else own
+        own = own[tensor] if tensor else None
+    return {**DONE, "lambda": merge.lambda_, **merge.method_options}[name] if own is None else own

@@ -307,7 +307,7 @@ def _unit_ranks(rows: Rows) -> np.ndarray:
 def _della_inputs(rows: Rows) -> np.ndarray:
     numbers = np.array([1.0 - rows.rate, rows.parameters["della_window"]], np.float32)
     words = _random_inputs(rows)
-    return np.concatenate([words, np.broadcast_to(numbers.view(np.uint32), words.shape)], axis=1)
+    return np.concatenate([words, np.tile(numbers.view(np.uint32), (len(words), 1))], axis=1)
 
 
 SCORES = {

@@ -262,15 +262,17 @@ def check_sweep(job: JobConfig, sweep: Sweep, domains: Domains) -> None:
             f"--merge_methods: a merge has one expert of each domain, and {others[0]!r} is another one of "
             f"{others[0].partition('.')[0]}; give --merge_methods in a report without it."
         )
+    seen: set[str] = set()
     for model in compared(sweep, domains):
         config = config_of(model, tuple(job.experts) if model.expert is None else (model.expert,), job.merge, sweep)
         if job.search and config.takes_factors:
             job.search.config(config).ranges(len(config.partitions))
             if model.expert is None:
                 check_searched(job, domains)
-        if config.is_calibrated or config.combination.solves:
-            flag = "--merge_methods" if model.expert is None else "--methods"
-            check_text(job, "", f"{flag}={model.choice.name}", "")
+        flag = "--merge_methods" if model.expert is None else "--methods"
+        if (config.is_calibrated or config.combination.solves) and (said := f"{flag}={model.choice.name}") not in seen:
+            check_text(job, "", said, "")
+            seen.add(said)
         if model.choice.finds_factors:
             check_text(job, UNLABELLED, f"--methods={model.choice.name}", f"--factors and {model.choice.method}")
         if model.choice.finds_q:

@@ -33,7 +33,7 @@ Norms = Mapping[str, Mapping[str, np.ndarray]]  # by expert and tensor: ‖x_j�
 def allocate(config: MergeConfig, linears: Linears, statistics: Statistics, expert: str = "") -> np.ndarray:
     """Rates (nominal rates, linears) of one expert, its own of single tensors next, `--tensor_rate` rules last.
 
-    Where the scale has numbers that differ by tensor, which make partitions, each linear has partitions of its own.
+    Where a number of the scale differs by tensor, as γ of Breadcrumbs may, each linear's rates follow from its own.
     """
     rates, own = np.zeros((len(config.rates), len(linears))), config.expert_rates.get(expert, config.rate)
     by_tensor = own if isinstance(own, Mapping) else {}

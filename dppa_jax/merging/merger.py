@@ -100,7 +100,7 @@ def check_named(config: MergeConfig, specs: Mapping[str, TensorSpec]) -> None:
     check_tensors(config.q, linears_of(specs).names, "--q", "linear")
     check_tensors(config.expert_rates, list(specs), "--expert_rate")
     for name, own in config.tensor_options.items():
-        check_tensors(own, list(specs), f"--{name}")
+        check_tensors({expert or "all": numbers for expert, numbers in own.items()}, list(specs), name)
     check_patterns(config.tensor_rates, specs, "--tensor_rate")
     check_patterns(config.tensor_coefficients, specs, "--tensor_coefficient")
     check_groups(config, linears_of(specs))

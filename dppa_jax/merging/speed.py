@@ -145,9 +145,10 @@ def _of_all(numbers: Mapping[str, Coefficient]) -> dict[str, float]:
 
 def _merge_seconds(models: Sequence[_Synthetic], config: MergeConfig, mesh: Mesh) -> float:
     """Time one merge; of what is said of single tensors the mean is taken, as this model has other tensors."""
-    numbers = {name: _of_all(getattr(config, name)) for name in ("coefficients", "expert_rates", "q")}
-    numbers["tensor_options"] = {name: _of_all(own) for name, own in config.tensor_options.items()}
-    plain = replace(config, tensor_rates=(), tensor_coefficients=(), **numbers)
+    numbers = {"expert_rates": _of_all(config.expert_rates), "q": _of_all(config.q)}
+    options = {name: _of_all(own) for name, own in config.tensor_options.items()}
+    free = {"coefficients": {}, "tensor_rates": (), "tensor_coefficients": ()}  # cost nothing
+    plain = replace(config, **numbers, **free, tensor_options=options)
     base, *experts = models
     named = dict(zip(config.experts, experts, strict=True))
     ones = {spec.name: np.ones(spec.columns, np.float32) for spec in linears_of(base.specs).specs}

@@ -207,6 +207,7 @@ def numbers_of(recipe: Recipe, models: Models, resolved: Resolved, compatible: s
         "tensor_options": {},
     }
     for name, (flag, factor) in meaning.options.items():
+        reader.check(name, PARAMETERS[flag].lower / factor, PARAMETERS[flag].upper / factor)
         own = reader.of_all(name, factor)
         key = "tensor_options" if isinstance(own, Mapping) else "method_options"
         said[key][flag] = own
@@ -251,7 +252,7 @@ class _Reader:
         by_place, base_place = self.resolved.models.get(name, ()), self.models.place
         found = {expert: _one_or_all(by_place[place], factor) for expert, place in self.models.places.items() if name}
         if base and (name or base_place is None):
-            found[BASE] = 0.0 if base_place is None else _one_or_all(by_place[base_place])
+            found[BASE] = 0.0 if base_place is None else _one_or_all(by_place[base_place], factor)
         return found
 
     def of_all(self, name: str, factor: float = 1.0) -> float | dict[str, Coefficient]:
@@ -289,13 +290,19 @@ class _Reader:
         return said, own
 
     def one(self, name: str) -> Scalar:
-        """Return the one value that a parameter has for all tensors and models."""
-        own = self.resolved.models.get(name, ())
-        by_model = [own[place] for place in self.models.places.values()] if own else [self.resolved.merge[name]]
-        found = {value for values in by_model for value in values.values()}
+        """Return the one value that a parameter of the whole merge has for all tensors."""
+        found = set(self.resolved.merge[name].values())
         if len(found) > 1:
-            raise self.error(name, "differs by model or tensor; here it is one for all")
+            raise self.error(name, "differs by tensor, and is one for all here; give one value")
         return found.pop()
+
+    def check(self, name: str, lower: float, upper: float) -> None:
+        """Refuse a parameter that is outside its bounds for a tensor of a model."""
+        own = self.resolved.models.get(name, ())
+        of_models = [own[place] for place in self.models.places.values()] if own else [self.resolved.merge[name]]
+        for value in (value for by_tensor in of_models for value in by_tensor.values()):
+            if not lower <= value <= upper:
+                raise self.error(name, f"is {value:g}, outside [{lower:g}, {upper:g}]")
 
     def error(self, name: str, message: str) -> RecipeError:
         """Return an error about a parameter, with the first line that says it."""

@@ -202,5 +202,5 @@ def _gradient(numbers: Sequence[float], layers: int) -> Any:
     if len(set(numbers)) == 1:
         return numbers[0]
     if len(numbers) != layers:
-        raise Unsayable("coefficients differ within a kind of tensors of a layer.")
+        raise Unsayable("numbers differ within a kind of tensors of a layer.")
     return list(numbers)

@@ -240,6 +240,7 @@ def merge_by(given: MergeConfig, method: str, rate: float, fields: Mapping[str, 
         "q": dict.fromkeys(experts, (1.0 - rate) or 1.0) if SCALES[preset.scale].takes_q else {},
         "tensor_rates": given.tensor_rates if preset.score else (),
         "method_options": {},
+        "tensor_options": {},
     }
     return replace(given, **own | dict(fields))
 

@@ -29,7 +29,8 @@ def mlp(inside: object, elsewhere: object) -> list:
 
 SUM = {"lambda": [0.5, 1.25], "normalize": mlp(True, False)}
 CUT = {"density": mlp([0.25, 0.75], 0.5), "weight": [0.25, 1.0]}
-CRUMBS = {**CUT, "gamma": mlp(0.0625, [0.03125, 0.125])}
+GAMMAS = {"math": mlp(0.0625, [0.03125, 0.125]), "law": 0.25, "code": [0.125, 0.0]}
+CRUMBS = {name: {**CUT, "gamma": gamma} for name, gamma in GAMMAS.items()}  # by model
 RAMS = {"epsilon": [0.002, 0.006], "r": mlp([0.25, 0.75], 0.5), "alpha": mlp(0.5, [0.125, 0.25])}
 MERGES = {  # parameters of the recipe and of each model; models; elements and units that may differ
     "task_arithmetic": (SUM, {"weight": mlp([0.5, 1.0], 0.25)}, EXPERTS, 0, 0),
@@ -38,7 +39,7 @@ MERGES = {  # parameters of the recipe and of each model; models; elements and u
     "breadcrumbs_ties": (SUM, CRUMBS, EXPERTS, TIED, 0),
     "linear": ({"normalize": mlp(True, False)}, {"weight": [0.5, 0.25]}, ("base", *EXPERTS), 0, ADDED),
     "multislerp": ({"normalize_weights": mlp(True, False)}, {"weight": [0.5, 0.25]}, ("base", *EXPERTS), 0, UNITS),
-    "karcher": ({"max_iter": mlp(2, 8), "tol": mlp(1e-9, 1e-2)}, {}, ("base", *EXPERTS), 0, UNITS),
+    "karcher": ({"tol": mlp(1e-9, 1e-2)}, {}, ("base", *EXPERTS), 0, UNITS),
     "sce": ({"select_topk": mlp([0.25, 0.75], 0.5)}, {}, EXPERTS, TIED, UNITS),
     "ram": ({"epsilon": mlp([0.002, 0.006], 0.004)}, {}, EXPERTS, 0, 0),
     "ramplus_tl": (RAMS, {}, EXPERTS, 0, ADDED),
@@ -58,7 +59,7 @@ def layer_of(name: str) -> int:
 
 
 def recipe(root: Path, method: str, of_all: dict, of_model: dict, models: tuple[str, ...]) -> dict:
-    given = [{} if method == "slerp" else of_model for _ in models]
+    given = [{} if method == "slerp" else of_model.get(name, of_model) for name in models]
     entries = [{"model": str(root / name), "parameters": own} for name, own in zip(models, given, strict=True)]
     base = {} if method in BASELESS else {"base_model": str(root / "base")}
     said = {"merge_method": method, **base, "models": entries, "parameters": of_all, "dtype": "float32"}

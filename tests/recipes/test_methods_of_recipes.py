@@ -8,6 +8,7 @@ import yaml
 from absl import flags
 from absl.testing import flagsaver
 from command import Merge, launch
+from safetensors.numpy import load_file
 
 from dppa_jax.architecture.specs import layer_count
 from dppa_jax.config.run import JobConfig
@@ -41,6 +42,7 @@ BY_TENSOR = {  # gradients, rules, or both
     **{name: [{"filter": MLP, "value": False}, {"value": True}] for name in ("normalize", "rescale")},
     "normalize_weights": [{"filter": "norm", "value": True}, {"value": False}],
 }
+OF_LAW = {"epsilon": 0.375, "gamma": 0.015625}  # where others have rules
 
 
 def written(merge: Merge, method: str, values: dict) -> str:
@@ -54,6 +56,8 @@ def written(merge: Merge, method: str, values: dict) -> str:
         "merge_method": method,
         "models": [{"model": str(merge.root / name), "parameters": of_model} for name in names],
     }
+    if values is BY_TENSOR and len(names) > 2:
+        said["models"][2]["parameters"] = {key: OF_LAW.get(key, value) for key, value in of_model.items()}
     if known.base in ("needed", "named"):
         said["base_model"] = str(merge.base)
     said["parameters"] = {name: value for name, value in own.items() if name not in of_model}
@@ -142,6 +146,26 @@ def test_a_recipes_dtype_is_that_of_its_arithmetic(merge):
 def test_a_recipe_without_mergekits_conventions_says_what_it_says(merge):
     file = of_deltas(merge, "ties", dtype="float16")
     assert as_recipe(merge, file, "--compatible=none") == as_flags(merge, "--method=ties", "--divide=none")
+
+
+def test_a_recipe_by_tensor_without_mergekits_conventions(merge):
+    values = {
+        "lambda": [{"filter": "mlp", "value": 0.5}, {"value": 1.25}],
+        "normalize": [{"filter": "mlp", "value": True}, {"value": False}],
+    }
+    as_recipe(merge, of_deltas(merge, "ties", parameters=values), "--compatible=none", "--overwrite")
+    found = load_file(merge.output / "model.safetensors")
+    for part, one in (("mlp", {"lambda": 0.5, "normalize": True}), ("", {"lambda": 1.25, "normalize": False})):
+        as_recipe(merge, of_deltas(merge, "ties", parameters=one), "--compatible=none", "--overwrite")
+        wanted = load_file(merge.output / "model.safetensors")
+        for name in [name for name in found if ("mlp" in name) == bool(part)]:
+            assert (found[name] == wanted[name]).all(), name
+
+
+def test_a_number_outside_its_bounds_is_told_with_its_line(merge):
+    file = of_deltas(merge, "della", parameters={"epsilon": [{"filter": "mlp", "value": 0.6}, {"value": 0.1}]})
+    assert "epsilon is 0.6, outside [0, 0.5]" in (told := merge.refusal(of=arguments([file, str(merge.output)])))
+    assert "della.yaml:" in told
 
 
 @pytest.mark.parametrize(
