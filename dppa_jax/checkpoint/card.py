@@ -11,6 +11,7 @@ import numpy as np
 
 from dppa_jax.architecture.specs import Linears
 from dppa_jax.checkpoint.inside import readable
+from dppa_jax.config.numbers import Coefficient
 from dppa_jax.runtime import markdown
 from dppa_jax.runtime.reading import printable
 
@@ -96,8 +97,7 @@ def model_card(
     licence = licences[0] if len(set(licences)) == 1 else "other"
     header = _metadata(parents, experts.values(), config["method"], licence)
     rows = "\n".join(_row(expert, where, config) for expert, where in experts.items())
-    what = "the factors of each expert's adapter" if config["lora_factors"] else "each expert's delta"
-    pruned = f" {100 * config['rate']:g} % of {what} is removed." if config["score"] else ""
+    pruned = f" {_removed(config, list(experts))}" if config["score"] else ""
     named = markdown.text(", ".join(dict.fromkeys(licences)))
     licence_note = f"The inputs' licences: {named}. Check that they allow what you do with the merge."
     repeat = f"To repeat it:\n\n{markdown.block(command)}\n" if command else ""
@@ -173,11 +173,29 @@ def _coefficient(config: Mapping, expert: str) -> str:
     >>> _coefficient({"coefficients": {"law": {"model.norm.weight": 0.25, "lm_head.weight": 0.35}}}, "law")
     '0.25 to 0.35 by tensor, mean 0.3'
     """
-    coefficient = config["coefficients"][expert]
-    if not isinstance(coefficient, Mapping):
-        return f"{coefficient:g}"
-    values = list(coefficient.values())
-    return f"{min(values):.3g} to {max(values):.3g} by tensor, mean {np.mean(values):.3g}"
+    return _number(config["coefficients"][expert])
+
+
+def _number(given: Coefficient, times: float = 1.0, unit: str = "") -> str:
+    """Say a number, or the range of those by tensor, as so many of a unit."""
+    if not isinstance(given, Mapping):
+        return f"{given * times:.6g}{unit}"
+    values = [times * value for value in given.values()]
+    return f"{min(values):.3g} to {max(values):.3g}{unit} by tensor, mean {np.mean(values):.3g}"
+
+
+def _removed(config: Mapping, experts: Sequence[str]) -> str:
+    """Say how much of the deltas is removed.
+
+    >>> config = {"rate": 0.9, "lora_factors": False, "expert_rates": {"law": {"lm_head.weight": 0.25, "b": 0.75}}}
+    >>> _removed(config, ["math", "law"])
+    'Removed of each delta: math 90 %; law 25 to 75 % by tensor, mean 50.'
+    """
+    own = {expert: _number(config["expert_rates"].get(expert, config["rate"]), 100, " %") for expert in experts}
+    if len(set(own.values())) > 1:
+        return f"Removed of each delta: {'; '.join(f'{markdown.text(name)} {said}' for name, said in own.items())}."
+    what = "the factors of each expert's adapter" if config["lora_factors"] else "each expert's delta"
+    return f"{own[experts[0]]} of {what} is removed."
 
 
 def _factors(config: Mapping, expert: str) -> str:

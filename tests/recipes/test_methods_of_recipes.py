@@ -136,6 +136,7 @@ def as_recipe(merge: Merge, file: str, *flags: str) -> bytes:
 def test_a_recipe_has_the_bits_of_flags_with_mergekits_conventions(method, merge):
     wanted = as_flags(merge, "--compatible=mergekit", *FLAGS[method])
     assert as_recipe(merge, of_deltas(merge, method)) == wanted
+    assert "Removed of each delta: math 75 %; law 37.5 %." in (merge.output / "README.md").read_text()
 
 
 def test_a_recipes_dtype_is_that_of_its_arithmetic(merge):
