@@ -15,7 +15,7 @@ from dppa_jax.evaluate.local import JaxEvaluator
 from dppa_jax.evaluate.vllm import VllmEvaluator
 from dppa_jax.model import DecoderConfig, forward
 
-NEW_TOKENS, EACH = 24, 12
+NEW_TOKENS, EACH = 24, 8
 ROUNDING = 1e-3  # of logits of about 20 that float32 products of 576 to 49152 terms add up to in another order
 LONGEST = 150  # characters of a question, which keeps the test short
 

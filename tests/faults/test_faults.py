@@ -18,7 +18,7 @@ from command import tree
 from families import write_family
 
 HERE = Path(__file__).parent
-RUNS = int(os.environ.get("DPPA_JAX_FAULTS", "50"))  # of each job; more look at more calls
+RUNS = int(os.environ.get("DPPA_JAX_FAULTS", "30"))  # of each job; more look at more calls
 FAULTS = (0, 0, errno.EIO, errno.ENOSPC)  # 0: the process is killed
 LAST_CALLS = 40
 SEED = 20261127
