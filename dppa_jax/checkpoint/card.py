@@ -123,7 +123,7 @@ combine {config["combine"]}).{pruned}
 
 def _row(expert: str, where: str, config: Mapping) -> str:
     """Return the row of an expert."""
-    numbers = _coefficient(config, expert), _factors(config, expert)
+    numbers = _number(config["coefficients"][expert]), _factors(config, expert)
     return markdown.row([markdown.text(expert), markdown.code(where), *numbers])
 
 
@@ -167,17 +167,12 @@ def licence(directory: Path) -> str:
     return "unknown"
 
 
-def _coefficient(config: Mapping, expert: str) -> str:
-    """Say an expert's coefficient, or the range of its coefficients by tensor.
+def _number(given: Coefficient, times: float = 1.0, unit: str = "") -> str:
+    """Say a number, or the range of those by tensor, as so many of a unit.
 
-    >>> _coefficient({"coefficients": {"law": {"model.norm.weight": 0.25, "lm_head.weight": 0.35}}}, "law")
+    >>> _number({"model.norm.weight": 0.25, "lm_head.weight": 0.35})
     '0.25 to 0.35 by tensor, mean 0.3'
     """
-    return _number(config["coefficients"][expert])
-
-
-def _number(given: Coefficient, times: float = 1.0, unit: str = "") -> str:
-    """Say a number, or the range of those by tensor, as so many of a unit."""
     if not isinstance(given, Mapping):
         return f"{given * times:.6g}{unit}"
     values = [times * value for value in given.values()]

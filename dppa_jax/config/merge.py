@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from dppa_jax.architecture.row import PRUNED
 from dppa_jax.config.combinations import A_RATE, axis, check_combination, check_lora_factors, check_rates, check_score
 from dppa_jax.config.conventions import PROGRAMS, by_convention
-from dppa_jax.config.method_options import GROUP, option_of, resolved_options, resolved_tensor_options
+from dppa_jax.config.method_options import GROUP, OF_SUMS, option_of, resolved_options, resolved_tensor_options
 from dppa_jax.config.numbers import Coefficient, coefficient_of, default_partitions, each_number, listed
 from dppa_jax.config.option import REQUIRED, WEIGHT_DTYPES, check, choose, option
 from dppa_jax.delta.presets import COMPARISONS, METHODS
@@ -220,7 +220,7 @@ class MergeConfig:
     def is_stepwise(self) -> bool:
         """Whether the sum goes step by step (`delta.stepwise`): it is divided or multiplied, or its dtype matters."""
         plain = self.divide == self._own_divide and self.lambda_ == 1 and self.arithmetic == "float32"
-        return bool(self.compatible) or not plain or bool(self.tensor_options.keys() & {"lambda", "divide"})
+        return bool(self.compatible) or not plain or bool(self.tensor_options.keys() & OF_SUMS)
 
     @property
     def combination(self) -> Any:
@@ -313,7 +313,7 @@ class MergeConfig:
         if not self.lora_factors:
             return self
         whole = {"method": "task_arithmetic", "score": None, "allocate": None, "scale": None, "q": {}}
-        sums = {name: own for name, own in self.tensor_options.items() if name in ("lambda", "divide")}
+        sums = {name: own for name, own in self.tensor_options.items() if name in OF_SUMS}
         return replace(self, **whole, method_options={}, tensor_options=sums, lora_factors=False)
 
     def as_dict(self) -> dict:

@@ -11,6 +11,7 @@ from dppa_jax.config.option import Option
 from dppa_jax.delta.presets import PARAMETERS
 
 GROUP = "method"  # of the options of a merge, in --help
+OF_SUMS = {"lambda", "divide"}  # options of a sum, which then goes step by step
 DONE = {"divide": 1.0, "rescale": 1.0}  # is a tensor's sum divided, and is its Σ|δ| kept, where a merge does so?
 
 

@@ -38,7 +38,7 @@ def allocate(config: MergeConfig, linears: Linears, statistics: Statistics, expe
     rates, own = np.zeros((len(config.rates), len(linears))), config.expert_rates.get(expert, config.rate)
     by_tensor = own if isinstance(own, Mapping) else {}
     own = config.rate if by_tensor else own
-    for p, rate in enumerate(config.rates_of_tensor(own, expert=expert) if own != config.rate else config.rates):
+    for p, rate in enumerate(config.rates if own == config.rate else config.rates_of_tensor(own)):
         rates[p] = ALLOCATIONS[config.allocate].rates(rate, statistics, config.max_fluctuation)
     differ = config.tensor_options.keys() & set(SCALES[config.scale].parameters)
     for place, name in enumerate(linears.names):

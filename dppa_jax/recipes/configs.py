@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from dppa_jax.config.numbers import Coefficient, rate_of_density
+from dppa_jax.config.numbers import Coefficient, each_number, rate_of_density
 from dppa_jax.config.run import FromRecipe
 from dppa_jax.delta.compatible import COMPATIBLE
 from dppa_jax.delta.presets import METHODS, PARAMETERS
@@ -255,10 +255,14 @@ class _Reader:
             found[BASE] = 0.0 if base_place is None else _one_or_all(by_place[base_place], factor)
         return found
 
-    def of_all(self, name: str, factor: float = 1.0) -> float | dict[str, Coefficient]:
-        """Return the one value of a parameter, times a factor, or those of each model, "" where all have one."""
+    def own(self, name: str, factor: float = 1.0) -> dict[str, Coefficient]:
+        """Return a parameter, times a factor, by the experts that have their own, or "" where all have one."""
         of_merge = self.resolved.merge.get(name)
-        found = {"": _one_or_all(of_merge, factor)} if of_merge else self.of_models(name, factor=factor)
+        return {"": _one_or_all(of_merge, factor)} if of_merge else self.of_models(name, factor=factor)
+
+    def of_all(self, name: str, factor: float = 1.0) -> float | dict[str, Coefficient]:
+        """Return the one value of a parameter, times a factor, or those of `own`."""
+        found = self.own(name, factor)
         values = list(found.values())
         return values[0] if isinstance(values[0], float) and values.count(values[0]) == len(values) else found
 
@@ -298,9 +302,7 @@ class _Reader:
 
     def check(self, name: str, lower: float, upper: float) -> None:
         """Refuse a parameter that is outside its bounds for a tensor of a model."""
-        own = self.resolved.models.get(name, ())
-        of_models = [own[place] for place in self.models.places.values()] if own else [self.resolved.merge[name]]
-        for value in (value for by_tensor in of_models for value in by_tensor.values()):
+        for _, value in each_number(name, self.own(name)):
             if not lower <= value <= upper:
                 raise self.error(name, f"is {value:g}, outside [{lower:g}, {upper:g}]")
 
